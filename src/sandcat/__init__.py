@@ -1,0 +1,12 @@
+"""sandcat: a pretrained language model that reads, for each token, only the weights it needs."""
+
+from sandcat.errors import SandcatError
+from sandcat.hub import load, save
+from sandcat.method import Method
+from sandcat.methods import METHODS
+from sandcat.plan import Plan, parse
+from sandcat.sparsify import sparsify
+
+__version__ = "0.1.0"
+
+__all__ = ["METHODS", "Method", "Plan", "SandcatError", "load", "parse", "save", "sparsify"]

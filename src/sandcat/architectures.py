@@ -1,0 +1,125 @@
+"""The model families: one row of data each, and the view that hands out their parts.
+
+This is the only file that knows the module names of Hugging Face models. To support another family, add one row to
+`ARCHITECTURES`; the contract tests pick it up (tests/tiny.py builds a small random model of every row).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from sandcat.errors import UnsupportedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Where one family keeps its parts; the defaults are Llama's."""
+
+    layers: str = "model.layers"
+    """Path of the decoder layers."""
+    mlp: str = "mlp"
+    """Path of the gated MLP inside a layer."""
+    gate: str = "gate_proj"
+    """Gate projection inside the MLP. The same name as `up` means one fused matrix, gate rows first."""
+    up: str = "up_proj"
+    down: str = "down_proj"
+    activation: str = "hidden_act"
+    """Name of the config entry that holds the activation of the gate."""
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(),
+    "mistral": Architecture(),
+    "qwen2": Architecture(),
+    "qwen3": Architecture(),
+    "gemma2": Architecture(activation="hidden_activation"),
+    "gemma3_text": Architecture(activation="hidden_activation"),
+    "gemma3": Architecture(layers="model.language_model.layers", activation="hidden_activation"),
+    "phi3": Architecture(gate="gate_up_proj", up="gate_up_proj"),
+    "olmo2": Architecture(),
+    "granite": Architecture(),
+}
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
+"""Activation names of Hugging Face configs -> those of `ops.sparse_mlp`."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in a model where a method can act.
+
+    `name` is the module path in the model, `layer` its layer's index, `module` what stands there now, `activation`
+    the name that `ops.sparse_mlp` uses, `architecture` the row of the family.
+    """
+
+    name: str
+    layer: int
+    module: nn.Module
+    activation: str
+    architecture: Architecture
+
+
+class ModelView:
+    """A Hugging Face causal language model seen as layers and sites; the only one that replaces modules.
+
+    Raises:
+        UnsupportedModel: no row for `model.config.model_type`, or the row does not fit the model.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.config = getattr(model, "config", None)
+        model_type = getattr(self.config, "model_type", None)
+        if model_type not in ARCHITECTURES:
+            raise UnsupportedModel(
+                f"model_type {model_type!r} is not supported. Known: {', '.join(sorted(ARCHITECTURES))}. If it has a "
+                f"gated MLP, act(gate(x)) * up(x) -> down, add the row {model_type!r}: Architecture(...) to ARCHITECTURES "
+                "in sandcat/architectures.py."
+            )
+        self.architecture = ARCHITECTURES[model_type]
+        self.text_config = self.config.get_text_config()
+        try:
+            self.layers: list[nn.Module] = list(model.get_submodule(self.architecture.layers))
+        except AttributeError:
+            raise UnsupportedModel(
+                f"a {type(model).__name__} of model_type {model_type!r} has no {self.architecture.layers!r}, where its "
+                "row in sandcat/architectures.py expects the decoder layers. Load it with AutoModelForCausalLM, or "
+                "correct the row."
+            ) from None
+
+    def layer_name(self, layer: int) -> str:
+        return f"{self.architecture.layers}.{layer}"
+
+    def mlps(self) -> Iterator[Site]:
+        """The gated MLP of every layer, in order."""
+        row = self.architecture
+        name = getattr(self.text_config, row.activation)
+        if name not in ACTIVATIONS:
+            raise UnsupportedModel(
+                f"activation {name!r} is not known. Known: {', '.join(ACTIVATIONS)}. To add it, write its formula in "
+                "ops/sparse_mlp.py and its kernels, and its name in ACTIVATIONS of sandcat/architectures.py."
+            )
+        for layer, module in enumerate(self.layers):
+            mlp = module.get_submodule(row.mlp)
+            missing = [part for part in (row.gate, row.up, row.down) if not hasattr(mlp, part)]
+            if missing:
+                raise UnsupportedModel(
+                    f"layer {layer} of this {self.config.model_type!r} model has no {', '.join(missing)} in its "
+                    f"{type(mlp).__name__}: it is no plain gated MLP (a mixture of experts is not supported)."
+                )
+            yield Site(f"{self.layer_name(layer)}.{row.mlp}", layer, mlp, ACTIVATIONS[name], row)
+
+    def replace(self, site: Site, module: nn.Module) -> None:
+        """Puts `module` where `site` is. The only assignment of modules in the library."""
+        parent, _, child = site.name.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, module)

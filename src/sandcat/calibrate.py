@@ -1,0 +1,136 @@
+"""Calibration: shows each site what it will see, layer by layer, and lets the methods decide. Reads only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from sandcat.architectures import ModelView, Site
+from sandcat.data import Text
+from sandcat.method import Method, Spec, Tensors
+from sandcat.plan import Calibration, Plan, Step
+from sandcat.progress import track
+
+FIRST_POSITIONS = 4
+"""Left out of every window: the first tokens carry massive activations that no other token has."""
+BATCH_TOKENS = 4096
+"""Tokens that go through a layer at once."""
+
+
+class _Stop(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+@torch.no_grad()
+def decide(
+    view: ModelView, methods: list[Method], text: Text | None, *, sequential: bool = True
+) -> tuple[Plan, dict[str, Tensors]]:
+    """Every method's decision for every one of its sites, and the buffers that go with it, by site name.
+
+    Args:
+        text: what to calibrate on; None if no method is `calibrated`.
+        sequential: show a layer what the layers before it give when they are sparse already; else what they give dense.
+
+    The model is left as it was found, whatever happens.
+    """
+    by_layer: dict[int, list[tuple[Method, Site]]] = {}
+    for method in methods:
+        for site in method.sites(view):
+            by_layer.setdefault(site.layer, []).append((method, site))
+    specs: dict[str, dict[str, Spec]] = {method.name: {} for method in methods}
+    tensors: dict[str, Tensors] = {}
+
+    def settle(method: Method, site: Site, x_TH: list[Tensor]) -> nn.Module:
+        specs[method.name][site.name], tensors[site.name] = method.decide(site, x_TH)
+        module = method.build(site, specs[method.name][site.name])
+        method.fill(module, tensors[site.name])
+        return module
+
+    if text is None:
+        for layer in sorted(by_layer):
+            for method, site in by_layer[layer]:
+                settle(method, site, [])
+    else:
+        states, kwargs = _first_states(view, text)
+        last = max(by_layer)
+        for index in track(range(last + 1), "calibrating layers"):
+            layer = view.layers[index]
+            with _restored(view, by_layer.get(index, [])):
+                for method, site in by_layer.get(index, []):
+                    x_TH = _inputs(layer, site.module, states, kwargs[index]) if method.calibrated else []
+                    module = settle(method, site, x_TH)
+                    if sequential:
+                        view.replace(site, module)
+                if index < last:
+                    states = [_run(layer, state, kwargs[index]) for state in states]
+    calibration = text and Calibration(text.source, text.sha256, text.tokens, sequential)
+    return Plan([Step(method, specs[method.name]) for method in methods], calibration), tensors
+
+
+@contextmanager
+def _restored(view: ModelView, sites: list[tuple[Method, Site]]) -> Iterator[None]:
+    """Puts the modules of the sites back at the end."""
+    try:
+        yield
+    finally:
+        for _, site in sites:
+            view.replace(site, site.module)
+
+
+def _first_states(view: ModelView, text: Text) -> tuple[list[Tensor], list[dict]]:
+    """What enters the first layer for each batch, and each layer's other arguments, from one row: they fit any batch."""
+    states: list[Tensor] = []
+    kwargs: list[dict] = []
+
+    def remember(module: nn.Module, args: tuple, kw: dict) -> None:
+        kwargs.append(kw)
+
+    def capture(module: nn.Module, args: tuple, kw: dict) -> None:
+        states.append(args[0] if args else kw.pop("hidden_states"))
+        raise _Stop
+
+    with _hooks([(layer, remember) for layer in view.layers]):
+        view.model(text.ids_NL[:1].to(view.model.device), use_cache=False, logits_to_keep=1)
+    with _hooks([(view.layers[0], capture)]):
+        for batch in text.ids_NL.split(max(1, BATCH_TOKENS // text.ids_NL.shape[1])):
+            try:
+                view.model(batch.to(view.model.device), use_cache=False)
+            except _Stop:
+                continue
+    return states, [{k: v for k, v in kw.items() if k != "hidden_states"} for kw in kwargs]
+
+
+def _inputs(layer: nn.Module, module: nn.Module, states: list[Tensor], kwargs: dict) -> list[Tensor]:
+    """What `module` gets, [T, H] for each batch, without the first positions of each window."""
+    seen: list[Tensor] = []
+
+    def capture(module: nn.Module, args: tuple, kw: dict) -> None:
+        seen.append(args[0][:, FIRST_POSITIONS:].flatten(0, 1))
+        raise _Stop
+
+    with _hooks([(module, capture)]):
+        for state in states:
+            try:
+                layer(state, **kwargs)
+            except _Stop:
+                continue
+    return seen
+
+
+def _run(layer: nn.Module, state: Tensor, kwargs: dict) -> Tensor:
+    out = layer(state, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+@contextmanager
+def _hooks(pairs: list[tuple[nn.Module, object]]) -> Iterator[None]:
+    """Forward pre-hooks (module, args, kwargs), always removed."""
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in pairs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

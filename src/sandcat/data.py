@@ -1,0 +1,152 @@
+"""Text to calibrate on and to measure with: files, datasets of the hub, and two that need nothing but this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sandcat.errors import DataError
+from sandcat.progress import track
+
+WINDOW = 512
+"""Tokens in a calibration window."""
+MIN_TOKENS = 256
+"""Fewer tokens than this measure nothing."""
+SELF_SEQUENCES = 64
+"""Sequences that a model writes side by side for `self`."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokenised text: `ids_NL` holds N windows of L token ids, `source` and `sha256` say what it is."""
+
+    ids_NL: Tensor
+    source: str
+    sha256: str
+
+    @property
+    def tokens(self) -> int:
+        return self.ids_NL.numel()
+
+
+def load_text(source: str, model: nn.Module, tokenizer, *, tokens: int, window: int = WINDOW, seed: int = 0) -> Text:
+    """The first `tokens` tokens of a source, cut into windows.
+
+    Args:
+        source: "self" (text that the model writes from `seed`), "python-docs" (the language reference that comes with
+            Python), a text file, a .jsonl file with a "text" field, or a dataset id of the hub (train split).
+        tokens: at most so many; a shorter text gives what it has.
+        window: tokens a window, at most the model's context.
+
+    Raises:
+        DataError: missing, empty, too short, or not readable as text.
+    """
+    if tokens < MIN_TOKENS:
+        raise DataError(f"{tokens} tokens are too few: ask for at least {MIN_TOKENS}.")
+    window = min(window, getattr(model.config.get_text_config(), "max_position_embeddings", window))
+    if source == "self":
+        ids_NL = _write(model, tokenizer, tokens, window, seed)
+        source = f"self (seed {seed})"
+    else:
+        ids = []
+        for piece in _pieces(source):
+            ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+            if len(ids) >= tokens:
+                break
+        ids = ids[:tokens]
+        if len(ids) < MIN_TOKENS:
+            raise DataError(
+                f"{source!r} gives {len(ids)} tokens, and fewer than {MIN_TOKENS} measure nothing. Give a longer text."
+            )
+        window = min(window, len(ids))
+        ids_NL = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
+    return Text(ids_NL, source, hashlib.sha256(ids_NL.to(torch.int64).numpy().tobytes()).hexdigest())
+
+
+def _pieces(source: str) -> Iterator[str]:
+    """The text of a source, piece by piece, so that no more is read than is needed."""
+    path = Path(source)
+    if source == "python-docs":
+        from pydoc_data.topics import topics
+
+        yield from (topics[name] for name in sorted(topics))
+    elif path.is_file():
+        yield from _jsonl(path) if path.suffix == ".jsonl" else _file(path)
+    elif path.suffix in (".txt", ".jsonl", ".md", ".json") or source.startswith((".", "/", "~")):
+        raise DataError(f"there is no text file {source!r}.")
+    else:
+        yield from _hub(source)
+
+
+def _file(path: Path) -> Iterator[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{str(path)!r} is not a UTF-8 text file ({error.reason} at byte {error.start}).") from None
+    yield from (text[i : i + 100_000] for i in range(0, len(text), 100_000))
+
+
+def _jsonl(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield str(json.loads(line)["text"]) + "\n\n"
+            except (ValueError, KeyError, TypeError):
+                raise DataError(f'line {number} of {str(path)!r} is not JSON with a "text" field.') from None
+
+
+def _hub(name: str) -> Iterator[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError(
+            f"{name!r} is no file here, and datasets of the hub need the datasets library: pip install sandcat[data]."
+        ) from None
+    try:
+        rows = load_dataset(name, split="train", streaming=True)
+        for row in rows:
+            if "text" not in row:
+                raise DataError(f"the dataset {name!r} has no 'text' column (it has {', '.join(row)}).")
+            yield row["text"] + "\n\n"
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{name!r} is neither a file here nor a dataset that can be loaded from the hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}). Without network, give a text file or "
+            "use self."
+        ) from None
+
+
+@torch.no_grad()
+def _write(model: nn.Module, tokenizer, tokens: int, window: int, seed: int) -> Tensor:
+    """Text sampled from the model itself (temperature 1), starting from its first token: [N, window]."""
+    from transformers import DynamicCache
+
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise DataError("this tokenizer has no first token to write from: give a text with --calibration.")
+    rows = max(1, min(SELF_SEQUENCES, -(-tokens // window)))
+    window = min(window, -(-tokens // rows))
+    stop = torch.tensor(sorted({*(model.generation_config.eos_token_id if isinstance(model.generation_config.eos_token_id, list) else [model.generation_config.eos_token_id]), tokenizer.eos_token_id} - {None}), dtype=torch.long)
+    generator = torch.Generator().manual_seed(seed)
+    written = []
+    while sum(part.numel() for part in written) < tokens:
+        cache = DynamicCache(config=model.config.get_text_config())
+        ids = torch.full((rows, 1), start)
+        part = [ids]
+        for _ in track(range(window - 1), "writing calibration text"):
+            logits = model(ids.to(model.device), past_key_values=cache, use_cache=True).logits[:, -1].float().cpu()
+            logits[:, stop] = -torch.inf  # go on to the end of the window
+            ids = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            part.append(ids)
+        written.append(torch.cat(part, 1))
+    return torch.cat(written)[: max(1, tokens // window)]

@@ -1,0 +1,1 @@
+"""Modules that end up inside a sparsified model."""

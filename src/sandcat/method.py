@@ -1,0 +1,165 @@
+"""Method: the base class of everything that makes a model cheaper. One method = its options plus a few pure steps."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from abc import ABC, abstractmethod
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from sandcat.architectures import ModelView, Site
+from sandcat.errors import BadRecipe, NothingMatched
+
+Spec = dict[str, Any]
+"""What was decided for one site, in JSON types."""
+
+Tensors = dict[str, Tensor]
+"""The buffers of one site that `Spec` is too small for, by their name in the built module."""
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a method: written once, here; the command line, the JSON and the docs are made from it."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Options (the fields) and the steps choose -> decide -> build. Nothing here changes the model."""
+
+    name: ClassVar[str]
+    """The word on the command line, in the plan, and of the file."""
+    slot: ClassVar[str]
+    """What it claims at a site; two methods on one slot conflict."""
+    calibrated: ClassVar[bool]
+    """Whether `decide` looks at calibration text."""
+
+    layers: str | tuple[int, ...] = option("all", 'decoder layers to change: "all", a slice "4:28", or a list [0,2,5]')
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, coerce(self.name, f.name, field_type(type(self), f.name), getattr(self, f.name)))
+        self.chosen_layers(0)
+
+    def chosen_layers(self, count: int) -> set[int]:
+        """Indices of the layers to change, of `count` layers; negative indices count from the end."""
+        if self.layers == "all":
+            return set(range(count))
+        if isinstance(self.layers, str):
+            parts = self.layers.split(":")
+            try:
+                if not 2 <= len(parts) <= 3:
+                    raise ValueError
+                chosen = set(range(count)[slice(*(int(p) if p.strip() else None for p in parts))])
+            except ValueError:
+                raise BadRecipe(
+                    f'{self.name}: layers={self.layers!r} is neither "all" nor a slice such as "4:28" nor a list such as '
+                    "[0,2,5]."
+                ) from None
+            return chosen
+        return {i + count if i < 0 else i for i in self.layers}
+
+    def sites(self, view: ModelView) -> list[Site]:
+        """The sites that this method changes in this model.
+
+        Raises:
+            NothingMatched: the options select no layer, or a layer that the model does not have.
+        """
+        count = len(view.layers)
+        chosen = self.chosen_layers(count)
+        if not chosen or not chosen <= set(range(count)):
+            raise NothingMatched(
+                f"{self.name}: layers={self.layers!r} selects {sorted(chosen) or 'nothing'}, but the model has layers 0 "
+                f"to {count - 1}."
+            )
+        return [site for site in view.mlps() if site.layer in chosen]
+
+    @abstractmethod
+    def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
+        """What to do at `site`, from the inputs that it sees in calibration (batches; empty if not `calibrated`)."""
+
+    @abstractmethod
+    def build(self, site: Site, spec: Spec) -> nn.Module:
+        """The module that replaces the site's, sharing its weights; works on the meta device. Loading runs only this."""
+
+    def fill(self, module: nn.Module, tensors: Tensors) -> None:
+        """Puts what `decide` found into what `build` laid out. Never runs when loading."""
+        for name, tensor in tensors.items():
+            module.get_buffer(name).copy_(tensor)
+
+    def options(self) -> dict[str, Any]:
+        return {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in fields(self)}
+
+    def __str__(self) -> str:
+        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return ":".join([self.name, ",".join(changed)]) if changed else self.name
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> Method:
+        """Makes the method from option names and values (or their texts).
+
+        Raises:
+            BadRecipe: an unknown option, or a value outside its range.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise BadRecipe(f"{cls.name} has no option {name!r}{suggest(name, known)} Known: {', '.join(known)}.")
+        return cls(**options)
+
+    @classmethod
+    def describe(cls) -> list[dict[str, Any]]:
+        """Each option as {name, type, default, help}."""
+        return [
+            {
+                "name": f.name,
+                "type": type_text(field_type(cls, f.name)),
+                "default": None if f.default is MISSING else f.default,
+                "help": f.metadata["help"],
+            }
+            for f in fields(cls)
+        ]
+
+
+def field_type(cls: type, name: str) -> Any:
+    return typing.get_type_hints(cls)[name]
+
+
+def type_text(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return " | ".join(typing.get_args(kind))
+    if isinstance(kind, types.UnionType):
+        return " | ".join(type_text(k) for k in typing.get_args(kind))
+    return "list" if typing.get_origin(kind) is tuple else kind.__name__
+
+
+def suggest(word: str, known: list[str]) -> str:
+    """"; did you mean ...?" if something close is known, else a full stop."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def coerce(method: str, name: str, kind: Any, value: Any) -> Any:
+    """A value, or its text, as the type of its field; raises BadRecipe."""
+    if typing.get_origin(kind) is typing.Literal:
+        known = list(typing.get_args(kind))
+        if value not in known:
+            raise BadRecipe(f"{method}: {name}={value!r} is unknown{suggest(str(value), known)} Known: {', '.join(known)}.")
+        return value
+    try:
+        if isinstance(kind, types.UnionType):  # text or a list of whole numbers
+            if isinstance(value, str) and value.strip("[]") != value:
+                value = [item for item in value.strip("[]").split(",") if item.strip()]
+            return value if isinstance(value, str) else tuple(int(item) for item in value)
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
+        if isinstance(value, bool):
+            raise ValueError
+        return kind(value)
+    except (ValueError, TypeError, KeyError):
+        raise BadRecipe(f"{method}: {name}={value!r} is not {'a' if kind is not int else 'an'} {type_text(kind)}.") from None

@@ -1,0 +1,8 @@
+"""The methods: one file each. To add one, write its file and add it to this tuple."""
+
+from sandcat.methods.cats import Cats
+from sandcat.methods.relufy import Relufy
+
+METHODS = (Cats, Relufy)
+
+__all__ = ["METHODS", "Cats", "Relufy"]

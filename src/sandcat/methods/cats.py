@@ -1,0 +1,65 @@
+"""Contextually aware thresholding: a neuron whose gate is small for this token is not computed.
+
+Paper: CATS, Lee et al., 2024, arXiv 2404.08763. With a = act(x Wg), neuron j of a token is kept iff |a_j| > t, where t
+is the s-quantile of |a| in this layer over calibration text. The gate stays dense; a dropped neuron's rows of Wu and
+Wd are never read.
+Differs: exact quantiles (theirs are the left edges of bins 0.002 wide); padding and the first positions excluded; each
+layer is calibrated on what the sparse layers before it give (theirs: all dense); and `score="output"`, after CHESS
+(EMNLP 2024) and the CETT of "Sparsing Law" (arXiv 2411.02335): weight a neuron by what it adds to the output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sandcat.architectures import Site
+from sandcat.errors import BadRecipe
+from sandcat.layers.mlp import SparseMLP
+from sandcat.method import Method, Spec, Tensors, option
+from sandcat.quantile import quantile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cats(Method):
+    """MLP(x) = (a * (x Wu)) Wd over the neurons with |a_j| > t_j, a = act(x Wg)."""
+
+    name = "cats"
+    slot = "mlp"
+    calibrated = True
+
+    sparsity: float = option(0.5, "fraction of each layer's neurons dropped on calibration text, in [0, 1)")
+    score: Literal["activation", "output"] = option(
+        "activation", "activation: |a_j|, the paper's; output: |a_j| * sqrt(E[u_j^2]) * norm of row j of Wd, same cost"
+    )
+    dense_prompt: bool = option(False, "compute prompts (more than one token a sequence) with all neurons")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.sparsity < 1:
+            raise BadRecipe(f"cats: sparsity={self.sparsity} is outside [0, 1): it is the fraction of neurons dropped.")
+
+    def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
+        mlp = SparseMLP(site)
+        a_TI = [mlp.activations(x).abs() for x in x_TH]
+        weight_I = torch.ones_like(mlp.threshold, dtype=torch.float32)
+        if self.score == "output":
+            square_I = sum(F.linear(x, *mlp.up()).float().square().sum(0) for x in x_TH)
+            rms_I = (square_I / sum(len(x) for x in x_TH)).sqrt()
+            weight_I = rms_I * mlp.down.weight.float().norm(dim=0)
+        if self.sparsity == 0:
+            threshold_I = torch.full_like(weight_I, -1)
+            score = -1.0
+        else:
+            score = quantile(a_TI, weight_I, self.sparsity)
+            threshold_I = score / weight_I
+        threshold_I = threshold_I.to(mlp.threshold.dtype)
+        dropped = sum(int((a <= threshold_I).sum()) for a in a_TI) / sum(a.numel() for a in a_TI)
+        return {"threshold": score, "sparsity": dropped}, {"threshold": threshold_I}
+
+    def build(self, site: Site, spec: Spec) -> SparseMLP:
+        return SparseMLP(site, dense_prompt=self.dense_prompt)

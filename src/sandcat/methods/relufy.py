@@ -1,0 +1,31 @@
+"""ReLU in place of the model's activation, so that half of the neurons are exactly zero and can be skipped.
+
+Paper: the baseline "ReLUfication" of CATS (Lee et al., 2024, arXiv 2404.08763), without its fine-tuning: it ruins a
+pretrained model, and stands here to be compared with.
+Differs: nothing; the zeros are really skipped (threshold 0).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sandcat.architectures import Site
+from sandcat.layers.mlp import SparseMLP
+from sandcat.method import Method, Spec, Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relufy(Method):
+    """MLP(x) = (relu(x Wg) * (x Wu)) Wd."""
+
+    name = "relufy"
+    slot = "mlp"
+    calibrated = False
+
+    def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
+        return {}, {}
+
+    def build(self, site: Site, spec: Spec) -> SparseMLP:
+        return SparseMLP(site, activation="relu")

@@ -1,0 +1,48 @@
+"""bfloat16 and float16, which Numba's CPU target lacks, as 16-bit integers that are widened when they are read."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+STORAGE = {torch.float32: np.dtype(np.float32), torch.bfloat16: np.dtype(np.uint16), torch.float16: np.dtype(np.int16)}
+"""How a kernel sees each dtype: the two 16-bit ones are told apart by their sign."""
+
+_f32, _i32, _i16 = ir.FloatType(), ir.IntType(32), ir.IntType(16)
+
+
+@intrinsic
+def widen(typing, stored):
+    """A stored number as float32."""
+
+    def generate(context, builder, signature, args):
+        (value,) = args
+        if stored == types.uint16:
+            return builder.bitcast(builder.shl(builder.zext(value, _i32), _i32(16)), _f32)
+        if stored == types.int16:
+            return builder.fpext(builder.bitcast(value, ir.HalfType()), _f32)
+        return value
+
+    return types.float32(stored), generate
+
+
+@intrinsic
+def rounded(typing, value, like):
+    """A float32 rounded to the dtype that `like` is stored in (to nearest, ties to even), as float32 again."""
+
+    def generate(context, builder, signature, args):
+        number = args[0]
+        if like == types.uint16:
+            bits = builder.bitcast(number, _i32)
+            odd = builder.and_(builder.lshr(bits, _i32(16)), _i32(1))
+            near = builder.and_(builder.add(builder.add(bits, _i32(0x7FFF)), odd), _i32(0xFFFF0000))
+            nan = builder.fcmp_unordered("uno", number, number)
+            return builder.select(nan, number, builder.bitcast(near, _f32))
+        if like == types.int16:
+            return builder.fpext(builder.fptrunc(number, ir.HalfType()), _f32)
+        return number
+
+    return types.float32(types.float32, like), generate

@@ -1,0 +1,162 @@
+"""CPU kernel of `sandcat::sparse_mlp`. Shapes: see ops/sparse_mlp.py.
+
+Each thread takes its share of the neurons, 64 at a time: the gate rows stream through once; of the neurons that a
+token keeps, the up and down rows follow, four at once, so that several rows are on their way from memory. A row that no
+token keeps is never touched, and with several tokens a row is read from memory once. Sums are float32; gate, up and their product are rounded to the model's dtype as the
+reference rounds them.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from sandcat.ops.numba.floats import STORAGE, rounded, widen
+from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of
+from sandcat.ops.sparse_mlp import ACTIVATIONS, MAX_TOKENS, sparse_mlp
+
+BLOCK = 64
+REORDER = {"reassoc", "contract", "nsz"}
+"""The only liberties with arithmetic: the order of sums. NaN and infinity behave as they must."""
+
+_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+_SILU, _GELU, _GELU_TANH = _CODES["silu"], _CODES["gelu"], _CODES["gelu_tanh"]
+
+
+@njit(inline="always")
+def _activate(g, code):
+    if code == _SILU:
+        return g / (np.float32(1) + np.float32(math.exp(-g)))
+    if code == _GELU:
+        return g * np.float32(0.5) * (np.float32(1) + np.float32(math.erf(g * np.float32(0.7071067811865476))))
+    if code == _GELU_TANH:
+        inner = np.float32(0.7978845608028654) * (g + np.float32(0.044715) * g * g * g)
+        return np.float32(0.5) * g * (np.float32(1) + np.float32(math.tanh(inner)))
+    return g if g > 0 or g != g else np.float32(0)
+
+
+@njit(fastmath=REORDER)
+def _dot(x, row):
+    total = np.float32(0)
+    for k in range(x.size):
+        total += widen(x[k]) * widen(row[k])
+    return total
+
+
+@njit(fastmath=REORDER)
+def _dot4(x, row0, row1, row2, row3):
+    """Four dots with x: one token with four rows, or one row with four tokens."""
+    t0 = t1 = t2 = t3 = np.float32(0)
+    for k in range(x.size):
+        t0 += widen(x[k]) * widen(row0[k])
+        t1 += widen(x[k]) * widen(row1[k])
+        t2 += widen(x[k]) * widen(row2[k])
+        t3 += widen(x[k]) * widen(row3[k])
+    return t0, t1, t2, t3
+
+
+@njit(fastmath=REORDER)
+def _dots(x, row, out):
+    """out[t] = x[t] . row for all tokens, reading the row from memory once."""
+    for t in range(0, len(x) // 4 * 4, 4):
+        out[t], out[t + 1], out[t + 2], out[t + 3] = _dot4(row, x[t], x[t + 1], x[t + 2], x[t + 3])
+    for t in range(len(x) // 4 * 4, len(x)):
+        out[t] = _dot(x[t], row)
+
+
+@njit(fastmath=REORDER)
+def _add4(y, h, row0, row1, row2, row3):
+    for k in range(y.size):
+        y[k] += h[0] * widen(row0[k]) + h[1] * widen(row1[k]) + h[2] * widen(row2[k]) + h[3] * widen(row3[k])
+
+
+@njit(fastmath=REORDER)
+def _add(y, h, row):
+    for k in range(y.size):
+        y[k] += h * widen(row[k])
+
+
+@cache
+def _kernel(dtype: torch.dtype):
+    """The kernel for one dtype, compiled on first use (and then cached on disk)."""
+    storage = STORAGE[dtype]
+    unit = storage.type(0)
+
+    @njit(cache=True)
+    def body(args, thread, threads):
+        tokens, neurons, hidden, code = args[9], args[10], args[11], args[12]
+        x = carray(pointer(args[0]), (tokens, hidden), np.float32)
+        gate = carray(pointer(args[1]), (neurons, hidden), storage)
+        up = carray(pointer(args[2]), (neurons, hidden), storage)
+        down = carray(pointer(args[3]), (neurons, hidden), storage)
+        threshold = carray(pointer(args[4]), (neurons,), storage)
+        gate_bias = carray(pointer(args[5]), (neurons if args[5] else 0,), storage)
+        up_bias = carray(pointer(args[6]), (neurons if args[6] else 0,), storage)
+        y = carray(pointer(args[7]), (threads, tokens, hidden), np.float32)[thread]
+        kept = np.empty(BLOCK, np.int64)
+        keeps = np.empty((BLOCK, tokens), np.bool_)
+        a = np.empty((BLOCK, tokens), np.float32)
+        h = np.empty((BLOCK, tokens), np.float32)
+        end = neurons * (thread + 1) // threads
+        for start in range(neurons * thread // threads, end, BLOCK):
+            count = 0
+            for j in range(start, min(start + BLOCK, end)):
+                _dots(x, gate[j], a[count])
+                wanted = False
+                for t in range(tokens):
+                    g = a[count, t] + widen(gate_bias[j]) if gate_bias.size else a[count, t]
+                    a[count, t] = rounded(_activate(rounded(g, unit), code), unit)
+                    keeps[count, t] = not abs(a[count, t]) <= widen(threshold[j])
+                    wanted |= keeps[count, t]
+                if wanted:
+                    kept[count] = j
+                    count += 1
+            fours = count // 4 * 4
+            by_fours = fours if tokens == 1 else 0
+            for c in range(0, by_fours, 4):
+                u = _dot4(x[0], up[kept[c]], up[kept[c + 1]], up[kept[c + 2]], up[kept[c + 3]])
+                h[c, 0], h[c + 1, 0], h[c + 2, 0], h[c + 3, 0] = u
+            for c in range(by_fours, count):
+                _dots(x, up[kept[c]], h[c])
+            for c in range(count):
+                for t in range(tokens):
+                    u = h[c, t] + widen(up_bias[kept[c]]) if up_bias.size else h[c, t]
+                    h[c, t] = rounded(a[c, t] * rounded(u, unit), unit) if keeps[c, t] else np.float32(0)
+            for c in range(0, fours, 4):
+                for t in range(tokens):
+                    _add4(y[t], h[c : c + 4, t], down[kept[c]], down[kept[c + 1]], down[kept[c + 2]], down[kept[c + 3]])
+            for c in range(fours, count):
+                for t in range(tokens):
+                    _add(y[t], h[c, t], down[kept[c]])
+
+    return on_all_threads(body)
+
+
+@sparse_mlp.register_kernel("cpu")
+def _(
+    x_TH: Tensor,
+    gate_IH: Tensor,
+    up_IH: Tensor,
+    down_IH: Tensor,
+    threshold_I: Tensor,
+    activation: str,
+    gate_bias_I: Tensor | None = None,
+    up_bias_I: Tensor | None = None,
+    down_bias_H: Tensor | None = None,
+) -> Tensor:
+    tokens, hidden = x_TH.shape
+    if tokens > MAX_TOKENS:
+        raise ValueError(f"sandcat::sparse_mlp takes 1 to {MAX_TOKENS} tokens, got {tokens}.")
+    x_TH = x_TH.float().contiguous()
+    tensors = [gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I]
+    tensors = [None if t is None else t.contiguous() for t in tensors]
+    partial_PTH = torch.zeros(threads_of(), tokens, hidden)
+    addresses = [0 if t is None else t.data_ptr() for t in (x_TH, *tensors, partial_PTH)]
+    _kernel(gate_IH.dtype)([*addresses, 0, tokens, gate_IH.shape[0], hidden, _CODES[activation]])
+    y_TH = partial_PTH.sum(0)
+    return y_TH if down_bias_H is None else y_TH + down_bias_H

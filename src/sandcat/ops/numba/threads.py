@@ -1,0 +1,89 @@
+"""Runs a compiled kernel on all of PyTorch's CPU threads.
+
+Two thread pools get in each other's way: idle OpenMP threads spin for a while before they sleep. So kernels run on the
+pool that PyTorch has already (`GOMP_parallel` of the libgomp in its process), and where PyTorch uses another OpenMP,
+on Numba's own.
+
+A kernel is `body(args, thread, threads)`, compiled by `numba.njit`: `args` is an int64 array of `SLOTS` addresses and
+sizes, and the body does its share, `thread` of `threads`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+
+import numba
+import numpy as np
+import torch
+from llvmlite import binding, ir
+from numba import carray, cfunc, njit, prange, types
+from numba.extending import intrinsic
+
+SLOTS = 16
+
+
+def _torch_openmp() -> ctypes.CDLL | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        library = ctypes.CDLL("libgomp.so.1")  # by now PyTorch's own, if it brought one
+    except OSError:
+        return None
+    for name in ("omp_get_thread_num", "omp_get_num_threads"):
+        binding.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+    library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    library.GOMP_parallel.restype = None
+    return library
+
+
+_openmp = _torch_openmp()
+_thread = types.ExternalFunction("omp_get_thread_num", types.int32())
+_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
+
+
+def on_all_threads(body) -> Callable[[list[int]], None]:
+    """The kernel as a function of its list of addresses and sizes; returns when every thread is done."""
+    if _openmp is None:
+
+        @njit(parallel=True, nogil=True)
+        def spread(args, threads):
+            for thread in prange(threads):
+                body(args, thread, threads)
+
+        def run(args: list[int]) -> None:
+            threads = threads_of()
+            numba.set_num_threads(threads)
+            spread(np.array(args, dtype=np.int64), threads)
+
+        return run
+
+    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+    def entry(args):
+        body(carray(args, (SLOTS,)), _thread(), _threads())
+
+    address = entry.address
+    pack = ctypes.c_int64 * SLOTS
+
+    def run(args: list[int]) -> None:
+        _openmp.GOMP_parallel(address, ctypes.addressof(packed := pack(*args)), threads_of(), 0)
+        del packed  # kept alive until the threads were done with it
+
+    return run
+
+
+def threads_of() -> int:
+    """How many threads a kernel runs on: PyTorch's setting, as far as Numba's own pool allows where that one runs."""
+    threads = torch.get_num_threads()
+    return threads if _openmp is not None else min(threads, numba.config.NUMBA_NUM_THREADS)
+
+
+@intrinsic
+def pointer(typing, address):
+    """An integer as an address, for `carray`."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.intp), generate

@@ -1,0 +1,55 @@
+"""A gated MLP that skips, for each token, the neurons whose gate is small. The op `sandcat::sparse_mlp`.
+
+Shapes: T tokens, H hidden size, I intermediate size (neurons). All three matrices are neuron-major, one row a neuron,
+so that a skipped neuron is a skipped row: `gate_IH[j]`, `up_IH[j]` and `down_IH[j]` (column j of the usual down
+projection).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+MAX_TOKENS = 8
+"""Most tokens that the kernels take at once. Their union of neurons is read, so more tokens would gain nothing."""
+
+PROMPT_CHUNK = 1024
+"""Tokens that the dense form computes at once, so that a prompt's intermediate states stay bounded."""
+
+
+def reference(
+    x_TH: Tensor,
+    gate_IH: Tensor,
+    up_IH: Tensor,
+    down_IH: Tensor,
+    threshold_I: Tensor,
+    activation: str,
+    gate_bias_I: Tensor | None = None,
+    up_bias_I: Tensor | None = None,
+    down_bias_H: Tensor | None = None,
+) -> Tensor:
+    """The definition: neuron j of a token is dropped iff |a_j| <= threshold_j, with a = activation(gate(x)).
+
+    Returns float32 [T, H], as the kernels accumulate it; the caller casts, so that a compiler can fuse the cast with
+    what follows. A NaN in `a` is not dropped: it comes out, as it would from the dense MLP.
+    """
+    a_TI = ACTIVATIONS[activation](F.linear(x_TH, gate_IH, gate_bias_I))
+    h_TI = torch.where(a_TI.abs() <= threshold_I, 0, a_TI * F.linear(x_TH, up_IH, up_bias_I))
+    return F.linear(h_TI, down_IH.t(), down_bias_H).float()
+
+
+sparse_mlp = torch.library.custom_op("sandcat::sparse_mlp", reference, mutates_args=())
+"""`reference` for 1 to `MAX_TOKENS` tokens, by the kernel of the device where there is one."""
+
+
+@sparse_mlp.register_fake
+def _(x_TH, gate_IH, up_IH, down_IH, threshold_I, activation, gate_bias_I=None, up_bias_I=None, down_bias_H=None):
+    return x_TH.new_empty((x_TH.shape[0], down_IH.shape[1]), dtype=torch.float32)

@@ -1,0 +1,153 @@
+"""The plan: what was decided for a model, as JSON in its config.json; and recipes, the words that ask for a plan."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sandcat.architectures import ModelView, Site
+from sandcat.errors import BadRecipe, PlanConflict, PlanError
+from sandcat.method import Method, Spec, suggest
+from sandcat.methods import METHODS
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "sandcat"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where the thresholds come from: the text's name, the SHA-256 of its tokens, how many, and how they were used."""
+
+    source: str
+    sha256: str
+    tokens: int
+    sequential: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One method of the plan and what it decided for each site, by the site's module name."""
+
+    method: Method
+    sites: dict[str, Spec]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps, in order, and the calibration they rest on (None if no method needed one)."""
+
+    steps: list[Step] = field(default_factory=list)
+    calibration: Calibration | None = None
+
+    @property
+    def recipe(self) -> str:
+        return " ".join(str(step.method) for step in self.steps)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "methods": [
+                {"name": step.method.name, "options": step.method.options(), "sites": step.sites} for step in self.steps
+            ],
+            "calibration": None if self.calibration is None else asdict(self.calibration),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Plan:
+        """
+        Raises:
+            PlanError: written by a newer version, or not a plan.
+        """
+        version = data.get("format_version")
+        if not isinstance(version, int):
+            raise PlanError("config.json has a quantization_config of sandcat without a format_version: not a plan.")
+        if version > FORMAT_VERSION:
+            raise PlanError(
+                f"this plan has format version {version}, and this sandcat reads up to {FORMAT_VERSION}. Upgrade: "
+                "pip install -U sandcat."
+            )
+        try:
+            steps = [Step(method_class(m["name"]).from_options(m["options"]), m["sites"]) for m in data["methods"]]
+            calibration = data["calibration"] and Calibration(**data["calibration"])
+        except (KeyError, TypeError, BadRecipe) as error:
+            raise PlanError(f"the plan in config.json cannot be read: {error}") from error
+        return cls(steps, calibration)
+
+    def match(self, view: ModelView) -> list[tuple[Method, Site, Spec]]:
+        """Every decision with its site in this model.
+
+        Raises:
+            PlanError: the plan names a site that the model does not have.
+        """
+        sites = {site.name: site for site in view.mlps()}
+        unknown = [name for step in self.steps for name in step.sites if name not in sites]
+        if unknown:
+            raise PlanError(
+                f"the plan does not fit the model: it names {unknown[0]!r}{f' and {len(unknown) - 1} more' * (len(unknown) > 1)}"
+                f", and the model has {len(view.layers)} layers under {view.architecture.layers!r}."
+            )
+        return [(step.method, sites[name], spec) for step in self.steps for name, spec in step.sites.items()]
+
+
+def method_class(name: str) -> type[Method]:
+    """
+    Raises:
+        BadRecipe: no method of that name.
+    """
+    known = {method.name: method for method in METHODS}
+    if name not in known:
+        raise BadRecipe(f"there is no method {name!r}{suggest(name, list(known))} Known: {', '.join(known)}.")
+    return known[name]
+
+
+def parse(word: str) -> Method:
+    """One word of a recipe, `name` or `name:option=value,option=value`, as a method.
+
+    Raises:
+        BadRecipe: an unknown method or option, or a bad value.
+    """
+    name, _, text = word.partition(":")
+    options = {}
+    for item in re.split(r",(?![^\[]*\])", text) if text else []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise BadRecipe(f"{word!r}: {item!r} is not option=value, as in cats:sparsity=0.5,score=output.")
+        options[key.strip()] = value.strip()
+    return method_class(name).from_options(options)
+
+
+def parse_recipe(recipe: str | Method | Sequence[str | Method]) -> list[Method]:
+    """Words, methods, or a mixture, as a list of methods.
+
+    Raises:
+        BadRecipe: as `parse`, or nothing in it.
+    """
+    items = recipe.split() if isinstance(recipe, str) else [recipe] if isinstance(recipe, Method) else list(recipe)
+    if not items:
+        raise BadRecipe("the recipe is empty: name at least one method, as in cats:sparsity=0.5.")
+    return [parse(item) if isinstance(item, str) else item for item in items]
+
+
+def check(methods: list[Method], view: ModelView) -> None:
+    """The last point where nothing has changed: every method matches, and no slot of a site is claimed twice.
+
+    Raises:
+        PlanConflict, NothingMatched, UnsupportedModel
+    """
+    if getattr(view.config, "quantization_config", None) is not None:
+        raise PlanConflict(
+            "this model already has a plan or is quantised (config.quantization_config is set). Load the dense model "
+            "(sandcat.load(..., dense=True) for a sandcat folder) and give all methods in one recipe."
+        )
+    claimed: dict[tuple[str, str], Method] = {}
+    for method in methods:
+        for site in method.sites(view):
+            other = claimed.setdefault((site.name, method.slot), method)
+            if other is not method:
+                raise PlanConflict(
+                    f"{other.name} and {method.name} both want the {method.slot} of {site.name}. Keep one of them, or "
+                    "give each its own layers, as in cats:layers=0:10 relufy:layers=10:."
+                )

@@ -1,0 +1,55 @@
+"""The exact quantile of very many numbers, without sorting them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from sandcat.errors import DataError
+
+
+def quantile(a_TI: Sequence[Tensor], weight_I: Tensor, q: float) -> float:
+    """The smallest score t for which a share q of all scores is <= t (or the score below it, if that is nearer q).
+
+    A score is a * weight in float32, both >= 0. Floats that are not negative sort like their bits, so two counts over
+    65,536 bins, of the high and then of the low half of the bits, find the value exactly: no sort, and no memory
+    beyond one batch of scores.
+
+    Args:
+        a_TI: batches of [T, I], >= 0.
+        weight_I: [I], >= 0.
+        q: in (0, 1).
+    """
+
+    def bits(a: Tensor) -> Tensor:
+        score = a.float() * weight_I
+        if not torch.isfinite(score).all():
+            raise DataError("the calibration activations hold infinities or NaN: the model overflows in this dtype.")
+        return score.reshape(-1).view(torch.int32)
+
+    def count(bins: Iterable[Tensor]) -> Tensor:
+        return sum(torch.bincount(b, minlength=65536) for b in bins).cumsum(0).cpu()
+
+    total = sum(a.numel() for a in a_TI)
+    high = count(bits(a) >> 16 for a in a_TI)
+    rank = q * total
+    top = int(torch.searchsorted(high, rank))
+    below = int(high[top - 1]) if top else 0
+    low = below + count(b[b >> 16 == top] & 0xFFFF for b in map(bits, a_TI))
+    bottom = int(torch.searchsorted(low, rank))
+    before = int(low[bottom - 1]) if bottom else below
+    if rank - before < int(low[bottom]) - rank:  # ties at t overshoot by more than leaving them all out would fall short
+        below_t = [s for s in (_largest_below(bits(a), (top << 16) | bottom) for a in a_TI) if s is not None]
+        code = max(below_t, default=None)
+        if code is None:  # nothing lies below: drop nothing rather than everything
+            return -1.0
+    else:
+        code = (top << 16) | bottom
+    return torch.tensor(code, dtype=torch.int32).view(torch.float32).item()
+
+
+def _largest_below(bits: Tensor, code: int) -> int | None:
+    bits = bits[bits < code]
+    return int(bits.max()) if bits.numel() else None
