@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from sandcat.errors import DataError
 from sandcat.progress import track
@@ -20,6 +21,8 @@ MIN_TOKENS = 256
 """Fewer tokens than this measure nothing."""
 SELF_SEQUENCES = 64
 """Sequences that a model writes side by side for `self`."""
+SELF_SHORTEST = 64
+"""Tokens a sequence, at least."""
 
 
 @dataclass(frozen=True)
@@ -129,24 +132,32 @@ def _hub(name: str) -> Iterator[str]:
 @torch.no_grad()
 def _write(model: nn.Module, tokenizer, tokens: int, window: int, seed: int) -> Tensor:
     """Text sampled from the model itself (temperature 1), starting from its first token: [N, window]."""
-    from transformers import DynamicCache
-
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise DataError("this tokenizer has no first token to write from: give a text with --calibration.")
-    rows = max(1, min(SELF_SEQUENCES, -(-tokens // window)))
+    stop = torch.tensor(sorted(stop_tokens(model, tokenizer)), dtype=torch.long)
+    rows = max(1, min(SELF_SEQUENCES, tokens // SELF_SHORTEST))
     window = min(window, -(-tokens // rows))
-    stop = torch.tensor(sorted({*(model.generation_config.eos_token_id if isinstance(model.generation_config.eos_token_id, list) else [model.generation_config.eos_token_id]), tokenizer.eos_token_id} - {None}), dtype=torch.long)
+    rounds = -(-tokens // (rows * window))
     generator = torch.Generator().manual_seed(seed)
     written = []
-    while sum(part.numel() for part in written) < tokens:
+    steps = iter(track(range(rounds * (window - 1)), "writing calibration text"))
+    for _ in range(rounds):
         cache = DynamicCache(config=model.config.get_text_config())
-        ids = torch.full((rows, 1), start)
-        part = [ids]
-        for _ in track(range(window - 1), "writing calibration text"):
-            logits = model(ids.to(model.device), past_key_values=cache, use_cache=True).logits[:, -1].float().cpu()
+        part = [torch.full((rows, 1), start)]
+        for _ in range(window - 1):
+            next(steps)
+            logits = model(part[-1].to(model.device), past_key_values=cache, use_cache=True).logits[:, -1].float().cpu()
             logits[:, stop] = -torch.inf  # go on to the end of the window
-            ids = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-            part.append(ids)
+            ladder = logits.softmax(-1).cumsum(-1)
+            dart = torch.rand(rows, 1, generator=generator) * ladder[:, -1:]
+            part.append(torch.searchsorted(ladder, dart).clamp(max=ladder.shape[-1] - 1))
         written.append(torch.cat(part, 1))
-    return torch.cat(written)[: max(1, tokens // window)]
+    next(steps, None)
+    return torch.cat(written)
+
+
+def stop_tokens(model: nn.Module, tokenizer) -> set[int]:
+    """The token ids that end a text, of the generation config and of the tokenizer."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}

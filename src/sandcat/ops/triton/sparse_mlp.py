@@ -1,0 +1,235 @@
+"""CUDA kernels of `sandcat::sparse_mlp`. Shapes: see ops/sparse_mlp.py.
+
+One token: two launches. `_gate` computes a = act(gate(x)) for all neurons and appends the kept ones to a list. `_up_down`
+walks the list, a few neurons at a time: up row . x, times a, times the down row, summed in registers over all of a
+program's neurons, so that the intermediate state never leaves the chip; one atomic add a program and column at the end.
+Several tokens: the same list of all neurons that any token keeps, with tensor-core products for up and for down.
+
+Sums are float32; gate, up and their product are rounded to the model's dtype as the reference rounds them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sandcat.ops.sparse_mlp import ACTIVATIONS, MAX_TOKENS, sparse_mlp
+
+_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+_SILU, _GELU, _GELU_TANH = (tl.constexpr(_CODES[name]) for name in ("silu", "gelu", "gelu_tanh"))
+
+TOKENS = 16
+"""Tokens are padded to this for the tensor cores."""
+
+
+@triton.jit
+def _activate(g, CODE: tl.constexpr):
+    if CODE == _SILU:
+        return g / (1.0 + tl.exp(-g))
+    if CODE == _GELU:
+        return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    if CODE == _GELU_TANH:
+        inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+        return 0.5 * g * (2.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0))
+    return tl.where(g <= 0, 0.0, g)
+
+
+@triton.jit
+def _finish_gate(g, bias, rows, I, CODE: tl.constexpr, dtype: tl.constexpr):
+    """act(g + bias), rounded where the reference rounds."""
+    if bias is not None:
+        g += tl.load(bias + rows, mask=rows < I, other=0.0).to(tl.float32)
+    return _activate(g.to(dtype).to(tl.float32), CODE).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _append(list_n, count, rows, wanted):
+    """Appends the wanted rows to the list; their places in it."""
+    base = tl.atomic_add(count, tl.sum(wanted.to(tl.int32)), sem="relaxed")
+    place = base + tl.cumsum(wanted.to(tl.int32)) - 1
+    tl.store(list_n + place, rows, mask=wanted)
+    return place
+
+
+@triton.jit
+def _gate(
+    x, gate, bias, threshold, count, list_n, a_n, I, H, CODE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = gate + rows.to(tl.int64)[:, None] * H
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, H, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        w = tl.load(at + k[None, :], mask=(rows < I)[:, None] & (k < H)[None, :], other=0.0, eviction_policy="evict_first")
+        total += w.to(tl.float32) * tl.load(x + k, mask=k < H, other=0.0).to(tl.float32)[None, :]
+    a = _finish_gate(tl.sum(total, 1), bias, rows, I, CODE, gate.dtype.element_ty)
+    t = tl.load(threshold + rows, mask=rows < I, other=0.0).to(tl.float32)
+    wanted = (rows < I) & ~(tl.abs(a) <= t)
+    place = _append(list_n, count, rows, wanted)
+    tl.store(a_n + place, a, mask=wanted)
+
+
+@triton.jit
+def _up_down(
+    x, up, down, bias, count, list_n, a_n, y, H, NEURONS: tl.constexpr, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr
+):  # fmt: skip
+    k = tl.arange(0, BLOCK)
+    inside = k < H
+    x_k = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = up.dtype.element_ty
+    n = tl.load(count)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(tl.program_id(0) * NEURONS, n, PROGRAMS * NEURONS):
+        i = start + tl.arange(0, NEURONS)
+        row = tl.load(list_n + i, mask=i < n, other=0).to(tl.int64)
+        a = tl.load(a_n + i, mask=i < n, other=0.0)
+        at = row[:, None] * H + k[None, :]
+        here = (i < n)[:, None] & inside[None, :]
+        w_up = tl.load(up + at, mask=here, other=0.0, eviction_policy="evict_first")
+        w_down = tl.load(down + at, mask=here, other=0.0, eviction_policy="evict_first")
+        u = tl.sum(w_up.to(tl.float32) * x_k[None, :], 1)
+        if bias is not None:
+            u += tl.load(bias + row, mask=i < n, other=0.0).to(tl.float32)
+        h = (a * u.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+        total += tl.sum(h[:, None] * w_down.to(tl.float32), 0)
+    if tl.program_id(0) * NEURONS < n:
+        tl.atomic_add(y + k, total, mask=inside, sem="relaxed")
+
+
+@triton.jit
+def _gate_tokens(
+    x, gate, bias, threshold, count, list_n, a_nT, keep_n, T, I, H,
+    CODE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    t = tl.arange(0, TOKENS)
+    at = gate + rows.to(tl.int64)[:, None] * H
+    g = tl.zeros((ROWS, TOKENS), tl.float32)
+    for start in range(0, H, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        w = tl.load(at + k[None, :], mask=(rows < I)[:, None] & (k < H)[None, :], other=0.0)
+        x_kt = tl.load(x + t[None, :] * H + k[:, None], mask=(t < T)[None, :] & (k < H)[:, None], other=0.0)
+        g = tl.dot(w, x_kt, g, input_precision="ieee")
+    if bias is not None:
+        g += tl.load(bias + rows, mask=rows < I, other=0.0).to(tl.float32)[:, None]
+    a = _finish_gate(g, None, rows, I, CODE, gate.dtype.element_ty)
+    limit = tl.load(threshold + rows, mask=rows < I, other=0.0).to(tl.float32)
+    keep = ~(tl.abs(a) <= limit[:, None]) & (t < T)[None, :] & (rows < I)[:, None]
+    keep_bits = tl.sum(keep.to(tl.int32) << t[None, :], 1)
+    wanted = keep_bits != 0
+    place = _append(list_n, count, rows, wanted)
+    tl.store(keep_n + place, keep_bits, mask=wanted)
+    tl.store(a_nT + place[:, None] * TOKENS + t[None, :], a, mask=wanted[:, None])
+
+
+@triton.jit
+def _up_tokens(
+    x, up, bias, count, list_n, a_nT, keep_n, h_nT, T, H, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    n = tl.load(count)
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if tl.program_id(0) * ROWS < n:
+        t = tl.arange(0, TOKENS)
+        row = tl.load(list_n + i, mask=i < n, other=0).to(tl.int64)
+        u = tl.zeros((ROWS, TOKENS), tl.float32)
+        for start in range(0, H, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            w = tl.load(up + row[:, None] * H + k[None, :], mask=(i < n)[:, None] & (k < H)[None, :], other=0.0)
+            x_kt = tl.load(x + t[None, :] * H + k[:, None], mask=(t < T)[None, :] & (k < H)[:, None], other=0.0)
+            u = tl.dot(w, x_kt, u, input_precision="ieee")
+        if bias is not None:
+            u += tl.load(bias + row, mask=i < n, other=0.0).to(tl.float32)[:, None]
+        at = i[:, None] * TOKENS + t[None, :]
+        a = tl.load(a_nT + at, mask=(i < n)[:, None], other=0.0)
+        keep = (tl.load(keep_n + i, mask=i < n, other=0)[:, None] >> t[None, :]) & 1
+        h = tl.where(keep == 1, a * u.to(up.dtype.element_ty).to(tl.float32), 0.0)
+        tl.store(h_nT + at, h.to(up.dtype.element_ty), mask=(i < n)[:, None])
+
+
+@triton.jit
+def _down_tokens(
+    h_nT, down, count, list_n, y, T, H, SPLITS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.load(count)
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    t = tl.arange(0, TOKENS)
+    total = tl.zeros((TOKENS, BLOCK), tl.float32)
+    for start in range(tl.program_id(1) * ROWS, n, SPLITS * ROWS):
+        i = start + tl.arange(0, ROWS)
+        row = tl.load(list_n + i, mask=i < n, other=0).to(tl.int64)
+        w = tl.load(down + row[:, None] * H + k[None, :], mask=(i < n)[:, None] & (k < H)[None, :], other=0.0)
+        h = tl.load(h_nT + i[None, :] * TOKENS + t[:, None], mask=(i < n)[None, :], other=0.0)
+        total = tl.dot(h, w, total, input_precision="ieee")
+    if tl.program_id(1) * ROWS < n:
+        mask = (t < T)[:, None] & (k < H)[None, :]
+        tl.atomic_add(y + t[:, None] * H + k[None, :], total, mask=mask, sem="relaxed")
+
+
+def gate_config(hidden: int, itemsize: int) -> dict:
+    """Rows and columns a program of `_gate` takes at a time, and its warps."""
+    return {"ROWS": 4, "BLOCK": min(1024, triton.next_power_of_2(hidden)), "num_warps": 4}
+
+
+def up_down_config(hidden: int, itemsize: int, multiprocessors: int) -> dict:
+    """Neurons that a program of `_up_down` takes at a time, its columns (all), its warps, and how many programs."""
+    block = triton.next_power_of_2(hidden)
+    return {
+        "NEURONS": max(1, min(4, 32768 // (block * itemsize))),
+        "BLOCK": block,
+        "num_warps": 8 if block * itemsize <= 8192 else 16,
+        "PROGRAMS": 2 * multiprocessors,
+    }
+
+
+@sparse_mlp.register_kernel("cuda")
+def _(
+    x_TH: Tensor,
+    gate_IH: Tensor,
+    up_IH: Tensor,
+    down_IH: Tensor,
+    threshold_I: Tensor,
+    activation: str,
+    gate_bias_I: Tensor | None = None,
+    up_bias_I: Tensor | None = None,
+    down_bias_H: Tensor | None = None,
+) -> Tensor:
+    T, H = x_TH.shape
+    I = gate_IH.shape[0]  # noqa: E741
+    if T > MAX_TOKENS:
+        raise ValueError(f"sandcat::sparse_mlp takes 1 to {MAX_TOKENS} tokens, got {T}.")
+    x, gate, up, down, threshold = (t.contiguous() for t in (x_TH, gate_IH, up_IH, down_IH, threshold_I))
+    code, itemsize, device = _CODES[activation], gate.element_size(), x.device
+    zeros = torch.zeros(T * H + 1, dtype=torch.float32, device=device)  # one launch for the sums and the counter
+    y_TH, count = zeros[: T * H].view(T, H), zeros[T * H :].view(torch.int32)
+    list_n = torch.empty(I, dtype=torch.int32, device=device)
+    with torch.cuda.device(device):
+        if T == 1:
+            a_n = torch.empty(I, dtype=torch.float32, device=device)
+            config = gate_config(H, itemsize)
+            _gate[(triton.cdiv(I, config["ROWS"]),)](
+                x, gate, gate_bias_I, threshold, count, list_n, a_n, I, H, CODE=code, **config
+            )
+            config = up_down_config(H, itemsize, _multiprocessors(device))
+            _up_down[(config["PROGRAMS"],)](x, up, down, up_bias_I, count, list_n, a_n, y_TH, H, **config)
+        else:
+            a_nT = torch.empty(I, TOKENS, dtype=torch.float32, device=device)
+            h_nT = torch.empty(I, TOKENS, dtype=gate.dtype, device=device)
+            keep_n = torch.empty(I, dtype=torch.int32, device=device)
+            shape = {"TOKENS": TOKENS, "ROWS": 16, "BLOCK": 1024 // itemsize // 2, "num_warps": 4}
+            grid = (triton.cdiv(I, shape["ROWS"]),)
+            _gate_tokens[grid](
+                x, gate, gate_bias_I, threshold, count, list_n, a_nT, keep_n, T, I, H, CODE=code, **shape
+            )
+            _up_tokens[grid](x, up, up_bias_I, count, list_n, a_nT, keep_n, h_nT, T, H, **shape)
+            shape = {"TOKENS": TOKENS, "ROWS": 32, "BLOCK": 256 // itemsize, "num_warps": 4}
+            columns = triton.cdiv(H, shape["BLOCK"])
+            splits = max(1, 4 * _multiprocessors(device) // columns)
+            _down_tokens[(columns, splits)](h_nT, down, count, list_n, y_TH, T, H, SPLITS=splits, **shape)
+    return y_TH if down_bias_H is None else y_TH + down_bias_H
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

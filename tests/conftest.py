@@ -1,0 +1,54 @@
+"""What all tests share: no network, PyTorch's memory poisoned where it is uninitialised, devices, and comparison."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+"""Relative RMS error allowed between a kernel and its reference."""
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """RMS of the difference over RMS of the expected; NaN and infinities must stand at the same places."""
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    assert found.shape == expected.shape
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isinf(), expected.isinf())
+    assert torch.equal(found[found.isinf()].sign(), expected[expected.isinf()].sign())
+    finite = expected.isfinite()
+    difference, size = (found - expected)[finite].norm(), expected[finite].norm()
+    return float(difference / size) if size > 0 else float(difference)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    error = relative_error(found, expected)
+    assert error <= TOLERANCE[dtype], f"relative RMS error {error:.2e} > {TOLERANCE[dtype]:.0e}"
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fills what `torch.empty` gives with NaN (integers: a large number), so that an unwritten output shows."""
+    empty = torch.empty
+
+    def full(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        if tensor.device.type == "meta":
+            return tensor
+        with torch.no_grad():
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**30)
+
+    monkeypatch.setattr(torch, "empty", full)
