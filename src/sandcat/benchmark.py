@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -10,10 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sandcat.architectures import ModelView
 from sandcat.errors import ParityError
 from sandcat.generate import Decoder
-from sandcat.layers.mlp import SparseMLP
+from sandcat.layers.mlp import references, sparse_mlps
 from sandcat.ops import kernel_name
 from sandcat.progress import track
 
@@ -68,3 +68,145 @@ def read_bandwidth(device: torch.device, size: int | None = None) -> float:
         data = torch.rand((size or 2**29) // 4)
         timer = Timer({"read": data.sum}, device)
     return data.nbytes / min(timer._seconds(timer.variants["read"]) for _ in range(7))
+
+
+@dataclass(frozen=True)
+class SpeedResult:
+    """One decode step, dense against sparse, interleaved in one process. Times are medians."""
+
+    context: int
+    """Tokens in the cache."""
+    batch: int
+    runs: int
+    dense_seconds: float
+    """A step of the best dense variant, and which one it is."""
+    dense_variant: str
+    sparse_seconds: float
+    sparse_variant: str
+    gain: float
+    dense_bytes: int
+    """Bytes of weights and cache that a step has to read."""
+    sparse_bytes: int
+    allowed_gain: float
+    """What the bytes allow: dense bytes over sparse bytes."""
+    read_bandwidth: float
+    """Bytes a second of a plain read, measured here."""
+    kernel: str
+    parity_error: float
+    """Relative RMS difference of the logits from those of the reference."""
+    variants: dict[str, float] = field(default_factory=dict)
+    """Seconds a step of every variant that was timed."""
+
+
+@torch.inference_mode()
+def benchmark(
+    dense: nn.Module,
+    sparse: nn.Module,
+    ids_BT: Tensor,
+    *,
+    steps: int = 20,
+    runs: int = 7,
+    compile: bool = True,
+) -> SpeedResult:
+    """Times decode steps of both models after the same prompt, which should be real text: it decides what is skipped.
+
+    Args:
+        ids_BT: the prompt, and after its last `steps` tokens are taken off, what the steps are fed.
+        runs: interleaved runs of `steps` steps; the median counts.
+        compile: also time steps under `torch.compile`; the best variant of each model counts. On a GPU every step is
+            captured in a CUDA graph.
+
+    Raises:
+        ParityError: the kernel's logits are not those of the reference.
+    """
+    prompt, fed = ids_BT[:, :-steps], ids_BT[:, -steps:].to(dense.device)
+    error = parity_error(sparse, ids_BT)
+    device = sparse.device
+    modes = {"eager": None}
+    if compile:
+        modes["compiled"] = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
+    decoders = {}
+    for which, model in (("dense", dense), ("sparse", sparse)):
+        for mode, compiled in track(modes.items(), f"preparing {which} steps", total=len(modes)):
+            decoder = Decoder(model, ids_BT.shape[1] + 1, batch=len(ids_BT), compile=compiled)
+            decoder.prefill(prompt)
+            decoder.step(fed[:, :1])  # compiles
+            decoders[f"{which} {mode}"] = decoder
+
+    def run(decoder: Decoder) -> float:
+        decoder.rewind(prompt.shape[1])
+        _wait(device)
+        start = time.perf_counter()
+        for i in range(steps):
+            decoder.step(fed[:, i : i + 1])
+        _wait(device)
+        return (time.perf_counter() - start) / steps
+
+    seconds: dict[str, list[float]] = {name: [] for name in decoders}
+    for _ in track(range(runs + 1), "timing steps"):
+        for name, decoder in decoders.items():
+            seconds[name].append(run(decoder))
+    medians = {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
+    best = {w: min((n for n in medians if n.startswith(w)), key=medians.__getitem__) for w in ("dense", "sparse")}
+    read = {"dense": step_bytes(dense, ids_BT), "sparse": step_bytes(sparse, ids_BT)}
+    return SpeedResult(
+        prompt.shape[1], len(ids_BT), runs, medians[best["dense"]], best["dense"].split()[1], medians[best["sparse"]],
+        best["sparse"].split()[1], medians[best["dense"]] / medians[best["sparse"]], read["dense"], read["sparse"],
+        read["dense"] / read["sparse"], read_bandwidth(device), kernel_name(device), error, medians,
+    )  # fmt: skip
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.inference_mode()
+def parity_error(sparse: nn.Module, ids_BT: Tensor) -> float:
+    """Relative RMS difference of a decode step's logits by the kernels from those by the references.
+
+    Raises:
+        ParityError: above `TOLERANCE` for the model's dtype, or not a number.
+    """
+    found = []
+    for by_reference in (False, True):
+        decoder = Decoder(sparse, ids_BT.shape[1])
+        decoder.prefill(ids_BT[:, :-1])
+        with references(sparse) if by_reference else contextlib.nullcontext():
+            found.append(sparse(ids_BT[:, -1:].to(sparse.device), past_key_values=decoder.cache, use_cache=True).logits.double())
+    error = float((found[0] - found[1]).norm() / found[1].norm())
+    if not error <= TOLERANCE[sparse.dtype]:
+        raise ParityError(
+            f"the {kernel_name(sparse.device)} kernel differs from its reference by {error:.1e} (relative RMS of the logits), "
+            f"more than {TOLERANCE[sparse.dtype]:.0e}. Nothing is timed. Please report this with the model and machine."
+        )
+    return error
+
+
+@torch.inference_mode()
+def step_bytes(model: nn.Module, ids_BT: Tensor) -> int:
+    """Bytes that one decode step after `ids_BT` reads: weights (what is skipped left out), thresholds, and the cache.
+
+    A neuron counts if any sequence of the batch keeps it. Embedding rows are too few to count.
+    """
+    read = {}
+    modules = sparse_mlps(model)
+    handles = [
+        module.register_forward_pre_hook(lambda m, args: read.__setitem__(m, m.bytes_read(args[0].flatten(0, -2))))
+        for module in modules.values()
+    ]
+    decoder = Decoder(model, ids_BT.shape[1])
+    decoder.prefill(ids_BT[:, :-1])
+    try:
+        model(ids_BT[:, -1:].to(model.device), past_key_values=decoder.cache, use_cache=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    inside = {id(p) for module in modules.values() for p in module.parameters()}
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    rest = sum(
+        p.nbytes for p in model.parameters() if id(p) not in inside and (p is head or p is not embedding)
+    )  # a tied head is read whole, an untied embedding is not
+    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in decoder.cache.layers)
+    return rest + sum(read.values()) + cache

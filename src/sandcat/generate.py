@@ -73,16 +73,19 @@ class Decoder:
         with torch.cuda.stream(stream):
             for _ in range(3):
                 self.forward(self.ids_B1)
-                self._rewind()
+                self.rewind(self.length)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits = self.forward(self.ids_B1)
-        self._rewind()
+        self.rewind(self.length)
 
-    def _rewind(self) -> None:
+    @torch.inference_mode()
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens."""
+        self.length = length
         for layer in self.cache.layers:
-            layer.cumulative_length.fill_(self.length)
+            layer.cumulative_length.fill_(length)
 
 
 def sample(

@@ -9,7 +9,6 @@ from torch import nn
 from sandcat import calibrate, hub
 from sandcat.architectures import ModelView
 from sandcat.data import Text, load_text
-from sandcat.layers.mlp import SparseMLP
 from sandcat.method import Method, Tensors
 from sandcat.plan import Plan, check, parse_recipe
 
@@ -67,8 +66,3 @@ def apply(view: ModelView, plan: Plan, tensors: dict[str, Tensors]) -> None:
         module.pack()
         module.train(site.module.training)
         view.replace(site, module)
-
-
-def sparse_mlps(model: nn.Module) -> dict[str, SparseMLP]:
-    """The sparse MLPs of a model by their names, in order; empty for a dense model."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SparseMLP)}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sandcat.architectures import Site
-from sandcat.ops.sparse_mlp import MAX_TOKENS, PROMPT_CHUNK, reference, sparse_mlp
+from sandcat.ops.sparse_mlp import ACTIVATIONS, MAX_TOKENS, PROMPT_CHUNK, reference, sparse_mlp
 
 
 class SparseMLP(nn.Module):
@@ -27,6 +30,7 @@ class SparseMLP(nn.Module):
             self.add_module(name, getattr(site.module, name))
         self.activation = activation or site.activation
         self.dense_prompt = dense_prompt
+        self.by_reference = False
         down = self.down.weight
         self.register_buffer("threshold", torch.zeros(down.shape[1], dtype=down.dtype, device=down.device))
 
@@ -62,7 +66,7 @@ class SparseMLP(nn.Module):
         (gate, gate_bias), (up, up_bias), down = self.gate(), self.up(), self.down
         args = (gate, up, down.weight.t(), threshold, self.activation, gate_bias, up_bias, down.bias)
         x_TH = x.reshape(-1, x.shape[-1])
-        if x_TH.shape[0] <= MAX_TOKENS:
+        if x_TH.shape[0] <= MAX_TOKENS and not self.by_reference:
             y_TH = sparse_mlp(x_TH, *args).to(x.dtype)
         else:
             y_TH = torch.cat([reference(chunk, *args).to(x.dtype) for chunk in x_TH.split(PROMPT_CHUNK)])
@@ -70,13 +74,35 @@ class SparseMLP(nn.Module):
 
     def activations(self, x_TH: Tensor) -> Tensor:
         """a = activation(gate(x)), [T, I]: what the thresholds are compared with."""
-        from sandcat.ops.sparse_mlp import ACTIVATIONS
-
         return ACTIVATIONS[self.activation](F.linear(x_TH, *self.gate()))
 
     def kept(self, x_TH: Tensor) -> Tensor:
         """Which neurons each token keeps, bool [T, I]."""
         return ~(self.activations(x_TH).abs() <= self.threshold)
 
+    def bytes_read(self, x_TH: Tensor) -> int:
+        """Bytes of weights that the kernels read for these tokens: the gate, and the rows that any token keeps."""
+        (gate, _), (up, _), down = self.gate(), self.up(), self.down
+        rows = int(self.kept(x_TH).any(0).sum())
+        small = [p for p in self.parameters() if p.dim() == 1] + [self.threshold]
+        return gate.nbytes + rows * (up[0].nbytes + down.weight[:, 0].numel() * down.weight.element_size()) + sum(t.nbytes for t in small)
+
     def extra_repr(self) -> str:
         return f"activation={self.activation}, dense_prompt={self.dense_prompt}"
+
+
+@contextmanager
+def references(model: nn.Module) -> Iterator[None]:
+    """Within this context the sparse MLPs run their torch reference instead of the kernels."""
+    for module in sparse_mlps(model).values():
+        module.by_reference = True
+    try:
+        yield
+    finally:
+        for module in sparse_mlps(model).values():
+            module.by_reference = False
+
+
+def sparse_mlps(model: nn.Module) -> dict[str, SparseMLP]:
+    """The sparse MLPs of a model by their names, in order; empty for a dense model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseMLP)}

@@ -184,8 +184,18 @@ def up_down_config(hidden: int, itemsize: int, multiprocessors: int) -> dict:
     }
 
 
+def rows_config(itemsize: int) -> dict:
+    """Neurons and columns that `_gate_tokens` and `_up_tokens` multiply at a time."""
+    return {"TOKENS": TOKENS, "ROWS": 16, "BLOCK": 512 // itemsize, "num_warps": 4}
+
+
+def columns_config(itemsize: int) -> dict:
+    """Neurons and columns that `_down_tokens` multiplies at a time."""
+    return {"TOKENS": TOKENS, "ROWS": 32, "BLOCK": 256 // itemsize, "num_warps": 4}
+
+
 @sparse_mlp.register_kernel("cuda")
-def _(
+def launch(
     x_TH: Tensor,
     gate_IH: Tensor,
     up_IH: Tensor,
@@ -218,13 +228,13 @@ def _(
             a_nT = torch.empty(I, TOKENS, dtype=torch.float32, device=device)
             h_nT = torch.empty(I, TOKENS, dtype=gate.dtype, device=device)
             keep_n = torch.empty(I, dtype=torch.int32, device=device)
-            shape = {"TOKENS": TOKENS, "ROWS": 16, "BLOCK": 1024 // itemsize // 2, "num_warps": 4}
+            shape = rows_config(itemsize)
             grid = (triton.cdiv(I, shape["ROWS"]),)
             _gate_tokens[grid](
                 x, gate, gate_bias_I, threshold, count, list_n, a_nT, keep_n, T, I, H, CODE=code, **shape
             )
             _up_tokens[grid](x, up, up_bias_I, count, list_n, a_nT, keep_n, h_nT, T, H, **shape)
-            shape = {"TOKENS": TOKENS, "ROWS": 32, "BLOCK": 256 // itemsize, "num_warps": 4}
+            shape = columns_config(itemsize)
             columns = triton.cdiv(H, shape["BLOCK"])
             splits = max(1, 4 * _multiprocessors(device) // columns)
             _down_tokens[(columns, splits)](h_nT, down, count, list_n, y_TH, T, H, SPLITS=splits, **shape)

@@ -1,0 +1,190 @@
+"""Quality: the sparse model beside the dense one, on the same text, with every token computed sparsely."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sandcat.data import Text
+from sandcat.layers.mlp import SparseMLP, sparse_mlps
+from sandcat.plan import Plan
+from sandcat.progress import track
+
+WINDOW = 1024
+"""Tokens in an evaluation window; every token but the first of each window is scored."""
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """Dense against sparse on one text. Errors are standard errors over windows."""
+
+    source: str
+    sha256: str
+    tokens: int
+    """Tokens scored."""
+    window: int
+    dense_perplexity: float
+    sparse_perplexity: float
+    ratio: float
+    """Sparse perplexity over dense."""
+    ratio_error: float
+    kl: float
+    """Mean KL divergence of the sparse next-token distribution from the dense one, in nats."""
+    kl_error: float
+    agreement: float
+    """Share of positions where both models' likeliest next token is the same."""
+    agreement_error: float
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """Neurons dropped at one site: asked for, reached in calibration, and reached on the evaluation text."""
+
+    site: str
+    layer: int
+    target: float | None
+    calibrated: float | None
+    realised: float
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How |a| is distributed at one site, in bins of equal width in log10: counts of kept and of dropped neurons."""
+
+    site: str
+    layer: int
+    log10_edges: list[float]
+    kept: list[int]
+    dropped: list[int]
+    threshold_low: float
+    """10th, 50th and 90th percentile of the per-neuron thresholds (all one with score=activation)."""
+    threshold: float
+    threshold_high: float
+
+
+@torch.inference_mode()
+def evaluate_text(dense: nn.Module, sparse: nn.Module, text: Text) -> tuple[TextResult, dict[str, float]]:
+    """Perplexity of both models, KL and agreement; and the share of neurons dropped at each site.
+
+    Args:
+        dense, sparse: models with one vocabulary; they may be on different devices.
+        text: windows of token ids, as `data.load_text` gives them.
+    """
+    losses: list[tuple[float, float]] = []
+    divergences: list[float] = []
+    agreements: list[float] = []
+    with every_token_sparse(sparse), counting_dropped(sparse) as dropped:
+        for ids_L in track(text.ids_NL, f"evaluating on {text.source}"):
+            target = ids_L[1:]
+            log_p = _log_probabilities(dense, ids_L)
+            log_q = _log_probabilities(sparse, ids_L).to(log_p.device)
+            pick = target.to(log_p.device)[:, None]
+            losses.append((-float(log_p.gather(1, pick).double().mean()), -float(log_q.gather(1, pick).double().mean())))
+            divergences.append(float(F.kl_div(log_q, log_p, reduction="sum", log_target=True)) / len(target))
+            agreements.append(float((log_p.argmax(-1) == log_q.argmax(-1)).float().mean()))
+        realised = {name: counts[0] / max(1, counts[1]) for name, counts in dropped.items()}
+    loss = torch.tensor(losses, dtype=torch.float64)
+    (dense_loss, sparse_loss), change = loss.mean(0).tolist(), mean_and_error(loss[:, 1] - loss[:, 0])
+    kl, agreement = mean_and_error(torch.tensor(divergences)), mean_and_error(torch.tensor(agreements))
+    ratio = math.exp(change[0])
+    result = TextResult(
+        text.source, text.sha256, len(losses) * (text.ids_NL.shape[1] - 1), text.ids_NL.shape[1],
+        math.exp(dense_loss), math.exp(sparse_loss), ratio, ratio * change[1], *kl, *agreement,
+    )  # fmt: skip
+    return result, realised
+
+
+def _log_probabilities(model: nn.Module, ids_L: Tensor) -> Tensor:
+    logits = model(ids_L[None].to(model.device), use_cache=False).logits[0, :-1]
+    return logits.float().log_softmax(-1)
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean and its standard error (0 for a single value, whose spread is unknown)."""
+    error = float(values.double().std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
+    return float(values.double().mean()), error
+
+
+@contextmanager
+def every_token_sparse(model: nn.Module) -> Iterator[None]:
+    """Within this context prompts are computed sparsely too, so that a whole text measures what decoding would give."""
+    changed = [module for module in sparse_mlps(model).values() if module.dense_prompt]
+    for module in changed:
+        module.dense_prompt = False
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.dense_prompt = True
+
+
+@contextmanager
+def counting_dropped(model: nn.Module) -> Iterator[dict[str, list[int]]]:
+    """Within this context every forward adds [neurons dropped, neurons in all] to the site's entry."""
+    counts: dict[str, list[int]] = {}
+    handles = []
+    for name, module in sparse_mlps(model).items():
+        counts[name] = [0, 0]
+
+        def count(module: SparseMLP, args: tuple, entry: list[int] = counts[name]) -> None:
+            kept = module.kept(args[0].flatten(0, -2))
+            entry[0] += kept.numel() - int(kept.sum())
+            entry[1] += kept.numel()
+
+        handles.append(module.register_forward_pre_hook(count))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layer_sparsity(plan: Plan, realised: dict[str, float]) -> list[LayerSparsity]:
+    """Target, calibration and reality of every site of the plan, in the order of layers."""
+    rows = []
+    for step in plan.steps:
+        for site, spec in step.sites.items():
+            layer = next(int(part) for part in site.split(".") if part.isdigit())
+            target = step.method.options().get("sparsity")
+            rows.append(LayerSparsity(site, layer, target, spec.get("sparsity"), realised[site]))
+    return sorted(rows, key=lambda row: row.layer)
+
+
+@torch.inference_mode()
+def histograms(sparse: nn.Module, ids_NL: Tensor, sites: list[str], bins: int = 60) -> list[Histogram]:
+    """The distribution of |a| at some sites over a few windows of text."""
+    modules = sparse_mlps(sparse)
+    low, high = -4.0, 2.0
+    found = {}
+    for name in sites:
+        found[name] = torch.zeros(2, bins, dtype=torch.long)
+
+        def count(module: SparseMLP, args: tuple, entry: Tensor = found[name]) -> None:
+            a_TI = module.activations(args[0].flatten(0, -2)).abs()
+            kept = ~(a_TI <= module.threshold)
+            position = ((a_TI.float().log10() - low) / (high - low) * bins).nan_to_num(0, bins - 1, 0)
+            index = position.long().clamp(0, bins - 1)
+            for row, which in enumerate((kept, ~kept)):
+                entry[row] += torch.bincount(index[which], minlength=bins).cpu()
+
+        found[name] = (found[name], modules[name].register_forward_pre_hook(count))
+    try:
+        for ids_L in ids_NL:
+            sparse(ids_L[None].to(sparse.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for _, handle in found.values():
+            handle.remove()
+    edges = torch.linspace(low, high, bins + 1).tolist()
+    rows = []
+    for name, (counts, _) in found.items():
+        layer = next(int(part) for part in name.split(".") if part.isdigit())
+        t = modules[name].threshold.float().clamp(min=0).cpu()
+        percentiles = t.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+        rows.append(Histogram(name, layer, edges, counts[0].tolist(), counts[1].tolist(), *percentiles))
+    return rows

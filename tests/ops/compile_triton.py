@@ -1,0 +1,60 @@
+"""Compiles the Triton kernels for a GPU that need not be here, and prints registers and spilled bytes of each.
+
+    python tests/ops/compile_triton.py [compute capability, default 90]
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+import sandcat.ops.triton.sparse_mlp as kernels
+
+TYPES = {
+    "x": "*{0}", "gate": "*{0}", "up": "*{0}", "down": "*{0}", "bias": "*{0}", "threshold": "*{0}", "h_nT": "*{0}",
+    "count": "*i32", "list_n": "*i32", "keep_n": "*i32", "a_n": "*fp32", "a_nT": "*fp32", "y": "*fp32",
+    "I": "i32", "H": "i32", "T": "i32",
+}  # fmt: skip
+
+
+def check(kernel, dtype: str, capability: int, **constants) -> str:
+    """Registers a thread and bytes spilled, of one kernel for one dtype."""
+    warps = constants.pop("num_warps")
+    signature = {name: TYPES[name].format(dtype) if name in TYPES else "constexpr" for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()})
+    built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
+        file.write(built.asm["ptx"].encode())
+        file.flush()
+        arch = f"sm_{capability}{'a' if capability == 90 else ''}"
+        said = subprocess.run(
+            [ptxas, "-v", f"-arch={arch}", file.name, "-o", "/dev/null"], capture_output=True, text=True, check=True
+        ).stderr
+    registers = next(w for line in said.splitlines() if "Used" in line for w in [line.split("Used ")[1].split()[0]])
+    spilled = [line.strip().split(",")[1].strip() for line in said.splitlines() if "spill stores" in line]
+    return f"{kernel.fn.__name__:14} {dtype} hidden {constants.get('BLOCK'):5} {registers:>4} registers, {spilled[-1]}"
+
+
+def main(capability: int) -> None:
+    for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+        for hidden in (576, 2048, 4096, 8192):
+            gate = kernels.gate_config(hidden, itemsize)
+            print(check(kernels._gate, dtype, capability, CODE=0, **gate))
+            print(check(kernels._up_down, dtype, capability, **kernels.up_down_config(hidden, itemsize, 132)))
+        for kernel, config in zip(
+            (kernels._gate_tokens, kernels._up_tokens, kernels._down_tokens),
+            (kernels.rows_config(itemsize), kernels.rows_config(itemsize), kernels.columns_config(itemsize)),
+            strict=True,
+        ):
+            extra = {"CODE": 2} if kernel is kernels._gate_tokens else {}
+            extra |= {"SPLITS": 16} if kernel is kernels._down_tokens else {}
+            print(check(kernel, dtype, capability, **config, **extra))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 90)
