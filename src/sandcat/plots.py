@@ -1,0 +1,165 @@
+"""The plots of a report: inline SVG, legible on light and on dark paper, with nothing to fetch.
+
+Text and axes are drawn in `INK`, which becomes the page's own text colour; series have colours of middle lightness.
+matplotlib is imported when the first plot is drawn, and its global settings stay as they are.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from sandcat.benchmark import SpeedResult
+    from sandcat.evaluate import Histogram, LayerSparsity
+    from sandcat.report import CurvePoint
+
+INK = "#010203"
+DENSE = "#75869a"
+SPARSE = "#bb8026"
+SERIES = (SPARSE, "#4d8f8b", "#a9607a", DENSE)
+WIDTH = 5.4
+"""Inches at 72 points: small enough that the text stays readable on a phone."""
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "sandcat",
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.unicode_minus": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+
+
+def _svg(height: float, description: str, draw: Callable[[Axes], None]) -> Markup:
+    """An SVG element with `description` for those who cannot see it. `height` in inches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        canvas = Figure(figsize=(WIDTH, height), layout="constrained")
+        draw(canvas.add_subplot())
+        out = io.StringIO()
+        canvas.savefig(out, format="svg", transparent=True)
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace("xlink:href", "href")
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    head = Markup('<svg role="img" aria-label="{}"').format(description)
+    return Markup(re.sub(r'<svg|\sxmlns(:\w+)?="[^"]*"', lambda m: head if m[0] == "<svg" else "", svg, count=3))
+
+
+def roofline(speed: SpeedResult) -> Markup:
+    """Measured ms a step, and within each bar the floor: the time that reading its bytes takes."""
+    names = ("sparse", "dense")
+    measured = [1e3 * s for s in (speed.sparse_seconds, speed.dense_seconds)]
+    floor = [1e3 * b / speed.read_bandwidth for b in (speed.sparse_bytes, speed.dense_bytes)]
+
+    def draw(axes: Axes) -> None:
+        for y, (taken, least, colour) in enumerate(zip(measured, floor, (SPARSE, DENSE), strict=True)):
+            axes.barh(y, taken, 0.56, color=colour, alpha=0.38)
+            axes.barh(y, least, 0.56, color=colour)
+            text = f"{taken:.3g} ms, floor {least:.3g} ms"
+            axes.annotate(text, (max(taken, least), y), (5, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(2), names)
+        axes.set_xlim(0, 1.62 * max(measured + floor))
+        axes.set_xlabel("ms a token" if speed.batch == 1 else "ms a step")
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+
+    return _svg(1.55, f"Time of a step after {speed.context} tokens at batch {speed.batch}, against its floor", draw)
+
+
+def sparsity(rows: list[LayerSparsity]) -> Markup:
+    """Per cent of neurons dropped in each layer: target, calibration, evaluation text."""
+
+    def per_cent(name: str) -> list[float]:
+        return [math.nan if (value := getattr(row, name)) is None else 100 * value for row in rows]
+
+    def draw(axes: Axes) -> None:
+        layers = [row.layer for row in rows]
+        series = (("target", "_", INK, 9), ("calibrated", "o", DENSE, 6.5), ("realised", ".", SPARSE, 8))
+        for name, marker, colour, width in series:
+            values = per_cent(name)
+            if not all(map(math.isnan, values)):
+                hollow = {"markerfacecolor": "none"} if name == "calibrated" else {}
+                axes.plot(layers, values, marker, color=colour, markersize=width, label=name, **hollow)
+        axes.set_ylim(0, 100)
+        axes.set_xlabel("layer")
+        axes.set_ylabel("% of neurons dropped")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.figure.legend(loc="outside upper center", ncols=3, handletextpad=0.3, columnspacing=1.2)
+
+    return _svg(2.9, "Share of neurons dropped in each layer", draw)
+
+
+def activations(histogram: Histogram) -> Markup:
+    """|a| of one layer on a log10 axis, kept over dropped, with the median threshold and its 10th to 90th percentile."""
+    from matplotlib.ticker import FuncFormatter, MultipleLocator
+
+    counts = [kept + dropped for kept, dropped in zip(histogram.kept, histogram.dropped, strict=True)]
+    scale = 100 / max(1, sum(counts))
+    dropped, both = [scale * n for n in histogram.dropped], [scale * n for n in counts]
+    edges = histogram.log10_edges
+
+    def draw(axes: Axes) -> None:
+        axes.stairs(dropped, edges, fill=True, color=DENSE, label="dropped")
+        axes.stairs(both, edges, baseline=dropped, fill=True, color=SPARSE, label="kept")
+        if histogram.threshold > 0:
+            low, middle, high = (
+                math.log10(max(10 ** edges[0], t))
+                for t in (histogram.threshold_low, histogram.threshold, histogram.threshold_high)
+            )
+            axes.axvline(middle, color=INK, linewidth=1.2, label="threshold")
+            if high > low:
+                axes.axvspan(low, high, color=INK, alpha=0.16, linewidth=0, label="10 to 90 %")
+        last = max((i for i, n in enumerate(counts) if n), default=len(counts) - 1)
+        axes.set_xlim(edges[0], edges[last + 1])
+        axes.xaxis.set_major_locator(MultipleLocator(1))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{10**x:g}"))
+        axes.set_xlabel("|a|")
+        axes.set_ylabel("% a bin")
+        axes.figure.legend(loc="outside upper center", ncols=4, handlelength=1.1, handletextpad=0.4, columnspacing=1)
+
+    return _svg(2.7, f"Distribution of activations in layer {histogram.layer}", draw)
+
+
+def curve(points: list[CurvePoint]) -> Markup:
+    """Perplexity ratio with its standard error against sparsity, one line for each recipe that differs in more."""
+    from matplotlib.ticker import FuncFormatter
+
+    lines: dict[str, list[CurvePoint]] = {}
+    for point in sorted(points, key=lambda p: p.sparsity):
+        lines.setdefault(re.sub(r"\bsparsity=[^,\s]*,?", "", point.recipe).rstrip(":,"), []).append(point)
+
+    def draw(axes: Axes) -> None:
+        for i, (name, line) in enumerate(lines.items()):
+            x, y = [100 * p.sparsity for p in line], [p.perplexity_ratio for p in line]
+            errors = [p.ratio_error for p in line]
+            colour = SERIES[i % len(SERIES)]
+            axes.errorbar(x, y, errors, color=colour, marker="o", markersize=4, capsize=2.5, linewidth=1.4,
+                          label=name.replace("$", r"\$"))  # fmt: skip
+        axes.axhline(1, color=INK, linewidth=0.7)
+        if max((p.perplexity_ratio for p in points if math.isfinite(p.perplexity_ratio)), default=1) > 3:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
+        axes.set_xlabel("% of neurons dropped")
+        axes.set_ylabel("perplexity over dense")
+        axes.legend(loc="upper left")
+
+    return _svg(3.0, "Perplexity over dense against sparsity", draw)
