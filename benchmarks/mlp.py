@@ -34,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     device, dtype = pick_device(options.device), pick_dtype(options.dtype)
     gpu = device.type == "cuda"
-    H, I = options.hidden or (4096 if gpu else 2048), options.neurons or (14336 if gpu else 8192)  # noqa: E741
+    H, I = options.hidden or (4096 if gpu else 2048), options.neurons or (14336 if gpu else 8192)
     copies = options.copies or (6 if gpu else 8)
     torch.manual_seed(0)
 
@@ -45,21 +45,25 @@ def main() -> None:
     layers = [weights() for _ in range(copies)]
     bandwidth = read_bandwidth(device)
     name = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}; read bandwidth {bandwidth / 1e9:.0f} GB/s; MLP {H} x {I}, {dtype}, {copies} copies")
+    print(f"{name}, torch {torch.__version__}; read bandwidth {bandwidth / 1e9:.0f} GB/s")
+    print(f"MLP {H} x {I}, {dtype}, {copies} copies in turn")
     print(f"kernel: {kernel_name(device)}")
-    print(f"{'tokens':>6} {'sparsity':>8} {'union':>6} {'dense us':>9} {'sparse us':>9} {'gain':>6} {'bytes allow':>11} {'GB/s':>6} {'of read':>8} {'error':>8}")
+    print("tokens sparsity  union  dense us sparse us   gain bytes allow   GB/s  of read    error")
 
     @torch.inference_mode()
     def measure(tokens: int, sparsity: float) -> None:
         x = torch.randn(tokens, H, device=device).to(dtype)
-        thresholds = [
-            torch.full((I,), F.silu(F.linear(x, gate)).float().abs().flatten()[: 2**24].quantile(sparsity).item() if sparsity else -1.0,
-                       device=device).to(dtype)
-            for gate, *_ in layers
-        ]  # fmt: skip
+        thresholds = []
+        for gate, *_ in layers:
+            a = F.silu(F.linear(x, gate)).float().abs().flatten()
+            level = float(a[: 2**24].quantile(sparsity)) if sparsity else -1.0
+            thresholds.append(torch.full((I,), level, device=device).to(dtype))
         error, union = 0.0, 0.0
         for (gate, up, down, _), threshold in zip(layers, thresholds, strict=True):
-            found, want = sparse_mlp(x, gate, up, down, threshold, "silu"), reference(x, gate, up, down, threshold, "silu")
+            found, want = (
+                sparse_mlp(x, gate, up, down, threshold, "silu"),
+                reference(x, gate, up, down, threshold, "silu"),
+            )
             error = max(error, float((found - want).norm() / want.norm()))
             union += float((F.silu(F.linear(x, gate)).abs() > threshold).any(0).float().mean()) / copies
         limit = 1e-5 if dtype == torch.float32 else 1e-2

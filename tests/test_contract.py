@@ -139,7 +139,7 @@ def test_realised_sparsity_on_the_calibration_text(family):
         dropped = {}
         for name, module in sparse_mlps(sparse).items():
 
-            def count(module, args, name=name):
+            def count(module, args, name=name, dropped=dropped):
                 dropped[name] = 1 - float(module.kept(args[0][:, FIRST_POSITIONS:].flatten(0, 1)).float().mean())
 
             module.register_forward_pre_hook(count)

@@ -1,10 +1,11 @@
 """sandcat: a pretrained language model that reads, for each token, only the weights it needs."""
 
 from sandcat.errors import SandcatError
-from sandcat.hub import load, save
+from sandcat.hub import load
 from sandcat.method import Method
 from sandcat.methods import METHODS
 from sandcat.plan import Plan, parse
+from sandcat.save import save
 from sandcat.sparsify import sparsify
 
 __version__ = "0.1.0"

@@ -83,8 +83,8 @@ class ModelView:
         if model_type not in ARCHITECTURES:
             raise UnsupportedModel(
                 f"model_type {model_type!r} is not supported. Known: {', '.join(sorted(ARCHITECTURES))}. If it has a "
-                f"gated MLP, act(gate(x)) * up(x) -> down, add the row {model_type!r}: Architecture(...) to ARCHITECTURES "
-                "in sandcat/architectures.py."
+                f"gated MLP, act(gate(x)) * up(x) -> down, add the row {model_type!r}: Architecture(...) to "
+                "ARCHITECTURES in sandcat/architectures.py."
             )
         self.architecture = ARCHITECTURES[model_type]
         self.text_config = self.config.get_text_config()

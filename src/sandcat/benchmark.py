@@ -1,4 +1,4 @@
-"""Speed: seconds and bytes a token, dense and sparse in pairs, interleaved. Refuses to time what fails its parity check."""
+"""Speed: seconds and bytes a token, dense beside sparse, interleaved. What fails its parity check is not timed."""
 
 from __future__ import annotations
 
@@ -173,12 +173,15 @@ def parity_error(sparse: nn.Module, ids_BT: Tensor) -> float:
         decoder = Decoder(sparse, ids_BT.shape[1])
         decoder.prefill(ids_BT[:, :-1])
         with references(sparse) if by_reference else contextlib.nullcontext():
-            found.append(sparse(ids_BT[:, -1:].to(sparse.device), past_key_values=decoder.cache, use_cache=True).logits.double())
+            found.append(
+                sparse(ids_BT[:, -1:].to(sparse.device), past_key_values=decoder.cache, use_cache=True).logits.double()
+            )
     error = float((found[0] - found[1]).norm() / found[1].norm())
     if not error <= TOLERANCE[sparse.dtype]:
         raise ParityError(
-            f"the {kernel_name(sparse.device)} kernel differs from its reference by {error:.1e} (relative RMS of the logits), "
-            f"more than {TOLERANCE[sparse.dtype]:.0e}. Nothing is timed. Please report this with the model and machine."
+            f"the {kernel_name(sparse.device)} kernel differs from its reference by {error:.1e} (relative RMS "
+            f"of the logits), more than {TOLERANCE[sparse.dtype]:.0e}. Nothing is timed. Please report this with the model and "
+            "the machine."
         )
     return error
 
@@ -202,11 +205,12 @@ def step_bytes(model: nn.Module, ids_BT: Tensor) -> int:
     finally:
         for handle in handles:
             handle.remove()
-    inside = {id(p) for module in modules.values() for p in module.parameters()}
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings().weight
-    rest = sum(
-        p.nbytes for p in model.parameters() if id(p) not in inside and (p is head or p is not embedding)
-    )  # a tied head is read whole, an untied embedding is not
+    inside = {p for module in modules.values() for p in module.parameters()}
     cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in decoder.cache.layers)
-    return rest + sum(read.values()) + cache
+    return read_bytes(model) - sum(p.nbytes for p in inside) + sum(read.values()) + cache
+
+
+def read_bytes(model: nn.Module) -> int:
+    """Bytes of weights that a dense step reads: all, but of an embedding table only if it is the output head too."""
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return sum(p.nbytes for p in model.parameters() if p is head or p is not table)

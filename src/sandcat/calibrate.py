@@ -81,7 +81,7 @@ def _restored(view: ModelView, sites: list[tuple[Method, Site]]) -> Iterator[Non
 
 
 def _first_states(view: ModelView, text: Text) -> tuple[list[Tensor], list[dict]]:
-    """What enters the first layer for each batch, and each layer's other arguments, from one row: they fit any batch."""
+    """What enters the first layer for each batch, and each layer's other arguments: one row's, which fit any batch."""
     states: list[Tensor] = []
     kwargs: list[dict] = []
 

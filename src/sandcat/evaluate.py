@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sandcat.data import Text
 from sandcat.layers.mlp import SparseMLP, sparse_mlps
-from sandcat.plan import Plan
+from sandcat.plan import Plan, layer_of
 from sandcat.progress import track
 
 WINDOW = 1024
@@ -85,7 +85,9 @@ def evaluate_text(dense: nn.Module, sparse: nn.Module, text: Text) -> tuple[Text
             log_p = _log_probabilities(dense, ids_L)
             log_q = _log_probabilities(sparse, ids_L).to(log_p.device)
             pick = target.to(log_p.device)[:, None]
-            losses.append((-float(log_p.gather(1, pick).double().mean()), -float(log_q.gather(1, pick).double().mean())))
+            losses.append(
+                (-float(log_p.gather(1, pick).double().mean()), -float(log_q.gather(1, pick).double().mean()))
+            )
             divergences.append(float(F.kl_div(log_q, log_p, reduction="sum", log_target=True)) / len(target))
             agreements.append(float((log_p.argmax(-1) == log_q.argmax(-1)).float().mean()))
         realised = {name: counts[0] / max(1, counts[1]) for name, counts in dropped.items()}
@@ -150,9 +152,8 @@ def layer_sparsity(plan: Plan, realised: dict[str, float]) -> list[LayerSparsity
     rows = []
     for step in plan.steps:
         for site, spec in step.sites.items():
-            layer = next(int(part) for part in site.split(".") if part.isdigit())
             target = step.method.options().get("sparsity")
-            rows.append(LayerSparsity(site, layer, target, spec.get("sparsity"), realised[site]))
+            rows.append(LayerSparsity(site, layer_of(site), target, spec.get("sparsity"), realised[site]))
     return sorted(rows, key=lambda row: row.layer)
 
 
@@ -183,8 +184,7 @@ def histograms(sparse: nn.Module, ids_NL: Tensor, sites: list[str], bins: int = 
     edges = torch.linspace(low, high, bins + 1).tolist()
     rows = []
     for name, (counts, _) in found.items():
-        layer = next(int(part) for part in name.split(".") if part.isdigit())
         t = modules[name].threshold.float().clamp(min=0).cpu()
         percentiles = t.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
-        rows.append(Histogram(name, layer, edges, counts[0].tolist(), counts[1].tolist(), *percentiles))
+        rows.append(Histogram(name, layer_of(name), edges, counts[0].tolist(), counts[1].tolist(), *percentiles))
     return rows

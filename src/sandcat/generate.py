@@ -1,4 +1,4 @@
-"""The decode loop: a static cache, a step that is compiled and captured in a CUDA graph, and tokens out as they come."""
+"""The decode loop: a static cache, a step that is compiled and captured in a CUDA graph, and tokens as they come."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class Decoder:
     def prefill(self, ids_BT: Tensor) -> Tensor:
         """Reads a prompt into the empty cache; the logits [B, vocabulary] of its last token."""
         if ids_BT.shape[1] > self.max_length:
-            raise DataError(f"the prompt has {ids_BT.shape[1]} tokens, more than the {self.max_length} that were set aside.")
+            raise DataError(
+                f"the prompt has {ids_BT.shape[1]} tokens, more than the {self.max_length} that were set aside."
+            )
         if self.length:
             self.cache.reset()
         ids_BT = ids_BT.to(self.model.device)
@@ -163,8 +165,8 @@ def generate(
     """
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise DataError(
-            f"temperature={temperature}, top_k={top_k}, top_p={top_p}, max_new_tokens={max_new_tokens}: temperature and "
-            "top_k must be at least 0, top_p in (0, 1], max_new_tokens at least 1."
+            f"temperature={temperature}, top_k={top_k}, top_p={top_p}, max_new_tokens={max_new_tokens}: temperature "
+            "and top_k must be at least 0, top_p in (0, 1], max_new_tokens at least 1."
         )
     ids_BT = encode(tokenizer, prompt, chat=chat)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", ids_BT.shape[1] + max_new_tokens)

@@ -41,7 +41,9 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            object.__setattr__(self, f.name, coerce(self.name, f.name, field_type(type(self), f.name), getattr(self, f.name)))
+            object.__setattr__(
+                self, f.name, coerce(self.name, f.name, field_type(type(self), f.name), getattr(self, f.name))
+            )
         self.chosen_layers(0)
 
     def chosen_layers(self, count: int) -> set[int]:
@@ -56,8 +58,8 @@ class Method(ABC):
                 chosen = set(range(count)[slice(*(int(p) if p.strip() else None for p in parts))])
             except ValueError:
                 raise BadRecipe(
-                    f'{self.name}: layers={self.layers!r} is neither "all" nor a slice such as "4:28" nor a list such as '
-                    "[0,2,5]."
+                    f'{self.name}: layers={self.layers!r} is neither "all" nor a slice such as "4:28" nor a list such '
+                    "as [0,2,5]."
                 ) from None
             return chosen
         return {i + count if i < 0 else i for i in self.layers}
@@ -72,8 +74,8 @@ class Method(ABC):
         chosen = self.chosen_layers(count)
         if not chosen or not chosen <= set(range(count)):
             raise NothingMatched(
-                f"{self.name}: layers={self.layers!r} selects {sorted(chosen) or 'nothing'}, but the model has layers 0 "
-                f"to {count - 1}."
+                f"{self.name}: layers={self.layers!r} selects {sorted(chosen) or 'nothing'}, but the model has layers "
+                f"0 to {count - 1}."
             )
         return [site for site in view.mlps() if site.layer in chosen]
 
@@ -83,7 +85,7 @@ class Method(ABC):
 
     @abstractmethod
     def build(self, site: Site, spec: Spec) -> nn.Module:
-        """The module that replaces the site's, sharing its weights; works on the meta device. Loading runs only this."""
+        """The module that replaces the site's, sharing its weights; works on the meta device. All that loading runs."""
 
     def fill(self, module: nn.Module, tensors: Tensors) -> None:
         """Puts what `decide` found into what `build` laid out. Never runs when loading."""
@@ -94,7 +96,11 @@ class Method(ABC):
         return {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in fields(self)}
 
     def __str__(self) -> str:
-        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        changed = [
+            f"{f.name}={value}".replace(" ", "")
+            for f, value in zip(fields(self), self.options().values(), strict=True)
+            if getattr(self, f.name) != f.default
+        ]
         return ":".join([self.name, ",".join(changed)]) if changed else self.name
 
     @classmethod
@@ -137,7 +143,7 @@ def type_text(kind: Any) -> str:
 
 
 def suggest(word: str, known: list[str]) -> str:
-    """"; did you mean ...?" if something close is known, else a full stop."""
+    """ "; did you mean ...?" if something close is known, else a full stop."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else "."
 
@@ -147,7 +153,9 @@ def coerce(method: str, name: str, kind: Any, value: Any) -> Any:
     if typing.get_origin(kind) is typing.Literal:
         known = list(typing.get_args(kind))
         if value not in known:
-            raise BadRecipe(f"{method}: {name}={value!r} is unknown{suggest(str(value), known)} Known: {', '.join(known)}.")
+            raise BadRecipe(
+                f"{method}: {name}={value!r} is unknown{suggest(str(value), known)} Known: {', '.join(known)}."
+            )
         return value
     try:
         if isinstance(kind, types.UnionType):  # text or a list of whole numbers
@@ -162,4 +170,6 @@ def coerce(method: str, name: str, kind: Any, value: Any) -> Any:
             raise ValueError
         return kind(value)
     except (ValueError, TypeError, KeyError):
-        raise BadRecipe(f"{method}: {name}={value!r} is not {'a' if kind is not int else 'an'} {type_text(kind)}.") from None
+        raise BadRecipe(
+            f"{method}: {name}={value!r} is not {'a' if kind is not int else 'an'} {type_text(kind)}."
+        ) from None

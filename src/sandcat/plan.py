@@ -55,6 +55,13 @@ class Plan:
             "calibration": None if self.calibration is None else asdict(self.calibration),
         }
 
+    def summary(self) -> dict[str, Any]:
+        """`to_json` without what was decided for each site."""
+        data = self.to_json()
+        for method in data["methods"]:
+            method["sites"] = len(method["sites"])
+        return data
+
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
         """
@@ -70,9 +77,15 @@ class Plan:
                 "pip install -U sandcat."
             )
         try:
-            steps = [Step(method_class(m["name"]).from_options(m["options"]), m["sites"]) for m in data["methods"]]
+            steps = [
+                Step(
+                    method_class(m["name"]).from_options(m["options"]),
+                    dict(sorted(m["sites"].items(), key=lambda item: layer_of(item[0]))),  # saved in alphabetical order
+                )
+                for m in data["methods"]
+            ]
             calibration = data["calibration"] and Calibration(**data["calibration"])
-        except (KeyError, TypeError, BadRecipe) as error:
+        except (KeyError, TypeError, AttributeError, StopIteration, BadRecipe) as error:
             raise PlanError(f"the plan in config.json cannot be read: {error}") from error
         return cls(steps, calibration)
 
@@ -86,10 +99,15 @@ class Plan:
         unknown = [name for step in self.steps for name in step.sites if name not in sites]
         if unknown:
             raise PlanError(
-                f"the plan does not fit the model: it names {unknown[0]!r}{f' and {len(unknown) - 1} more' * (len(unknown) > 1)}"
-                f", and the model has {len(view.layers)} layers under {view.architecture.layers!r}."
+                f"the plan does not fit the model: of {sum(len(step.sites) for step in self.steps)} sites it names, "
+                f"the model lacks {len(unknown)}, such as {unknown[0]!r}; it has {len(view.layers)} layers."
             )
         return [(step.method, sites[name], spec) for step in self.steps for name, spec in step.sites.items()]
+
+
+def layer_of(site: str) -> int:
+    """The layer's index in a site's name, "model.layers.3.mlp"."""
+    return next(int(part) for part in site.split(".") if part.isdigit())
 
 
 def method_class(name: str) -> type[Method]:
@@ -139,8 +157,8 @@ def check(methods: list[Method], view: ModelView) -> None:
     """
     if getattr(view.config, "quantization_config", None) is not None:
         raise PlanConflict(
-            "this model already has a plan or is quantised (config.quantization_config is set). Load the dense model "
-            "(sandcat.load(..., dense=True) for a sandcat folder) and give all methods in one recipe."
+            "this model already has a plan or is quantised (quantization_config in its config.json). Start from the "
+            "dense model (sandcat.load(folder, dense=True)), and give all methods in one recipe."
         )
     claimed: dict[tuple[str, str], Method] = {}
     for method in methods:

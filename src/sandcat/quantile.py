@@ -40,7 +40,9 @@ def quantile(a_TI: Sequence[Tensor], weight_I: Tensor, q: float) -> float:
     low = below + count(b[b >> 16 == top] & 0xFFFF for b in map(bits, a_TI))
     bottom = int(torch.searchsorted(low, rank))
     before = int(low[bottom - 1]) if bottom else below
-    if rank - before < int(low[bottom]) - rank:  # ties at t overshoot by more than leaving them all out would fall short
+    if (
+        rank - before < int(low[bottom]) - rank
+    ):  # ties at t overshoot by more than leaving them all out would fall short
         below_t = [s for s in (_largest_below(bits(a), (top << 16) | bottom) for a in a_TI) if s is not None]
         code = max(below_t, default=None)
         if code is None:  # nothing lies below: drop nothing rather than everything

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from sandcat import calibrate, hub
+from sandcat import calibrate
 from sandcat.architectures import ModelView
 from sandcat.data import Text, load_text
 from sandcat.method import Method, Tensors
 from sandcat.plan import Plan, check, parse_recipe
+from sandcat.registration import attach
 
 CALIBRATION_TOKENS = 32_768
 
@@ -54,7 +55,7 @@ def sparsify(
     plan, tensors = calibrate.decide(view, methods, text, sequential=sequential)
     if not dry_run:
         apply(view, plan, tensors)
-        hub.attach(model, plan)
+        attach(model, plan)
     return plan
 
 

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for a GPU that need not be here, and prints registers and spilled bytes of each.
 
-    python tests/ops/compile_triton.py [compute capability, default 90]
+python tests/ops/compile_triton.py [compute capability, default 90]
 """
 
 import subprocess

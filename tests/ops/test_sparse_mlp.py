@@ -25,7 +25,9 @@ def arguments(tokens, hidden, neurons, dtype, device, *, activation="silu", spar
     x = random(tokens, hidden)
     gate, up, down = (random(neurons, hidden, scale=hidden**-0.5) for _ in range(3))
     biases = [random(neurons), random(neurons), random(hidden)] if bias else [None] * 3
-    a = ACTIVATIONS[activation](torch.nn.functional.linear(x.float(), gate.float(), biases[0].float() if bias else None))
+    a = ACTIVATIONS[activation](
+        torch.nn.functional.linear(x.float(), gate.float(), biases[0].float() if bias else None)
+    )
     threshold = (a.abs().quantile(sparsity) * (0.5 + torch.rand(neurons, generator=generator))).to(dtype)
     args = [x, gate, up, down, threshold, activation, *biases]
     return [t.to(device) if isinstance(t, torch.Tensor) else t for t in args]

@@ -80,12 +80,15 @@ class SparseMLP(nn.Module):
         """Which neurons each token keeps, bool [T, I]."""
         return ~(self.activations(x_TH).abs() <= self.threshold)
 
+    def weight_bytes(self, kept: float = 1.0) -> int:
+        """Bytes of weights and thresholds that are read if a share `kept` of the neurons is."""
+        (gate, _), (up, _), down = self.gate(), self.up(), self.down.weight
+        small = [parameter for parameter in self.parameters() if parameter.dim() == 1] + [self.threshold]
+        return gate.nbytes + round(kept * (up.nbytes + down.nbytes)) + sum(t.nbytes for t in small)
+
     def bytes_read(self, x_TH: Tensor) -> int:
-        """Bytes of weights that the kernels read for these tokens: the gate, and the rows that any token keeps."""
-        (gate, _), (up, _), down = self.gate(), self.up(), self.down
-        rows = int(self.kept(x_TH).any(0).sum())
-        small = [p for p in self.parameters() if p.dim() == 1] + [self.threshold]
-        return gate.nbytes + rows * (up[0].nbytes + down.weight[:, 0].numel() * down.weight.element_size()) + sum(t.nbytes for t in small)
+        """Bytes that the kernels read for these tokens: the gate, and the rows that any token keeps."""
+        return self.weight_bytes(float(self.kept(x_TH).any(0).float().mean()))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, dense_prompt={self.dense_prompt}"

@@ -20,7 +20,7 @@ try:
 except ImportError:  # numba has no wheel for this Python or machine: the reference runs, and reports say so
     pass
 if torch.cuda.is_available():
-    import sandcat.ops.triton.sparse_mlp
+    import sandcat.ops.triton.sparse_mlp  # noqa: F401
 
     _KERNELS["cuda"] = "triton"
 

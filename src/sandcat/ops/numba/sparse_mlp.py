@@ -2,8 +2,8 @@
 
 Each thread takes its share of the neurons, 64 at a time: the gate rows stream through once; of the neurons that a
 token keeps, the up and down rows follow, four at once, so that several rows are on their way from memory. A row that no
-token keeps is never touched, and with several tokens a row is read from memory once. Sums are float32; gate, up and their product are rounded to the model's dtype as the
-reference rounds them.
+token keeps is never touched, and with several tokens a row is read from memory once. Sums are float32; gate, up and
+their product are rounded to the model's dtype as the reference rounds them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """CUDA kernels of `sandcat::sparse_mlp`. Shapes: see ops/sparse_mlp.py.
 
-One token: two launches. `_gate` computes a = act(gate(x)) for all neurons and appends the kept ones to a list. `_up_down`
-walks the list, a few neurons at a time: up row . x, times a, times the down row, summed in registers over all of a
-program's neurons, so that the intermediate state never leaves the chip; one atomic add a program and column at the end.
-Several tokens: the same list of all neurons that any token keeps, with tensor-core products for up and for down.
+One token: two launches. `_gate` computes a = act(gate(x)) for all neurons and appends the kept ones to a list.
+`_up_down` walks the list, a few neurons at a time: up row . x, times a, times the down row, summed in registers over
+all of a program's neurons, so that the intermediate state never leaves the chip; one atomic add a program and column at
+the end. Several tokens: the same list of all neurons that any token keeps, with tensor-core products for up and down.
 
 Sums are float32; gate, up and their product are rounded to the model's dtype as the reference rounds them.
 """
@@ -62,7 +62,9 @@ def _gate(
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, H, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        w = tl.load(at + k[None, :], mask=(rows < I)[:, None] & (k < H)[None, :], other=0.0, eviction_policy="evict_first")
+        w = tl.load(
+            at + k[None, :], mask=(rows < I)[:, None] & (k < H)[None, :], other=0.0, eviction_policy="evict_first"
+        )
         total += w.to(tl.float32) * tl.load(x + k, mask=k < H, other=0.0).to(tl.float32)[None, :]
     a = _finish_gate(tl.sum(total, 1), bias, rows, I, CODE, gate.dtype.element_ty)
     t = tl.load(threshold + rows, mask=rows < I, other=0.0).to(tl.float32)
@@ -207,7 +209,7 @@ def launch(
     down_bias_H: Tensor | None = None,
 ) -> Tensor:
     T, H = x_TH.shape
-    I = gate_IH.shape[0]  # noqa: E741
+    I = gate_IH.shape[0]
     if T > MAX_TOKENS:
         raise ValueError(f"sandcat::sparse_mlp takes 1 to {MAX_TOKENS} tokens, got {T}.")
     x, gate, up, down, threshold = (t.contiguous() for t in (x_TH, gate_IH, up_IH, down_IH, threshold_I))

@@ -1,0 +1,340 @@
+"""The command line. Options of methods are not defined here: they come from the methods' own fields."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sandcat.errors import BadRecipe, SandcatError
+
+app = typer.Typer(
+    help="Make a pretrained language model cheaper to run: for each token, read only the weights this context needs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Folder, hub id, or smollm2-135m (embedded, needs no network).")]
+Folder = Annotated[str, typer.Argument(help="A folder that sandcat sparsify wrote, or its hub id.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto keeps the checkpoint's.")]
+Seed = Annotated[int, typer.Option(help="For everything that is drawn at random.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of text.")]
+Texts = Annotated[
+    list[str],
+    typer.Option("--text", help="Text to measure on: a .txt or .jsonl file, a hub dataset, python-docs, self."),
+]
+Tokens = Annotated[int, typer.Option(help="Tokens of each text.")]
+Tasks = Annotated[str, typer.Option(help="lm-eval tasks, or local files, by commas; paper for the CATS paper's eight.")]
+Limit = Annotated[int | None, typer.Option(help="At most so many examples of each task.")]
+Runs = Annotated[int, typer.Option(min=1, help="Interleaved timing runs; the median counts.")]
+Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Time steps under torch.compile too.")]
+Report_ = Annotated[Path | None, typer.Option("--report", help="Folder to write report.json and report.html to.")]
+
+
+@app.command()
+def sparsify(
+    model: Model,
+    recipe: Annotated[list[str], typer.Argument(help='Methods, as in "cats:sparsity=0.5,score=output".')],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the sparse model.")] = None,
+    calibration: Annotated[
+        str,
+        typer.Option(help="Text to calibrate on: self (the model writes it), a .txt or .jsonl file, a hub dataset."),
+    ] = "self",
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens of it.")] = 32_768,
+    sequential: Annotated[
+        bool, typer.Option(help="Calibrate each layer on what the sparse layers before it give.")
+    ] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and change nothing.")] = False,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure the saved model and report.")] = True,
+    text: Texts = ["python-docs"],  # noqa: B006
+    tokens: Tokens = 16_384,
+    tasks: Tasks = "",
+    limit: Limit = None,
+    curve: Annotated[str, typer.Option(help="Other sparsities to measure the quality of, by commas.")] = "",
+    prompt: Annotated[list[str], typer.Option(help="A prompt that both models write on; may be repeated.")] = [],  # noqa: B006
+    runs: Runs = 7,
+    compile: Compile = True,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Make a model sparse, save it, reload it, measure it beside the dense one, and report."""
+    from sandcat import hub
+    from sandcat.architectures import ModelView
+    from sandcat.data import load_text
+    from sandcat.plan import check, parse_recipe
+    from sandcat.save import check_free, model_card, save, write_card
+    from sandcat.sparsify import sparsify
+
+    methods = parse_recipe(recipe)
+    curve_at = numbers(curve, "--curve")
+    if not dry_run and output is None:
+        raise BadRecipe("give the folder for the sparse model with -o, or only look at the plan with --dry-run.")
+    if output is not None and not dry_run:
+        check_free(output, overwrite)
+    with bars(as_json):
+        dense, tokenizer = hub.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        check(methods, ModelView(dense))
+        words = None
+        if any(method.calibrated for method in methods):
+            words = load_text(calibration, dense, tokenizer, tokens=calibration_tokens, seed=seed)
+        plan = sparsify(dense, tokenizer, methods, calibration=words or "self", sequential=sequential, dry_run=dry_run)
+        if dry_run:
+            print_json(plan.to_json()) if as_json else print_plan(plan)
+            return
+        save(
+            dense, tokenizer, output, overwrite=overwrite, card=model_card(plan, model),
+            finish=partial(hub.verify, dense),
+        )  # fmt: skip
+        dense = None  # measured from the saved files, so that only what was saved counts
+        if not measure:
+            print_json(plan.to_json()) if as_json else out.print(f"saved to {output}")
+            return
+        report = _measure(
+            str(output), model, texts=text, tokens=tokens, tasks=listed(tasks), limit=limit, curve=curve_at,
+            curve_text=words, prompts=prompt, runs=runs, compile=compile, device=device, dtype=dtype, seed=seed,
+        )  # fmt: skip
+    report.write(output)
+    write_card(output, model_card(plan, model, report.markdown()))
+    print_report(report, as_json)
+    if not as_json:
+        out.print(f"\nsaved to {output}; the whole report: {output / 'report.html'}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="What to write on; without it, a chat.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher is freer.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens only; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that add up to p.")] = 1.0,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Use the chat template; default if there is one.")
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the step: slow to start, then faster.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Ignore the plan: run the dense model.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Write on from a prompt, or chat."""
+    from sandcat import hub
+    from sandcat.generate import generate
+
+    if prompt is None and as_json:
+        raise BadRecipe("--json needs a prompt: a chat is for people.")
+    net, tokenizer = hub.load(model, dense=dense, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    options = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
+        "chat": chat, "compile": "default" if compile else None,
+    }  # fmt: skip
+
+    def say(asked) -> str:
+        pieces = []
+        for piece in generate(net, tokenizer, asked, **options):
+            pieces.append(piece)
+            if not as_json:
+                print(piece, end="", flush=True)
+        if not as_json:
+            print()
+        return "".join(pieces)
+
+    if prompt is not None:
+        start = time.perf_counter()
+        said = say(prompt)
+        if as_json:
+            print_json({"prompt": prompt, "text": said, "seconds": time.perf_counter() - start})
+        return
+    history: list[dict[str, str]] = []
+    err.print("An empty line or Ctrl-D ends the chat.", style="dim")
+    while asked := _ask():
+        history.append({"role": "user", "content": asked})
+        history.append({"role": "assistant", "content": say(history)})
+
+
+@app.command(name="eval")
+def evaluate(
+    folder: Folder,
+    text: Texts = ["python-docs"],  # noqa: B006
+    tokens: Tokens = 16_384,
+    tasks: Tasks = "",
+    limit: Limit = None,
+    report: Report_ = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Quality beside the dense model: perplexity, KL, agreement, tasks, realised sparsity."""
+    with bars(as_json):
+        found = _measure(
+            folder, folder, texts=text, tokens=tokens, tasks=listed(tasks), limit=limit, speed=False, device=device,
+            dtype=dtype, seed=seed, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    if report is not None:
+        found.write(report)
+    print_report(found, as_json)
+
+
+@app.command()
+def bench(
+    folder: Folder,
+    batch: Annotated[str, typer.Option(help="Sequences at once, by commas.")] = "1",
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache.")] = 128,
+    steps: Annotated[int, typer.Option(min=2, help="Steps a run.")] = 20,
+    runs: Runs = 7,
+    compile: Compile = True,
+    report: Report_ = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Speed beside the dense model: time and bytes of a decode step, interleaved, on real text."""
+    with bars(as_json):
+        found = _measure(
+            folder, folder, texts=(), batches=[int(b) for b in numbers(batch, "--batch")], context=context, steps=steps,
+            runs=runs, compile=compile, device=device, dtype=dtype, seed=seed, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    if report is not None:
+        found.write(report)
+    print_report(found, as_json)
+
+
+@app.command()
+def show(folder: Folder, as_json: Json = False) -> None:
+    """The plan of a sparse model, in words."""
+    from sandcat import hub
+    from sandcat.errors import PlanError
+
+    plan = hub.read_plan(hub.resolve(folder))
+    if plan is None:
+        raise PlanError(f"{folder!r} is a dense model: no plan in its config.json. Make one with sandcat sparsify.")
+    print_json(plan.to_json()) if as_json else print_plan(plan)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """All methods with their options."""
+    from sandcat.methods import METHODS
+
+    if as_json:
+        print_json([{"name": m.name, "summary": summary(m), "slot": m.slot, "options": m.describe()} for m in METHODS])
+        return
+    for method in METHODS:
+        table = Table("option", "type", "default", "what it does", box=None, title_justify="left", pad_edge=False)
+        table.title = f"[bold]{method.name}[/bold]  {summary(method)}"
+        for option in method.describe():
+            table.add_row(
+                option["name"],
+                option["type"].replace("[", "\\["),
+                str(option["default"]),
+                option["help"].replace("[", "\\["),
+            )
+        out.print(table, end="\n\n")
+    out.print("Give options after a colon: sandcat sparsify MODEL cats:sparsity=0.5,score=output -o OUT", style="dim")
+
+
+def summary(method: type) -> str:
+    return sys.modules[method.__module__].__doc__.splitlines()[0]
+
+
+def _measure(folder: str, name: str, *, device: str, dtype: str, trust_remote_code: bool = False, **options):
+    from sandcat import hub
+    from sandcat.measure import measure
+
+    where = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    sparse, tokenizer = hub.load(folder, require_plan=True, **where)
+    dense, _ = hub.load(folder, dense=True, **where)
+    return measure(dense, sparse, tokenizer, name=name, command=shlex.join(["sandcat", *sys.argv[1:]]), **options)
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers(text: str, name: str) -> list[float]:
+    try:
+        return [float(part) for part in listed(text)]
+    except ValueError:
+        raise BadRecipe(f"{name} {text!r}: give numbers with commas between them.") from None
+
+
+def bars(as_json: bool):
+    from sandcat.progress import shown
+
+    return nullcontext() if as_json else shown()
+
+
+def print_json(data) -> None:
+    print(json.dumps(data, indent=2))
+
+
+def print_report(report, as_json: bool) -> None:
+    print_json(report.to_json()) if as_json else out.print(report.table())
+
+
+def print_plan(plan) -> None:
+    for step in plan.steps:
+        out.print(f"[bold]{step.method}[/bold]: {summary(type(step.method))}")
+        table = Table(*["site", *(next(iter(step.sites.values())) if step.sites else [])], box=None, pad_edge=False)
+        for site, spec in step.sites.items():
+            table.add_row(site, *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in spec.values()))
+        out.print(table)
+    if plan.calibration is not None:
+        c = plan.calibration
+        how = "each layer after the sparse ones before it" if c.sequential else "all layers dense"
+        out.print(f"calibrated on {c.source}: {c.tokens} tokens, sha256 {c.sha256[:12]}, {how}")
+
+
+def main() -> None:
+    """Runs the command line. Exit codes: 0 done, 2 a mistake that the message explains, 130 interrupted."""
+    try:
+        app(standalone_mode=False)
+    except SandcatError as error:
+        err.print(f"sandcat: {error}", style="red", markup=False, highlight=False)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("interrupted")
+        sys.exit(130)
+    except typer.Exit as exit:
+        sys.exit(exit.exit_code)
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.ClickException):
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""How transformers learns of plans: a quantization config that carries one, a quantizer that builds what it says."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sandcat.architectures import ModelView
+from sandcat.plan import QUANT_METHOD, Plan
+
+
+@register_quantization_config(QUANT_METHOD)
+class SandcatConfig(QuantizationConfigMixin):
+    """The plan, in the form in which transformers carries it inside a model's config."""
+
+    def __init__(self, **data):
+        self.quant_method = QUANT_METHOD
+        data.pop("quant_method", None)
+        self.plan = Plan.from_json(data)
+
+    def to_dict(self) -> dict:
+        return self.plan.to_json()
+
+    def __iter__(self):
+        yield from self.to_dict().items()
+
+
+@register_quantizer(QUANT_METHOD)
+class SandcatQuantizer(HfQuantizer):
+    """Lays out the sparse modules before the tensors are read, and packs them afterwards."""
+
+    requires_calibration = True
+    is_trainable = False
+    is_compileable = True
+    is_qat_trainable = False
+
+    def is_serializable(self, *args, **kwargs) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        view = ModelView(model)
+        for method, site, spec in self.quantization_config.plan.match(view):
+            view.replace(site, method.build(site, spec))
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        pack(model)
+        return model
+
+
+def pack(model: nn.Module) -> None:
+    """Lays the weights out for the kernels."""
+    for module in model.modules():
+        if hasattr(module, "pack"):
+            module.pack()
+    align(model)
+
+
+def align(model: nn.Module) -> None:
+    """Moves tensors to where cache lines begin; a file mapped into memory leaves them anywhere.
+
+    Vector loads that straddle lines are slower, and sums come out in another order: without this, the logits of a model
+    differ in the last bit before it is saved and after it is loaded.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+
+
+def attach(model: nn.Module, plan: Plan) -> None:
+    """Writes the plan into a model that was sparsified in place, so that `save_pretrained` saves it."""
+    model.config.quantization_config = SandcatConfig(**plan.to_json())
+    model.hf_quantizer = SandcatQuantizer(model.config.quantization_config)
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """The plan that a model carries; None for a dense one."""
+    config = getattr(model.config, "quantization_config", None)
+    return config.plan if isinstance(config, SandcatConfig) else None
