@@ -116,4 +116,4 @@ def test_plans_that_cannot_be_read():
         Plan.from_json({"quant_method": "sandcat"})
     with pytest.raises(PlanError, match="no method 'dogs'"):
         Plan.from_json({**good, "methods": [{"name": "dogs", "options": {}, "sites": {}}]})
-    assert FORMAT_VERSION == good["format_version"]
+    assert good["format_version"] == FORMAT_VERSION

@@ -100,7 +100,7 @@ while True:
 
 
 def test_kill_during_save(tmp_path):
-    """Kill -9 at many moments of saving over and over: the folder is always whole, and the next save clears the rest."""
+    """Kill -9 at several moments of saving again and again: the folder is whole, and the next save clears the rest."""
     folder = tmp_path / "out"
     script = SAVER.format(tests=os.path.dirname(__file__), folder=str(folder))
     prompt = torch.arange(5)[None] + 10

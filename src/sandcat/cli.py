@@ -318,22 +318,10 @@ def print_plan(plan) -> None:
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 2 a mistake that the message explains, 130 interrupted."""
     try:
-        app(standalone_mode=False)
+        app()
     except SandcatError as error:
         err.print(f"sandcat: {error}", style="red", markup=False, highlight=False)
         sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
-        err.print("interrupted")
-        sys.exit(130)
-    except typer.Exit as exit:
-        sys.exit(exit.exit_code)
-    except Exception as error:
-        import click
-
-        if isinstance(error, click.ClickException):
-            error.show()
-            sys.exit(error.exit_code)
-        raise
 
 
 if __name__ == "__main__":

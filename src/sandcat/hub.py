@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from sandcat.errors import CheckpointError, DeviceError, ParityError, PlanError, SandcatError
 from sandcat.plan import QUANT_METHOD, Plan
@@ -35,8 +35,13 @@ def read_plan(folder: str | Path) -> Plan | None:
         ) from None
     except ValueError:
         raise CheckpointError(f"{str(path)!r} is not valid JSON: the folder is damaged.") from None
-    config = data.get("quantization_config") or {}
-    return Plan.from_json(config) if config.get("quant_method") == QUANT_METHOD else None
+    return plan_in(data)
+
+
+def plan_in(config: dict) -> Plan | None:
+    """The plan in the content of a config.json; None if there is none."""
+    found = config.get("quantization_config") or {}
+    return Plan.from_json(found) if found.get("quant_method") == QUANT_METHOD else None
 
 
 def resolve(name: str) -> str:
@@ -115,17 +120,17 @@ def load(
             f"{source!r} is no model folder. Give a folder with a config.json, a hub id, or {EMBEDDED}."
         )
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        data, _ = PreTrainedConfig.get_config_dict(source)
         if not local:
-            found = getattr(config, "quantization_config", None) or {}
-            plan = Plan.from_json(found) if found.get("quant_method") == QUANT_METHOD else None
-        if getattr(config, "auto_map", None) and not trust_remote_code:
+            plan = plan_in(data)
+        if data.get("auto_map") and not trust_remote_code:
             raise CheckpointError(
                 f"{source!r} brings its own Python code (auto_map in config.json), which would run on this machine. "
                 "Read it first; then allow it with --trust-remote-code."
             )
         if require_plan and plan is None:
             raise PlanError(f"{source!r} is a dense model: no plan in its config.json. Make one with sandcat sparsify.")
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         if dense and plan is not None:
             del config.quantization_config
         with quiet():

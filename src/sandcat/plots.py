@@ -31,7 +31,7 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sandcat",
     "font.family": "sans-serif",
-    "font.size": 9.5,
+    "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,
@@ -41,7 +41,7 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
-    "legend.fontsize": 9,
+    "legend.fontsize": 9.5,
 }
 
 
@@ -98,7 +98,8 @@ def sparsity(rows: list[LayerSparsity]) -> Markup:
             if not all(map(math.isnan, values)):
                 hollow = {"markerfacecolor": "none"} if name == "calibrated" else {}
                 axes.plot(layers, values, marker, color=colour, markersize=width, label=name, **hollow)
-        axes.set_ylim(0, 100)
+        known = [value for name, *_ in series for value in per_cent(name) if not math.isnan(value)]
+        axes.set_ylim(max(0, min(known, default=0) - 10), min(100, max(known, default=100) + 10))
         axes.set_xlabel("layer")
         axes.set_ylabel("% of neurons dropped")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -108,7 +109,7 @@ def sparsity(rows: list[LayerSparsity]) -> Markup:
 
 
 def activations(histogram: Histogram) -> Markup:
-    """|a| of one layer on a log10 axis, kept over dropped, with the median threshold and its 10th to 90th percentile."""
+    """|a| of one layer on a log10 axis, kept above dropped, the median threshold and its 10th to 90th percentile."""
     from matplotlib.ticker import FuncFormatter, MultipleLocator
 
     counts = [kept + dropped for kept, dropped in zip(histogram.kept, histogram.dropped, strict=True)]
@@ -129,6 +130,7 @@ def activations(histogram: Histogram) -> Markup:
                 axes.axvspan(low, high, color=INK, alpha=0.16, linewidth=0, label="10 to 90 %")
         last = max((i for i, n in enumerate(counts) if n), default=len(counts) - 1)
         axes.set_xlim(edges[0], edges[last + 1])
+        axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MultipleLocator(1))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{10**x:g}"))
         axes.set_xlabel("|a|")
@@ -158,7 +160,7 @@ def curve(points: list[CurvePoint]) -> Markup:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
             axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
-        axes.set_xlabel("% of neurons dropped")
+        axes.set_xlabel("sparsity asked for, %")
         axes.set_ylabel("perplexity over dense")
         axes.legend(loc="upper left")
 

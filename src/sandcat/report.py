@@ -1,4 +1,4 @@
-"""What a sparse model costs and gains: dense and sparse in pairs, for the terminal, as report.json and as report.html."""
+"""What a sparse model costs and gains, in pairs: for the terminal, as Markdown, as report.json and as report.html."""
 
 from __future__ import annotations
 
@@ -8,25 +8,23 @@ import json
 import math
 import os
 import platform
+import re
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
-from sandcat.architectures import ModelView
+from sandcat import wording
 from sandcat.benchmark import SpeedResult
 from sandcat.errors import CheckpointError
 from sandcat.evaluate import Histogram, LayerSparsity, TextResult
-from sandcat.plan import Plan
 
 FORMAT_VERSION = 1
-REFERENCE_NOTE = "no kernel for this device: the reference ran, nothing is saved"
 
 
 @dataclass(frozen=True)
@@ -35,14 +33,14 @@ class CurvePoint:
 
     recipe: str
     sparsity: float
-    """Share of neurons dropped on the evaluation text."""
+    """Share of neurons to drop, as asked for."""
     perplexity_ratio: float
     """Sparse perplexity over dense, with its standard error."""
     ratio_error: float
     kl: float
     """Nats a token."""
     bytes_ratio: float | None
-    """Bytes that a sparse step reads over those of a dense one; None if not counted."""
+    """Bytes of weights that a sparse step of one token reads over those of a dense one; None if not counted."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +50,6 @@ class Sample:
     prompt: str
     dense: str
     sparse: str
-
-
-class Pair(NamedTuple):
-    """One row, ready to print; an empty text where there is nothing to say."""
-
-    label: str
-    dense: str
-    sparse: str
-    change: str
 
 
 @dataclass(frozen=True)
@@ -96,8 +85,8 @@ class Report:
         version = data.get("format_version")
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise CheckpointError(
-                f"a report with format_version {version!r}: this sandcat reads up to {FORMAT_VERSION}. If a newer one wrote "
-                "it: pip install -U sandcat."
+                f"a report with format_version {version!r}: this sandcat reads up to {FORMAT_VERSION}. If a newer one "
+                "wrote it: pip install -U sandcat."
             )
         from sandcat.tasks import TaskResult
 
@@ -130,59 +119,52 @@ class Report:
                     part.unlink()
                 raise CheckpointError(f"{str(path)!r} was not written: {error.strerror or error}.") from error
 
-    def pairs(self) -> dict[str, list[Pair]]:
+    def pairs(self) -> dict[str, list[wording.Pair]]:
         """The rows of every output, by the title of their table."""
-        quality = [pair for text in self.text for pair in _text_pairs(text)]
-        tables = {"Quality": quality + [_task_pair(task) for task in self.tasks]}
+        missing = ("not measured", "not measured", "")
+        tables = {f"Quality on {text.source}": wording.text_pairs(text) for text in self.text}
         if not self.text:
-            tables["Quality"].insert(0, Pair("Perplexity", "not measured", "not measured", ""))
+            tables["Quality"] = [wording.Pair("Perplexity", *missing)]
+        if self.tasks:
+            tables["Tasks"] = [wording.task_pair(task) for task in self.tasks]
         for speed in self.speed:
             title = f"Speed after {speed.context} tokens, batch {speed.batch}"
-            tables[title] = tables.get(title, []) + _speed_pairs(speed)
+            tables[title] = tables.get(title, []) + wording.speed_pairs(speed)
         if not self.speed:
-            tables["Speed"] = [Pair("Time a token", "not measured", "not measured", "")]
+            tables["Speed"] = [wording.Pair("Time a token", *missing)]
         return tables
 
     def notes(self) -> list[str]:
         """What must not be overlooked: a model that got slower, a device without a kernel."""
         notes = [
-            f"Slower than dense: after {s.context} tokens at batch {s.batch} a step takes {_more(s)} more time."
+            f"Slower than dense: after {s.context} tokens at batch {s.batch} a step takes {wording.more(s)} more time."
             for s in self.speed
             if s.gain < 1
         ]
-        without = [f"{op}: {REFERENCE_NOTE}." for op, kernel in self.kernels.items() if kernel == "reference"]
+        without = [f"{op}: {wording.REFERENCE_NOTE}." for op, kernel in self.kernels.items() if kernel == "reference"]
         if not without and any(speed.kernel == "reference" for speed in self.speed):
-            without = [f"{REFERENCE_NOTE[0].upper()}{REFERENCE_NOTE[1:]}."]
+            without = [f"{wording.REFERENCE_NOTE[0].upper()}{wording.REFERENCE_NOTE[1:]}."]
         return notes + without
 
     def summary(self) -> str:
         """What it costs and what it gains, in one sentence."""
         if self.text:
-            text = self.text[0]
-            percent = f"{100 * abs(text.ratio - 1):.1f}{_error(100 * text.ratio_error, '.1f')} %"
-            cost = f"Perplexity on {text.source} {'rises' if text.ratio >= 1 else 'falls'} by {percent}"
+            cost = wording.text_cost(self.text[0])
         elif self.tasks:
-            pair = _task_pair(self.tasks[0])
+            pair = wording.task_pair(self.tasks[0])
             cost = f"{pair.label} goes from {pair.dense} to {pair.sparse}"
         else:
             cost = "Quality was not measured"
-        if not self.speed:
-            return f"{cost}; speed was not measured."
-        s = self.speed[0]
-        times = f"{_unit(s)} takes {milliseconds(s.sparse_seconds)} instead of {milliseconds(s.dense_seconds)}"
-        allowed = f"the bytes {'would allow' if s.gain < 1 or s.kernel == 'reference' else 'allow'} {s.allowed_gain:.2f}x"
-        gain = f"slower than dense by {_more(s)}" if s.gain < 1 else f"{s.gain:.2f}x as fast"
-        end = f"; {REFERENCE_NOTE}" if s.kernel == "reference" else ""
-        return f"{cost}; {times}: {gain}, where {allowed}{end}."
+        return f"{cost}; {wording.speed_gain(self.speed[0]) if self.speed else 'speed was not measured'}."
 
     def table(self) -> RenderableType:
         """The pairs for a terminal of 80 columns or more."""
         parts: list[RenderableType] = []
         for title, rows in self.pairs().items():
             table = Table(title=Text(title, "bold"), title_justify="left", box=None, pad_edge=False, header_style="dim")
-            table.add_column("", overflow="fold", ratio=5)
-            for name, ratio in (("dense", 3), ("sparse", 4), ("change", 4)):
-                table.add_column(name, justify="right", overflow="fold", ratio=ratio)
+            table.add_column("", overflow="fold", min_width=25)
+            for name, width in (("dense", 12), ("sparse", 20), ("change", 16)):
+                table.add_column(name, justify="right", overflow="fold", min_width=width)
             for pair in rows:
                 table.add_row(*(Text(cell) for cell in pair))
             parts += [table, ""]
@@ -202,27 +184,13 @@ class Report:
 
         from sandcat import plots
 
-        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        environment.filters |= {"ms": milliseconds, "size": size, "share": share, "figure": figure}
+        environment = jinja2.Environment(
+            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        for name in ("figure", "milliseconds", "share", "size", "tie"):
+            environment.filters[name] = getattr(wording, name)
         template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
         return template.render(report=self, plots=plots)
-
-
-def plan_facts(plan: Plan) -> dict[str, Any]:
-    """`Report.plan`: the plan without what it decided for each site."""
-    data = plan.to_json()
-    return data | {"methods": [{"name": m["name"], "options": m["options"]} for m in data["methods"]]}
-
-
-def model_facts(model: nn.Module, name: str) -> dict[str, Any]:
-    """`Report.model`: name, family, parameters (a tied one counts once), dtype, decoder layers."""
-    return {
-        "name": name,
-        "family": model.config.model_type,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "layers": len(ModelView(model).layers),
-    }
 
 
 def machine(device: torch.device | str) -> dict[str, str]:
@@ -248,83 +216,6 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def figure(value: float | None, digits: int = 4) -> str:
-    """A number in so many significant digits; "not a number" where it is none."""
-    if value is None or not math.isfinite(value):
-        return "not a number"
-    return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}".rstrip(".") if value else "0"
-
-
-def share(value: float | None, error: float = 0.0) -> str:
-    """A fraction in per cent."""
-    finite = value is not None and math.isfinite(value)
-    return f"{100 * value:.1f}{_error(100 * (error or 0), '.1f')} %" if finite else "not a number"
-
-
-def milliseconds(seconds: float) -> str:
-    return f"{figure(1e3 * seconds, 3)} ms"
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units."""
-    power = min(4, max(0, int(math.log10(count)) // 3)) if count >= 1 else 0
-    return f"{figure(count / 1000**power, 4) if power else int(count)} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
-def _error(error: float | None, form: str) -> str:
-    """A standard error to append; nothing where it is unknown."""
-    return f" ± {error:{form}}" if error and math.isfinite(error) else ""
-
-
-def _text_pairs(text: TextResult) -> list[Pair]:
-    change = f"{figure(text.ratio)}x{_error(text.ratio_error, '.4f')}"
-    return [
-        Pair(f"Perplexity, {text.source}", figure(text.dense_perplexity), figure(text.sparse_perplexity), change),
-        Pair("KL to dense, nats a token", "", f"{figure(text.kl, 3)}{_error(text.kl_error, '.2g')}", ""),
-        Pair("Same likeliest next token", "", share(text.agreement, text.agreement_error), ""),
-    ]
-
-
-def _task_pair(task: Any) -> Pair:
-    label = f"{task.name}, {task.metric}"
-    if task.metric.startswith(("acc", "exact_match", "f1")):
-        change = f"{100 * (task.sparse - task.dense):+.1f} points"
-        return Pair(label, share(task.dense, task.dense_error), share(task.sparse, task.sparse_error), change)
-    texts = [
-        f"{figure(v)}{_error(e, '.2g')}" for v, e in ((task.dense, task.dense_error), (task.sparse, task.sparse_error))
-    ]
-    return Pair(label, *texts, f"{task.sparse - task.dense:+.4g}")
-
-
-def _unit(speed: SpeedResult) -> str:
-    """What one decode step is: a token of one sequence, or one of each sequence of the batch."""
-    return "a token" if speed.batch == 1 else "a step"
-
-
-def _more(speed: SpeedResult) -> str:
-    return f"{100 * (1 / speed.gain - 1):.{0 if speed.gain < 0.95 else 1}f} %"
-
-
-def _speed_pairs(s: SpeedResult) -> list[Pair]:
-    saved = s.kernel != "reference"
-    rates = [s.batch / seconds for seconds in (s.dense_seconds, s.sparse_seconds)]
-    used = [count / seconds / s.read_bandwidth for count, seconds in
-            ((s.dense_bytes, s.dense_seconds), (s.sparse_bytes, s.sparse_seconds))]  # fmt: skip
-    fewer = f"{100 * (s.sparse_bytes / s.dense_bytes - 1):+.1f} %" if saved else "nothing is saved"
-    by_kernel = "" if saved else " by a kernel"
-    gain = f"{s.gain:.2f}x" if s.gain >= 1 else f"{s.gain:.2f}x: slower"
-    return [
-        Pair(f"Time {_unit(s)}", milliseconds(s.dense_seconds), milliseconds(s.sparse_seconds),
-             f"{100 * (s.sparse_seconds / s.dense_seconds - 1):+.1f} %"),
-        Pair("Tokens a second", figure(rates[0]), figure(rates[1]), f"{100 * (rates[1] / rates[0] - 1):+.1f} %"),
-        Pair(f"Bytes {_unit(s)} reads", size(s.dense_bytes), size(s.sparse_bytes) + by_kernel, fewer),
-        Pair("Gain that the bytes allow", "", "", f"{s.allowed_gain:.2f}x{by_kernel}"),
-        Pair("Gain measured", "", "", gain),
-        Pair("Share of read bandwidth", share(used[0]), share(used[1]) if saved else "", ""),
-        Pair("Step, kernel", s.dense_variant, f"{s.sparse_variant}, {s.kernel}", ""),
-    ]  # fmt: skip
-
-
 def _row(kind: type, data: dict[str, Any]) -> Any:
     """A row of its dataclass; null stands for a number that was not finite."""
     lost = {f.name for f in fields(kind) if f.type in ("float", float) and data[f.name] is None}
@@ -340,4 +231,5 @@ def _finite(value: Any) -> Any:
 
 
 def _markdown(text: str) -> str:
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+    """As text that Markdown leaves alone, on one line."""
+    return re.sub(r"([\\|`*\[\]])", r"\\\1", html.escape(" ".join(text.split()), quote=False))

