@@ -35,7 +35,8 @@ def test_sparsity_and_quality_on_other_text(embedded):
     plan = sandcat.sparsify(sparse, tokenizer, "cats:sparsity=0.3,score=output", calibration_tokens=4096)
     for spec in plan.steps[0].sites.values():
         assert abs(spec["sparsity"] - 0.3) < 0.005
-    found, realised = evaluate_text(dense, sparse, load_text("python-docs", dense, tokenizer, tokens=1024))
+    words = load_text("python-docs", dense, tokenizer, tokens=1024)
+    ((found, realised),) = evaluate_text(dense, [sparse], words)
     assert len(realised) == 30
     for name, dropped in realised.items():
         assert abs(dropped - 0.3) < 0.05, name

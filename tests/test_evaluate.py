@@ -28,7 +28,7 @@ def pair():
 def test_against_direct_computation(pair):
     dense, sparse, _ = pair
     words = text(512, 32, seed=9)
-    found, _ = evaluate_text(dense, sparse, words)
+    ((found, _),) = evaluate_text(dense, [sparse], words)
     with every_token_sparse(sparse):
         p, q = (model(words.ids_NL).logits[:, :-1].log_softmax(-1) for model in (dense, sparse))
     target = words.ids_NL[:, 1:]
@@ -46,14 +46,14 @@ def test_against_direct_computation(pair):
 
 def test_a_model_against_itself(pair):
     dense, *_ = pair
-    found, realised = evaluate_text(dense, dense, text(256, 32))
+    ((found, realised),) = evaluate_text(dense, [dense], text(256, 32))
     assert (found.ratio, found.kl, found.agreement, realised) == (1, 0, 1, {})
 
 
 def test_every_token_is_sparse_even_with_dense_prompt(pair):
     """And the option is back afterwards."""
     dense, sparse, plan = pair
-    _, realised = evaluate_text(dense, sparse, text())
+    ((_, realised),) = evaluate_text(dense, [sparse], text())
     for row in layer_sparsity(plan, realised):
         assert row.target == 0.5 and abs(row.realised - 0.5) < 0.05 and abs(row.calibrated - 0.5) < 0.005
     assert all(module.dense_prompt for module in sparse_mlps(sparse).values())

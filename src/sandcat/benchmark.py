@@ -179,9 +179,8 @@ def parity_error(sparse: nn.Module, ids_BT: Tensor) -> float:
     error = float((found[0] - found[1]).norm() / found[1].norm())
     if not error <= TOLERANCE[sparse.dtype]:
         raise ParityError(
-            f"the {kernel_name(sparse.device)} kernel differs from its reference by {error:.1e} (relative RMS "
-            f"of the logits), more than {TOLERANCE[sparse.dtype]:.0e}. Nothing is timed. Please report this with the model and "
-            "the machine."
+            f"the {kernel_name(sparse.device)} kernel differs from its reference by {error:.1e} (relative RMS of the "
+            f"logits), and {TOLERANCE[sparse.dtype]:.0e} is allowed. Nothing is timed. Please report model and machine."
         )
     return error
 

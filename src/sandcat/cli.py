@@ -104,7 +104,7 @@ def sparsify(
         )  # fmt: skip
         dense = None  # measured from the saved files, so that only what was saved counts
         if not measure:
-            print_json(plan.to_json()) if as_json else out.print(f"saved to {output}")
+            print_json(plan.to_json()) if as_json else out.print(f"saved to {output}", soft_wrap=True)
             return
         report = _measure(
             str(output), model, texts=text, tokens=tokens, tasks=listed(tasks), limit=limit, curve=curve_at,
@@ -114,7 +114,7 @@ def sparsify(
     write_card(output, model_card(plan, model, report.markdown()))
     print_report(report, as_json)
     if not as_json:
-        out.print(f"\nsaved to {output}; the whole report: {output / 'report.html'}")
+        out.print(f"\nsaved to {output}; the whole report: {output / 'report.html'}", soft_wrap=True)
 
 
 @app.command()

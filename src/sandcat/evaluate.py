@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -69,37 +70,41 @@ class Histogram:
 
 
 @torch.inference_mode()
-def evaluate_text(dense: nn.Module, sparse: nn.Module, text: Text) -> tuple[TextResult, dict[str, float]]:
-    """Perplexity of both models, KL and agreement; and the share of neurons dropped at each site.
+def evaluate_text(
+    dense: nn.Module, sparse: Sequence[nn.Module], text: Text
+) -> list[tuple[TextResult, dict[str, float]]]:
+    """For each sparse model: perplexity beside the dense one, KL and agreement; and the neurons dropped at each site.
 
     Args:
-        dense, sparse: models with one vocabulary; they may be on different devices.
+        dense, sparse: models with one vocabulary.
         text: windows of token ids, as `data.load_text` gives them.
     """
-    losses: list[tuple[float, float]] = []
-    divergences: list[float] = []
-    agreements: list[float] = []
-    with every_token_sparse(sparse), counting_dropped(sparse) as dropped:
-        for ids_L in track(text.ids_NL, f"evaluating on {text.source}"):
-            target = ids_L[1:]
+    measured = [torch.zeros(len(text.ids_NL), 4, dtype=torch.float64) for _ in sparse]  # losses, KL, agreement
+    with ExitStack() as stack:
+        dropped = []
+        for model in sparse:
+            stack.enter_context(every_token_sparse(model))
+            dropped.append(stack.enter_context(counting_dropped(model)))
+        for window, ids_L in enumerate(track(text.ids_NL, f"evaluating on {Path(text.source).name}")):
             log_p = _log_probabilities(dense, ids_L)
-            log_q = _log_probabilities(sparse, ids_L).to(log_p.device)
-            pick = target.to(log_p.device)[:, None]
-            losses.append(
-                (-float(log_p.gather(1, pick).double().mean()), -float(log_q.gather(1, pick).double().mean()))
-            )
-            divergences.append(float(F.kl_div(log_q, log_p, reduction="sum", log_target=True)) / len(target))
-            agreements.append(float((log_p.argmax(-1) == log_q.argmax(-1)).float().mean()))
-        realised = {name: counts[0] / max(1, counts[1]) for name, counts in dropped.items()}
-    loss = torch.tensor(losses, dtype=torch.float64)
-    (dense_loss, sparse_loss), change = loss.mean(0).tolist(), mean_and_error(loss[:, 1] - loss[:, 0])
-    kl, agreement = mean_and_error(torch.tensor(divergences)), mean_and_error(torch.tensor(agreements))
-    ratio = math.exp(change[0])
-    result = TextResult(
-        text.source, text.sha256, len(losses) * (text.ids_NL.shape[1] - 1), text.ids_NL.shape[1],
-        math.exp(dense_loss), math.exp(sparse_loss), ratio, ratio * change[1], *kl, *agreement,
-    )  # fmt: skip
-    return result, realised
+            target = ids_L[1:, None].to(log_p.device)
+            for model, rows in zip(sparse, measured, strict=True):
+                log_q = _log_probabilities(model, ids_L).to(log_p.device)
+                rows[window, 0] = -log_p.gather(1, target).double().mean()
+                rows[window, 1] = -log_q.gather(1, target).double().mean()
+                rows[window, 2] = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / len(target)
+                rows[window, 3] = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean()
+    results = []
+    for rows, counts in zip(measured, dropped, strict=True):
+        change = mean_and_error(rows[:, 1] - rows[:, 0])
+        ratio = math.exp(change[0])
+        result = TextResult(
+            text.source, text.sha256, len(rows) * (text.ids_NL.shape[1] - 1), text.ids_NL.shape[1],
+            math.exp(rows[:, 0].mean()), math.exp(rows[:, 1].mean()), ratio, ratio * change[1],
+            *mean_and_error(rows[:, 2]), *mean_and_error(rows[:, 3]),
+        )  # fmt: skip
+        results.append((result, {name: drops / max(1, total) for name, (drops, total) in counts.items()}))
+    return results
 
 
 def _log_probabilities(model: nn.Module, ids_L: Tensor) -> Tensor:
@@ -109,8 +114,7 @@ def _log_probabilities(model: nn.Module, ids_L: Tensor) -> Tensor:
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
     """Mean and its standard error (0 for a single value, whose spread is unknown)."""
-    error = float(values.double().std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
-    return float(values.double().mean()), error
+    return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 @contextmanager

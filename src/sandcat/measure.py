@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -13,13 +14,15 @@ from sandcat.architectures import ModelView
 from sandcat.benchmark import SpeedResult, benchmark, read_bytes
 from sandcat.data import Text, load_text
 from sandcat.errors import DataError
-from sandcat.evaluate import WINDOW, evaluate_text, histograms, layer_sparsity
+from sandcat.evaluate import WINDOW, TextResult, evaluate_text, histograms, layer_sparsity
 from sandcat.generate import generate
 from sandcat.layers.mlp import sparse_mlps
+from sandcat.method import Method
 from sandcat.ops import kernel_name
 from sandcat.plan import Plan
 from sandcat.registration import plan_of
 from sandcat.report import CurvePoint, Report, Sample, machine
+from sandcat.tasks import load_tasks, run_tasks
 
 EVALUATION_TEXT = "python-docs"
 EVALUATION_TOKENS = 16_384
@@ -70,8 +73,9 @@ def measure(
         for text in texts
     ]  # seed + 1: text that the model writes for evaluation is not what it wrote for calibration
     for text in loaded:
-        if plan.calibration is not None and text.sha256 == plan.calibration.sha256:
+        if plan.calibration is not None and text.source == plan.calibration.source:
             raise DataError(f"{text.source!r} is the text that the plan was calibrated on: measure on another one.")
+    questions = load_tasks(tasks) if tasks else {}
     speeds: list[SpeedResult] = []
     if speed:
         sample = loaded[0] if loaded else load_text(EVALUATION_TEXT, dense, tokenizer, tokens=8192, window=WINDOW)
@@ -81,16 +85,13 @@ def measure(
                 raise DataError(f"a batch of {batch} needs {batch * (context + steps)} tokens of text: ask for more.")
             ids_BT = flat[: batch * (context + steps)].view(batch, -1)
             speeds.append(benchmark(dense, sparse, ids_BT, steps=steps, runs=runs, compile=compile))
-    results, realised = [], {}
+    results, realised, points = [], {}, []
     for text in loaded:
-        result, realised_here = evaluate_text(dense, sparse, text)
+        others = [] if results else _others(dense, sparse, plan, curve, curve_text)
+        (result, realised_here), *curve_results = evaluate_text(dense, [sparse, *(model for _, model in others)], text)
         results.append(result)
         realised = realised or realised_here
-    done = []
-    if tasks:
-        from sandcat.tasks import run_tasks
-
-        done = run_tasks(dense, sparse, tokenizer, tasks, limit=limit, seed=seed)
+        points += [_point(dense, *other, *found) for other, found in zip(others, curve_results, strict=True)]
     sites = list(sparse_mlps(sparse))
     chosen = list(dict.fromkeys([sites[0], sites[len(sites) // 2], sites[-1]]))
     return Report(
@@ -105,11 +106,11 @@ def measure(
         plan=plan.summary(),
         calibration=None if plan.calibration is None else dataclasses.asdict(plan.calibration),
         text=results,
-        tasks=done,
+        tasks=run_tasks(dense, [sparse], tokenizer, questions, limit=limit, seed=seed)[0] if questions else [],
         sparsity=layer_sparsity(plan, realised) if realised else [],
         histograms=histograms(sparse, loaded[0].ids_NL[:2], chosen) if loaded else [],
         speed=speeds,
-        curve=measure_curve(dense, sparse, plan, curve, curve_text, loaded[0]) if curve and loaded else [],
+        curve=points,
         samples=[write(dense, sparse, tokenizer, prompt) for prompt in prompts],
         kernels={"sandcat::sparse_mlp": kernel_name(sparse.device)},
         machine=machine(sparse.device),
@@ -117,35 +118,28 @@ def measure(
     )
 
 
-def measure_curve(
-    dense: nn.Module, sparse: nn.Module, plan: Plan, sparsities: Sequence[float], calibration: Text, text: Text
-) -> list[CurvePoint]:
-    """Quality at other sparsities of the plan's first method: new thresholds for a moment, then the plan's again."""
-    method = plan.steps[0].method
-    modules = sparse_mlps(sparse)
-    before = {name: module.threshold.clone() for name, module in modules.items()}
-    points = []
-    try:
-        for sparsity in sparsities:
-            changed = dataclasses.replace(method, sparsity=sparsity)
-            _, tensors = calibrate.decide(
-                ModelView(dense), [changed], calibration, sequential=plan.calibration.sequential
-            )
-            for name, found in tensors.items():
-                changed.fill(modules[name], found)
-            result, realised = evaluate_text(dense, sparse, text)
-            mlps = sum(module.weight_bytes() for module in modules.values())
-            kept = sum(module.weight_bytes(1 - realised[name]) for name, module in modules.items())
-            total = read_bytes(dense)
-            points.append(
-                CurvePoint(
-                    str(changed), sparsity, result.ratio, result.ratio_error, result.kl, (total - mlps + kept) / total
-                )
-            )
-    finally:
-        for name, module in modules.items():
-            module.threshold.copy_(before[name])
-    return points
+def _others(
+    dense: nn.Module, sparse: nn.Module, plan: Plan, sparsities: Sequence[float], text: Text | None
+) -> list[tuple[Method, nn.Module]]:
+    """The plan's first method at other sparsities, each with a model that shares all weights with `sparse`."""
+    models = []
+    for sparsity in sparsities:
+        method = dataclasses.replace(plan.steps[0].method, sparsity=sparsity)
+        _, tensors = calibrate.decide(ModelView(dense), [method], text, sequential=plan.calibration.sequential)
+        model = copy.deepcopy(sparse, {id(parameter): parameter for parameter in sparse.parameters()})
+        for name, found in tensors.items():
+            method.fill(model.get_submodule(name), found)
+        models.append((method, model))
+    return models
+
+
+def _point(dense: nn.Module, method: Method, model: nn.Module, result: TextResult, realised: dict) -> CurvePoint:
+    modules = sparse_mlps(model)
+    saved = sum(
+        modules[name].weight_bytes() - modules[name].weight_bytes(1 - share) for name, share in realised.items()
+    )
+    share = 1 - saved / read_bytes(dense)
+    return CurvePoint(str(method), method.sparsity, result.ratio, result.ratio_error, result.kl, share)
 
 
 @torch.inference_mode()
