@@ -204,7 +204,7 @@ def test_slower_than_dense_is_said():
 def test_the_reference_is_said():
     report = full(REFERENCE)
     for text in spoken(report).values():
-        assert "no kernel for this device: the reference ran, nothing is saved" in text
+        assert "no kernel pays for this device and batch: the reference ran, nothing is saved" in text
         assert "eager, reference" in text
         assert "150.0\u00a0MB by a kernel" in text.replace("150.0 MB", "150.0\u00a0MB")
     assert "nothing is saved" in report.summary()

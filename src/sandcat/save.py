@@ -52,6 +52,9 @@ def save(
             model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         (part / "README.md").write_text(card or model_card(plan_of(model)), encoding="utf-8")
+        mode = (part / "config.json").stat().st_mode  # what the user's umask gives; weights come out private
+        for path in part.iterdir():
+            path.chmod(mode)
         if finish is not None:
             finish(part)
         _sync(part)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sandcat.evaluate import TextResult
     from sandcat.tasks import TaskResult
 
-REFERENCE_NOTE = "no kernel for this device: the reference ran, nothing is saved"
+REFERENCE_NOTE = "no kernel pays for this device and batch: the reference ran, nothing is saved"
 
 
 class Pair(NamedTuple):

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sandcat.architectures import Site
-from sandcat.ops.sparse_mlp import ACTIVATIONS, MAX_TOKENS, PROMPT_CHUNK, reference, sparse_mlp
+from sandcat.ops import most_tokens
+from sandcat.ops.sparse_mlp import ACTIVATIONS, PROMPT_CHUNK, reference, sparse_mlp
 
 
 class SparseMLP(nn.Module):
@@ -66,7 +67,7 @@ class SparseMLP(nn.Module):
         (gate, gate_bias), (up, up_bias), down = self.gate(), self.up(), self.down
         args = (gate, up, down.weight.t(), threshold, self.activation, gate_bias, up_bias, down.bias)
         x_TH = x.reshape(-1, x.shape[-1])
-        if x_TH.shape[0] <= MAX_TOKENS and not self.by_reference:
+        if x_TH.shape[0] <= most_tokens(x.device, x.dtype) and not self.by_reference:
             y_TH = sparse_mlp(x_TH, *args).to(x.dtype)
         else:
             y_TH = torch.cat([reference(chunk, *args).to(x.dtype) for chunk in x_TH.split(PROMPT_CHUNK)])

@@ -1,15 +1,15 @@
 """The maths: each op is defined by its torch reference; kernels for a device are added where it has them.
 
-`kernel(op, device)` names what runs, so that a report can say it and a missing kernel cannot hide.
+`kernel_name` says what runs on a device, so that a report can say it and a missing kernel cannot hide.
 """
 
 from __future__ import annotations
 
 import torch
 
-from sandcat.ops.sparse_mlp import sparse_mlp
+from sandcat.ops.sparse_mlp import MAX_TOKENS, sparse_mlp
 
-__all__ = ["kernel_name", "sparse_mlp"]
+__all__ = ["kernel_name", "most_tokens", "sparse_mlp"]
 
 _KERNELS = {"cpu": "reference", "cuda": "reference"}
 
@@ -25,6 +25,16 @@ if torch.cuda.is_available():
     _KERNELS["cuda"] = "triton"
 
 
+_MOST_TOKENS = {("cpu", torch.bfloat16): 2, ("cpu", torch.float16): 2}
+"""Tokens at once up to which a kernel beats dense matrix products on its device, where that is fewer than it can take.
+Measured: docs/performance.md."""
+
+
 def kernel_name(device: torch.device | str) -> str:
     """Which implementation runs the ops on this device: "numba", "triton" or "reference"."""
     return _KERNELS.get(torch.device(device).type, "reference")
+
+
+def most_tokens(device: torch.device | str, dtype: torch.dtype) -> int:
+    """Tokens at once up to which skipping pays here; more run as dense products with the mask applied."""
+    return _MOST_TOKENS.get((torch.device(device).type, dtype), MAX_TOKENS)
