@@ -1,9 +1,9 @@
 """One whole decode step, dense against sparse, at the shapes of a real model with random weights.
 
-    python benchmarks/step.py                         # Llama-2-7B shapes, CATS 50 %, 500 tokens in a cache of 520
+    python benchmarks/step.py                       # Llama-2-7B shapes, CATS 50 %, after 500 tokens
     python benchmarks/step.py --shapes llama-3.2-1b --recipe cats:sparsity=0.7
 
-Thresholds are calibrated on random tokens, so the share of neurons dropped is the target's. Both steps run the same loop:
+Thresholds are calibrated on random tokens, so the share of neurons dropped is the target's. Both run the same loop:
 static cache, torch.compile (max-autotune on a GPU), and on a GPU one CUDA graph. The kernel is checked against its
 reference first; times are medians of interleaved runs.
 """
