@@ -206,6 +206,19 @@ BAD = [
     ("long prompt", ["generate", "SPARSE", "x" * 300], "context holds 256"),
     ("empty prompt", ["generate", "SPARSE", ""], "prompt is empty"),
     ("bad top-p", ["generate", "SPARSE", "x", "--top-p", 1.5], "top_p in (0, 1]"),
+    (
+        "unknown task asked at first",
+        ["sparsify", "DENSE", "cats", "-o", "OUT", "--tasks", "none.jsonl"],
+        "no task file",
+    ),
+    ("missing text asked at first", ["sparsify", "DENSE", "cats", "-o", "OUT", "--text", "none.txt"], "no text file"),
+    (
+        "calibrated on what it would be measured on",
+        ["sparsify", "DENSE", "cats", "-o", "OUT", "--calibration", "WORDS", "--text", "WORDS"],
+        "calibrated on",
+    ),
+    ("curve of relufy", ["sparsify", "DENSE", "relufy", "-o", "OUT", "--curve", "0.5"], "option sparsity"),
+    ("curve outside", ["sparsify", "DENSE", "cats", "-o", "OUT", "--curve", "1.5"], "outside [0, 1)"),
     ("bad curve", ["sparsify", "DENSE", "cats", "-o", "OUT", "--curve", "a,b"], "give numbers"),
 ]
 

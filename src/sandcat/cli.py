@@ -6,7 +6,6 @@ import json
 import shlex
 import sys
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -78,22 +77,29 @@ def sparsify(
     from sandcat import hub
     from sandcat.architectures import ModelView
     from sandcat.data import load_text
+    from sandcat.measure import at_sparsities, load_texts
     from sandcat.plan import check, parse_recipe
+    from sandcat.progress import shown
     from sandcat.save import check_free, model_card, save, write_card
     from sandcat.sparsify import sparsify
+    from sandcat.tasks import load_tasks
 
     methods = parse_recipe(recipe)
-    curve_at = numbers(curve, "--curve")
+    others = at_sparsities(methods, numbers(curve, "--curve"))
     if not dry_run and output is None:
         raise BadRecipe("give the folder for the sparse model with -o, or only look at the plan with --dry-run.")
     if output is not None and not dry_run:
         check_free(output, overwrite)
-    with bars(as_json):
+    measured = measure and not dry_run
+    with shown(not as_json):
+        questions = load_tasks(listed(tasks)) if tasks and measured else {}
         dense, tokenizer = hub.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         check(methods, ModelView(dense))
+        texts = load_texts(text, dense, tokenizer, tokens=tokens, seed=seed, calibration=None) if measured else []
         words = None
         if any(method.calibrated for method in methods):
             words = load_text(calibration, dense, tokenizer, tokens=calibration_tokens, seed=seed)
+            load_texts(texts, dense, tokenizer, tokens=tokens, seed=seed, calibration=words)
         plan = sparsify(dense, tokenizer, methods, calibration=words or "self", sequential=sequential, dry_run=dry_run)
         if dry_run:
             print_json(plan.to_json()) if as_json else print_plan(plan)
@@ -107,7 +113,7 @@ def sparsify(
             print_json(plan.to_json()) if as_json else out.print(f"saved to {output}", soft_wrap=True)
             return
         report = _measure(
-            str(output), model, texts=text, tokens=tokens, tasks=listed(tasks), limit=limit, curve=curve_at,
+            str(output), model, texts=texts, tokens=tokens, tasks=questions, limit=limit, curve=others,
             curve_text=words, prompts=prompt, runs=runs, compile=compile, device=device, dtype=dtype, seed=seed,
         )  # fmt: skip
     report.write(output)
@@ -139,10 +145,12 @@ def generate(
     """Write on from a prompt, or chat."""
     from sandcat import hub
     from sandcat.generate import generate
+    from sandcat.progress import shown
 
     if prompt is None and as_json:
         raise BadRecipe("--json needs a prompt: a chat is for people.")
-    net, tokenizer = hub.load(model, dense=dense, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    with shown(not as_json):
+        net, tokenizer = hub.load(model, dense=dense, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     options = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
         "chat": chat, "compile": "default" if compile else None,
@@ -186,7 +194,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Quality beside the dense model: perplexity, KL, agreement, tasks, realised sparsity."""
-    with bars(as_json):
+    from sandcat.progress import shown
+
+    with shown(not as_json):
         found = _measure(
             folder, folder, texts=text, tokens=tokens, tasks=listed(tasks), limit=limit, speed=False, device=device,
             dtype=dtype, seed=seed, trust_remote_code=trust_remote_code,
@@ -212,7 +222,9 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Speed beside the dense model: time and bytes of a decode step, interleaved, on real text."""
-    with bars(as_json):
+    from sandcat.progress import shown
+
+    with shown(not as_json):
         found = _measure(
             folder, folder, texts=(), batches=[int(b) for b in numbers(batch, "--batch")], context=context, steps=steps,
             runs=runs, compile=compile, device=device, dtype=dtype, seed=seed, trust_remote_code=trust_remote_code,
@@ -286,12 +298,6 @@ def numbers(text: str, name: str) -> list[float]:
         return [float(part) for part in listed(text)]
     except ValueError:
         raise BadRecipe(f"{name} {text!r}: give numbers with commas between them.") from None
-
-
-def bars(as_json: bool):
-    from sandcat.progress import shown
-
-    return nullcontext() if as_json else shown()
 
 
 def print_json(data) -> None:

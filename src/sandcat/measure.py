@@ -13,13 +13,13 @@ from sandcat import calibrate
 from sandcat.architectures import ModelView
 from sandcat.benchmark import SpeedResult, benchmark, read_bytes
 from sandcat.data import Text, load_text
-from sandcat.errors import DataError
+from sandcat.errors import BadRecipe, DataError
 from sandcat.evaluate import WINDOW, TextResult, evaluate_text, histograms, layer_sparsity
 from sandcat.generate import generate
 from sandcat.layers.mlp import sparse_mlps
 from sandcat.method import Method
 from sandcat.ops import kernel_name
-from sandcat.plan import Plan
+from sandcat.plan import Calibration, Plan
 from sandcat.registration import plan_of
 from sandcat.report import CurvePoint, Report, Sample, machine
 from sandcat.tasks import load_tasks, run_tasks
@@ -36,7 +36,7 @@ def measure(
     name: str,
     texts: Sequence[str | Text] = (EVALUATION_TEXT,),
     tokens: int = EVALUATION_TOKENS,
-    tasks: Sequence[str] = (),
+    tasks: Sequence[str] | dict[str, dict] = (),
     limit: int | None = None,
     speed: bool = True,
     batches: Sequence[int] = (1,),
@@ -44,7 +44,7 @@ def measure(
     steps: int = 20,
     runs: int = 7,
     compile: bool = True,
-    curve: Sequence[float] = (),
+    curve: Sequence[Method] = (),
     curve_text: Text | None = None,
     prompts: Sequence[str] = (),
     seed: int = 0,
@@ -57,25 +57,18 @@ def measure(
         name: the model's name in the report.
         texts: sources as in `data.load_text`; calibration text must not be among them.
         tokens: of each text.
-        tasks, limit: as in `tasks.run_tasks`.
+        tasks, limit: names, or what `tasks.load_tasks` gave; as in `tasks.run_tasks`.
         speed: time decode steps, at each of `batches`, `context`, `steps`, `runs`, `compile` as in `benchmark`.
-        curve: other sparsities of the plan's method to measure the quality of, calibrated on `curve_text`.
+        curve: the plan's method with other options, to measure the quality of, each calibrated on `curve_text`; see
+            `at_sparsities`.
         prompts: written on by both models.
 
     Raises:
         DataError, ParityError
     """
     plan = plan_of(sparse)
-    loaded = [
-        load_text(text, dense, tokenizer, tokens=tokens, window=WINDOW, seed=seed + 1)
-        if isinstance(text, str)
-        else text
-        for text in texts
-    ]  # seed + 1: text that the model writes for evaluation is not what it wrote for calibration
-    for text in loaded:
-        if plan.calibration is not None and text.source == plan.calibration.source:
-            raise DataError(f"{text.source!r} is the text that the plan was calibrated on: measure on another one.")
-    questions = load_tasks(tasks) if tasks else {}
+    loaded = load_texts(texts, dense, tokenizer, tokens=tokens, seed=seed, calibration=plan.calibration)
+    questions = tasks if isinstance(tasks, dict) else load_tasks(tasks) if tasks else {}
     speeds: list[SpeedResult] = []
     if speed:
         sample = loaded[0] if loaded else load_text(EVALUATION_TEXT, dense, tokenizer, tokens=8192, window=WINDOW)
@@ -118,13 +111,43 @@ def measure(
     )
 
 
+def load_texts(
+    texts: Sequence[str | Text], model: nn.Module, tokenizer, *, tokens: int, seed: int, calibration: Calibration | None
+) -> list[Text]:
+    """Texts to measure on, from their sources.
+
+    Raises:
+        DataError: as `data.load_text`; or one of them is the calibration text.
+    """
+    loaded = []
+    for text in texts:
+        if isinstance(text, str):  # what the model writes to be measured on is not what it wrote for calibration
+            text = load_text(text, model, tokenizer, tokens=tokens, window=WINDOW, seed=seed + 1)
+        if calibration is not None and text.source == calibration.source:
+            raise DataError(f"{text.source!r} is the text that the plan was calibrated on: measure on another one.")
+        loaded.append(text)
+    return loaded
+
+
+def at_sparsities(methods: Sequence[Method], sparsities: Sequence[float]) -> list[Method]:
+    """The recipe's only method at other sparsities, for `measure(curve=...)`.
+
+    Raises:
+        BadRecipe: several methods, one without the option `sparsity`, or a sparsity outside its range.
+    """
+    if sparsities and (len(methods) != 1 or "sparsity" not in methods[0].options()):
+        raise BadRecipe(
+            f"--curve needs a recipe of one method with the option sparsity, not {' '.join(map(str, methods))}."
+        )
+    return [dataclasses.replace(methods[0], sparsity=sparsity) for sparsity in sparsities]
+
+
 def _others(
-    dense: nn.Module, sparse: nn.Module, plan: Plan, sparsities: Sequence[float], text: Text | None
+    dense: nn.Module, sparse: nn.Module, plan: Plan, methods: Sequence[Method], text: Text | None
 ) -> list[tuple[Method, nn.Module]]:
-    """The plan's first method at other sparsities, each with a model that shares all weights with `sparse`."""
+    """Each method with a model of its own, which shares all weights with `sparse`."""
     models = []
-    for sparsity in sparsities:
-        method = dataclasses.replace(plan.steps[0].method, sparsity=sparsity)
+    for method in methods:
         _, tensors = calibrate.decide(ModelView(dense), [method], text, sequential=plan.calibration.sequential)
         model = copy.deepcopy(sparse, {id(parameter): parameter for parameter in sparse.parameters()})
         for name, found in tensors.items():

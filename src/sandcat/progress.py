@@ -11,31 +11,28 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
-_bars: ContextVar[Progress | None] = ContextVar("sandcat_progress", default=None)
+_shown: ContextVar[bool] = ContextVar("sandcat_progress", default=False)
 
 
 @contextmanager
-def shown() -> Iterator[None]:
-    """Within this context, `track` draws on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        token = _bars.set(bars)
-        try:
-            yield
-        finally:
-            _bars.reset(token)
+def shown(on: bool = True) -> Iterator[None]:
+    """Within this context `track` draws on standard error, and so does transformers while it loads and saves."""
+    token = _shown.set(on)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
+
+
+def are_shown() -> bool:
+    return _shown.get()
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """The items, one by one, with a bar if bars are shown. `total` where the items have no length."""
-    bars = _bars.get()
-    if bars is None:
+    if not are_shown():
         yield from items
         return
-    task = bars.add_task(description, total=len(items) if total is None else total)
-    try:
-        for item in items:
-            yield item
-            bars.advance(task)
-    finally:
-        bars.remove_task(task)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        yield from bars.track(items, description=description, total=total)

@@ -14,6 +14,7 @@ from torch import nn
 
 from sandcat.errors import CheckpointError, SandcatError
 from sandcat.plan import Plan
+from sandcat.progress import are_shown
 from sandcat.registration import plan_of
 
 
@@ -173,12 +174,13 @@ def model_card(plan: Plan | None, base: str | None = None, table: str = "") -> s
 
 @contextlib.contextmanager
 def quiet():
-    """Keeps transformers' bars off, and its report on the thresholds that a dense load of a sandcat folder leaves."""
+    """Keeps off transformers' report on the thresholds that a dense load leaves over, and its bars unless ours show."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if not are_shown():
+        logging.disable_progress_bar()
     try:
         yield
     finally:
