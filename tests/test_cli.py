@@ -207,7 +207,7 @@ BAD = [
     ("empty prompt", ["generate", "SPARSE", ""], "prompt is empty"),
     ("bad top-p", ["generate", "SPARSE", "x", "--top-p", 1.5], "top_p in (0, 1]"),
     (
-        "unknown task asked at first",
+        "unknown task at first",
         ["sparsify", "DENSE", "cats", "-o", "OUT", "--tasks", "none.jsonl"],
         "no task file",
     ),

@@ -112,7 +112,13 @@ def measure(
 
 
 def load_texts(
-    texts: Sequence[str | Text], model: nn.Module, tokenizer, *, tokens: int, seed: int, calibration: Calibration | None
+    texts: Sequence[str | Text],
+    model: nn.Module,
+    tokenizer,
+    *,
+    tokens: int,
+    seed: int,
+    calibration: Calibration | Text | None,
 ) -> list[Text]:
     """Texts to measure on, from their sources.
 

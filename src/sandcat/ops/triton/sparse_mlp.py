@@ -179,7 +179,7 @@ def up_down_config(hidden: int, itemsize: int, multiprocessors: int) -> dict:
     """Neurons that a program of `_up_down` takes at a time, its columns (all), its warps, and how many programs."""
     block = triton.next_power_of_2(hidden)
     return {
-        "NEURONS": max(1, min(4, 32768 // (block * itemsize))),
+        "NEURONS": max(1, min(4, 16384 // (block * itemsize))),  # so that two programs fit a multiprocessor
         "BLOCK": block,
         "num_warps": 8 if block * itemsize <= 8192 else 16,
         "PROGRAMS": 2 * multiprocessors,
