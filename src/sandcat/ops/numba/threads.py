@@ -59,7 +59,7 @@ def on_all_threads(body) -> Callable[[list[int]], None]:
 
         return run
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+    @cfunc(types.void(types.CPointer(types.int64)))  # not cached: a change in what the body calls would go unseen
     def entry(args):
         body(carray(args, (SLOTS,)), _thread(), _threads())
 
