@@ -16,10 +16,9 @@ import json
 from pathlib import Path
 
 import sandcat
-from sandcat.benchmark import read_bytes
-from sandcat.data import load_text
+from sandcat.benchmark import bytes_share
+from sandcat.data import load_text, same_source
 from sandcat.evaluate import WINDOW, evaluate_text
-from sandcat.layers.mlp import sparse_mlps
 from sandcat.progress import shown
 
 RECIPES = [
@@ -36,7 +35,7 @@ def main() -> None:
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--calibration", action="append", help="each recipe is calibrated on each of them")
     parser.add_argument("--calibration-tokens", type=int, default=32_768)
-    parser.add_argument("--text", action="append", default=[])
+    parser.add_argument("--text", action="append", required=True)
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--tasks", default="")
     parser.add_argument("--limit", type=int)
@@ -63,7 +62,9 @@ def measure(options: argparse.Namespace) -> tuple[str, list[dict]]:
             )
     models = [variant["model"] for variant in variants]
     for source in options.text:
-        text = load_text(source, dense, tokenizer, tokens=options.tokens, window=WINDOW)
+        if any(same_source(source, other) for other in options.calibration or ()):
+            raise SystemExit(f"{source} is calibrated on: measure on another text")
+        text = load_text(source, dense, tokenizer, tokens=options.tokens, window=WINDOW, seed=1)
         for variant, (result, realised) in zip(variants, evaluate_text(dense, models, text), strict=True):
             variant.setdefault("text", []).append(dataclasses.asdict(result))
             variant.setdefault("realised", realised)
@@ -73,14 +74,8 @@ def measure(options: argparse.Namespace) -> tuple[str, list[dict]]:
         found = run_tasks(dense, models, tokenizer, options.tasks.split(","), limit=options.limit)
         for variant, results in zip(variants, found, strict=True):
             variant["tasks"] = [dataclasses.asdict(result) for result in results]
-    total = read_bytes(dense)
     for variant in variants:
-        modules = sparse_mlps(variant.pop("model"))
-        saved = sum(
-            modules[name].weight_bytes() - modules[name].weight_bytes(1 - share)
-            for name, share in variant["realised"].items()
-        )
-        variant["bytes"] = 1 - saved / total
+        variant["bytes"] = bytes_share(variant.pop("model"), variant["realised"])
     return markdown(variants), variants
 
 

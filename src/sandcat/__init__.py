@@ -5,7 +5,7 @@ from sandcat.hub import load
 from sandcat.method import Method
 from sandcat.methods import METHODS
 from sandcat.plan import Plan, parse
-from sandcat.save import save
+from sandcat.saving import save
 from sandcat.sparsify import sparsify
 
 __version__ = "0.1.0"

@@ -97,6 +97,11 @@ class ModelView:
                 "correct the row."
             ) from None
 
+    @property
+    def decoder(self) -> nn.Module:
+        """What holds the layers, the final norm and the embedding table: the text model, without a vision tower."""
+        return self.model.get_submodule(self.architecture.layers.rpartition(".")[0])
+
     def layer_name(self, layer: int) -> str:
         return f"{self.architecture.layers}.{layer}"
 
@@ -117,6 +122,14 @@ class ModelView:
                     f"layer {layer} of this {self.config.model_type!r} model has no {', '.join(missing)} in its "
                     f"{type(mlp).__name__}: it is no plain gated MLP (a mixture of experts is not supported)."
                 )
+            for part in (row.gate, row.up, row.down):
+                linear = getattr(mlp, part)
+                hooked = linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook")
+                if type(linear) is not nn.Linear or hooked:
+                    raise UnsupportedModel(
+                        f"{part} of layer {layer} is a {type(linear).__name__}{' with hooks' if hooked else ''}, and "
+                        "the kernels read plain nn.Linear weights: merge adapters first, load without offloading."
+                    )
             yield Site(f"{self.layer_name(layer)}.{row.mlp}", layer, mlp, ACTIVATIONS[name], row)
 
     def replace(self, site: Site, module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from sandcat.architectures import ModelView
 from sandcat.errors import ParityError
 from sandcat.generate import Decoder
 from sandcat.layers.mlp import references, sparse_mlps
@@ -212,6 +213,14 @@ def step_bytes(model: nn.Module, ids_BT: Tensor) -> int:
 
 
 def read_bytes(model: nn.Module) -> int:
-    """Bytes of weights that a dense step reads: all, but of an embedding table only if it is the output head too."""
+    """Bytes of weights that a dense step reads: the text decoder's, but of an embedding only if it is the head too."""
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return sum(p.nbytes for p in model.parameters() if p is head or p is not table)
+    decoder = sum(p.nbytes for p in ModelView(model).decoder.parameters() if p is not table and p is not head)
+    return decoder + head.nbytes
+
+
+def bytes_share(sparse: nn.Module, dropped: dict[str, float]) -> float:
+    """Bytes of weights that a step of one token reads, dense = 1, if these shares of neurons are dropped."""
+    modules = sparse_mlps(sparse)
+    saved = sum(modules[name].weight_bytes() - modules[name].weight_bytes(1 - share) for name, share in dropped.items())
+    return 1 - saved / read_bytes(sparse)

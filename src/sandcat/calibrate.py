@@ -13,6 +13,7 @@ from sandcat.data import Text
 from sandcat.method import Method, Spec, Tensors
 from sandcat.plan import Calibration, Plan, Step
 from sandcat.progress import track
+from sandcat.registration import fingerprint
 
 FIRST_POSITIONS = 4
 """Left out of every window: the first tokens carry massive activations that no other token has."""
@@ -44,9 +45,10 @@ def decide(
     tensors: dict[str, Tensors] = {}
 
     def settle(method: Method, site: Site, x_TH: list[Tensor]) -> nn.Module:
-        specs[method.name][site.name], tensors[site.name] = method.decide(site, x_TH)
-        module = method.build(site, specs[method.name][site.name])
+        spec, tensors[site.name] = method.decide(site, x_TH)
+        module = method.build(site, spec)
         method.fill(module, tensors[site.name])
+        specs[method.name][site.name] = {**spec, "fingerprint": fingerprint(module)}
         return module
 
     if text is None:

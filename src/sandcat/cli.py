@@ -25,7 +25,7 @@ app = typer.Typer(
 out, err = Console(), Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Folder, hub id, or smollm2-135m (embedded, needs no network).")]
-Folder = Annotated[str, typer.Argument(help="A folder that sandcat sparsify wrote, or its hub id.")]
+Folder = Annotated[str, typer.Argument(help="A folder that sandcat sparsify wrote.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto keeps the checkpoint's.")]
 Seed = Annotated[int, typer.Option(help="For everything that is drawn at random.")]
@@ -37,7 +37,7 @@ Texts = Annotated[
 ]
 Tokens = Annotated[int, typer.Option(help="Tokens of each text.")]
 Tasks = Annotated[str, typer.Option(help="lm-eval tasks, or local files, by commas; paper for the CATS paper's eight.")]
-Limit = Annotated[int | None, typer.Option(help="At most so many examples of each task.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most so many examples of each task.")]
 Runs = Annotated[int, typer.Option(min=1, help="Interleaved timing runs; the median counts.")]
 Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Time steps under torch.compile too.")]
 Report_ = Annotated[Path | None, typer.Option("--report", help="Folder to write report.json and report.html to.")]
@@ -77,10 +77,11 @@ def sparsify(
     from sandcat import hub
     from sandcat.architectures import ModelView
     from sandcat.data import load_text
+    from sandcat.generate import encode
     from sandcat.measure import at_sparsities, load_texts
     from sandcat.plan import check, parse_recipe
     from sandcat.progress import shown
-    from sandcat.save import check_free, model_card, save, write_card
+    from sandcat.saving import check_free, model_card, replace_text, save
     from sandcat.sparsify import sparsify
     from sandcat.tasks import load_tasks
 
@@ -95,6 +96,8 @@ def sparsify(
         questions = load_tasks(listed(tasks)) if tasks and measured else {}
         dense, tokenizer = hub.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         check(methods, ModelView(dense))
+        for asked in prompt if measured else []:
+            encode(tokenizer, asked)
         texts = load_texts(text, dense, tokenizer, tokens=tokens, seed=seed, calibration=None) if measured else []
         words = None
         if any(method.calibrated for method in methods):
@@ -106,7 +109,7 @@ def sparsify(
             return
         save(
             dense, tokenizer, output, overwrite=overwrite, card=model_card(plan, model),
-            finish=partial(hub.verify, dense),
+            finish=partial(hub.verify, dense, trust_remote_code=trust_remote_code),
         )  # fmt: skip
         dense = None  # measured from the saved files, so that only what was saved counts
         if not measure:
@@ -115,9 +118,10 @@ def sparsify(
         report = _measure(
             str(output), model, texts=texts, tokens=tokens, tasks=questions, limit=limit, curve=others,
             curve_text=words, prompts=prompt, runs=runs, compile=compile, device=device, dtype=dtype, seed=seed,
+            trust_remote_code=trust_remote_code,
         )  # fmt: skip
     report.write(output)
-    write_card(output, model_card(plan, model, report.markdown()))
+    replace_text(output / "README.md", model_card(plan, model, report.markdown()))
     print_report(report, as_json)
     if not as_json:
         out.print(f"\nsaved to {output}; the whole report: {output / 'report.html'}", soft_wrap=True)
@@ -226,7 +230,7 @@ def bench(
 
     with shown(not as_json):
         found = _measure(
-            folder, folder, texts=(), batches=[int(b) for b in numbers(batch, "--batch")], context=context, steps=steps,
+            folder, folder, texts=(), batches=whole_numbers(batch, "--batch"), context=context, steps=steps,
             runs=runs, compile=compile, device=device, dtype=dtype, seed=seed, trust_remote_code=trust_remote_code,
         )  # fmt: skip
     if report is not None:
@@ -298,6 +302,13 @@ def numbers(text: str, name: str) -> list[float]:
         return [float(part) for part in listed(text)]
     except ValueError:
         raise BadRecipe(f"{name} {text!r}: give numbers with commas between them.") from None
+
+
+def whole_numbers(text: str, name: str) -> list[int]:
+    found = numbers(text, name)
+    if not found or any(number < 1 or number != int(number) for number in found):
+        raise BadRecipe(f"{name} {text!r}: give whole numbers from 1 on, with commas between them.")
+    return [int(number) for number in found]
 
 
 def print_json(data) -> None:

@@ -39,7 +39,7 @@ class Text:
 
 
 def load_text(source: str, model: nn.Module, tokenizer, *, tokens: int, window: int = WINDOW, seed: int = 0) -> Text:
-    """The first `tokens` tokens of a source, cut into windows.
+    """The first `tokens` tokens of a source, cut into windows, each after the tokens that the tokenizer starts with.
 
     Args:
         source: "self" (text that the model writes from `seed`), "python-docs" (the language reference that comes with
@@ -67,9 +67,23 @@ def load_text(source: str, model: nn.Module, tokenizer, *, tokens: int, window: 
             raise DataError(
                 f"{source!r} gives {len(ids)} tokens, and fewer than {MIN_TOKENS} measure nothing. Give a longer text."
             )
-        window = min(window, len(ids))
-        ids_NL = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
+        first = _first_tokens(tokenizer)
+        window = min(window, len(ids) + len(first))
+        length = window - len(first)
+        ids_NL = torch.tensor([first + ids[i : i + length] for i in range(0, len(ids) // length * length, length)])
     return Text(ids_NL, source, hashlib.sha256(ids_NL.to(torch.int64).numpy().tobytes()).hexdigest())
+
+
+def same_source(one: str, other: str) -> bool:
+    """Whether two names stand for one text: the same name, or two paths to one file."""
+    paths = [Path(name).resolve() for name in (one, other)]
+    return one == other or (paths[0] == paths[1] and paths[0].is_file())
+
+
+def _first_tokens(tokenizer) -> list[int]:
+    """What this tokenizer puts before every text, such as Gemma's <bos>, without which it writes nonsense."""
+    plain, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    return full[: full.index(plain[0])] if plain and plain[0] in full else []
 
 
 def _pieces(source: str) -> Iterator[str]:
@@ -88,22 +102,27 @@ def _pieces(source: str) -> Iterator[str]:
 
 
 def _file(path: Path) -> Iterator[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{str(path)!r} is not a UTF-8 text file ({error.reason} at byte {error.start}).") from None
+    text = _read(path)
     yield from (text[i : i + 100_000] for i in range(0, len(text), 100_000))
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{str(path)!r} is not a UTF-8 text file ({error.reason} at byte {error.start}).") from None
+    except OSError as error:
+        raise DataError(f"{str(path)!r} cannot be read ({error.strerror}).") from None
+
+
 def _jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield str(json.loads(line)["text"]) + "\n\n"
-            except (ValueError, KeyError, TypeError):
-                raise DataError(f'line {number} of {str(path)!r} is not JSON with a "text" field.') from None
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield str(json.loads(line)["text"]) + "\n\n"
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f'line {number} of {str(path)!r} is not JSON with a "text" field.') from None
 
 
 def _hub(name: str) -> Iterator[str]:

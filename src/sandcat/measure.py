@@ -11,8 +11,8 @@ from torch import nn
 
 from sandcat import calibrate
 from sandcat.architectures import ModelView
-from sandcat.benchmark import SpeedResult, benchmark, read_bytes
-from sandcat.data import Text, load_text
+from sandcat.benchmark import SpeedResult, benchmark, bytes_share
+from sandcat.data import Text, load_text, same_source
 from sandcat.errors import BadRecipe, DataError
 from sandcat.evaluate import WINDOW, TextResult, evaluate_text, histograms, layer_sparsity
 from sandcat.generate import generate
@@ -84,7 +84,7 @@ def measure(
         (result, realised_here), *curve_results = evaluate_text(dense, [sparse, *(model for _, model in others)], text)
         results.append(result)
         realised = realised or realised_here
-        points += [_point(dense, *other, *found) for other, found in zip(others, curve_results, strict=True)]
+        points += [_point(*other, *found) for other, found in zip(others, curve_results, strict=True)]
     sites = list(sparse_mlps(sparse))
     chosen = list(dict.fromkeys([sites[0], sites[len(sites) // 2], sites[-1]]))
     return Report(
@@ -129,7 +129,7 @@ def load_texts(
     for text in texts:
         if isinstance(text, str):  # what the model writes to be measured on is not what it wrote for calibration
             text = load_text(text, model, tokenizer, tokens=tokens, window=WINDOW, seed=seed + 1)
-        if calibration is not None and text.source == calibration.source:
+        if calibration is not None and same_source(text.source, calibration.source):
             raise DataError(f"{text.source!r} is the text that the plan was calibrated on: measure on another one.")
         loaded.append(text)
     return loaded
@@ -162,12 +162,8 @@ def _others(
     return models
 
 
-def _point(dense: nn.Module, method: Method, model: nn.Module, result: TextResult, realised: dict) -> CurvePoint:
-    modules = sparse_mlps(model)
-    saved = sum(
-        modules[name].weight_bytes() - modules[name].weight_bytes(1 - share) for name, share in realised.items()
-    )
-    share = 1 - saved / read_bytes(dense)
+def _point(method: Method, model: nn.Module, result: TextResult, dropped: dict[str, float]) -> CurvePoint:
+    share = bytes_share(model, dropped)
     return CurvePoint(str(method), method.sparsity, result.ratio, result.ratio_error, result.kl, share)
 
 

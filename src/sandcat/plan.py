@@ -133,6 +133,8 @@ def parse(word: str) -> Method:
         key, equals, value = item.partition("=")
         if not equals:
             raise BadRecipe(f"{word!r}: {item!r} is not option=value, as in cats:sparsity=0.5,score=output.")
+        if key.strip() in options:
+            raise BadRecipe(f"{word!r}: {key.strip()} is given twice.")
         options[key.strip()] = value.strip()
     return method_class(name).from_options(options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -34,14 +35,14 @@ def quantile(a_TI: Sequence[Tensor], weight_I: Tensor, q: float) -> float:
 
     total = sum(a.numel() for a in a_TI)
     high = count(bits(a) >> 16 for a in a_TI)
-    rank = q * total
+    rank = torch.tensor(math.ceil(q * total))
     top = int(torch.searchsorted(high, rank))
     below = int(high[top - 1]) if top else 0
     low = below + count(b[b >> 16 == top] & 0xFFFF for b in map(bits, a_TI))
     bottom = int(torch.searchsorted(low, rank))
     before = int(low[bottom - 1]) if bottom else below
     if (
-        rank - before < int(low[bottom]) - rank
+        q * total - before < int(low[bottom]) - q * total
     ):  # ties at t overshoot by more than leaving them all out would fall short
         below_t = [s for s in (_largest_below(bits(a), (top << 16) | bottom) for a in a_TI) if s is not None]
         code = max(below_t, default=None)

@@ -7,6 +7,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sandcat.architectures import ModelView
+from sandcat.errors import PlanError
+from sandcat.method import Spec
 from sandcat.plan import QUANT_METHOD, Plan
 
 
@@ -44,8 +46,35 @@ class SandcatQuantizer(HfQuantizer):
             view.replace(site, method.build(site, spec))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        for _, site, spec in self.quantization_config.plan.match(ModelView(model)):
+            check_loaded(site.name, site.module, spec)
         pack(model)
+        model.is_quantized = False  # its weights are not: .float(), .half() and .to() work
         return model
+
+
+def fingerprint(module: nn.Module) -> dict[str, float]:
+    """The mean of each buffer of a sparse module over its finite entries: enough to tell it from memory left over."""
+    return {name: float(b[b.isfinite()].double().mean().nan_to_num()) for name, b in module.named_buffers()}
+
+
+def check_loaded(name: str, module: nn.Module, spec: Spec) -> None:
+    """
+    Raises:
+        PlanError: a sparse module's weights lie elsewhere (offloaded), or its thresholds are not those of the plan.
+    """
+    if any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
+        raise PlanError(
+            f"the weights of {name} were offloaded to the host or to disk, where the kernels cannot read them. Load "
+            "the sparse model onto devices that hold it whole, as with device_map='cuda'."
+        )
+    for key, mean in fingerprint(module).items():
+        expected = spec.get("fingerprint", {}).get(key)
+        if expected is None or not abs(mean - expected) <= 0.02 * abs(expected) + 1e-6:
+            raise PlanError(
+                f"the tensor {name}.{key} is missing from the checkpoint, or not the one that its plan was made with. "
+                "Sparsify again; a folder that was saved without sandcat keeps the plan but loses such tensors."
+            )
 
 
 def pack(model: nn.Module) -> None:
@@ -71,7 +100,6 @@ def attach(model: nn.Module, plan: Plan) -> None:
     """Writes the plan into a model that was sparsified in place, so that `save_pretrained` saves it."""
     model.config.quantization_config = SandcatConfig(**plan.to_json())
     model.hf_quantizer = SandcatQuantizer(model.config.quantization_config)
-    model.is_quantized = True
     model.quantization_method = QUANT_METHOD
 
 

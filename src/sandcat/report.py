@@ -6,7 +6,6 @@ import contextlib
 import html
 import json
 import math
-import os
 import platform
 import re
 from dataclasses import asdict, dataclass, field, fields
@@ -23,6 +22,7 @@ from sandcat import wording
 from sandcat.benchmark import SpeedResult
 from sandcat.errors import CheckpointError
 from sandcat.evaluate import Histogram, LayerSparsity, TextResult
+from sandcat.saving import replace_text
 
 FORMAT_VERSION = 1
 
@@ -108,16 +108,7 @@ class Report:
         """
         texts = {"report.json": json.dumps(self.to_json(), indent=1, allow_nan=False), "report.html": self.html()}
         for name, text in texts.items():
-            path = Path(folder) / name
-            part = path.with_name(f".{name}.{os.getpid()}.part")
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                part.write_text(text + "\n", encoding="utf-8")
-                os.replace(part, path)
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    part.unlink()
-                raise CheckpointError(f"{str(path)!r} was not written: {error.strerror or error}.") from error
+            replace_text(Path(folder) / name, text + "\n")
 
     def pairs(self) -> dict[str, list[wording.Pair]]:
         """The rows of every output, by the title of their table."""

@@ -11,7 +11,7 @@ from sandcat.architectures import ModelView
 from sandcat.data import Text, load_text
 from sandcat.method import Method, Tensors
 from sandcat.plan import Plan, check, parse_recipe
-from sandcat.registration import attach
+from sandcat.registration import attach, pack
 
 CALIBRATION_TOKENS = 32_768
 
@@ -64,6 +64,6 @@ def apply(view: ModelView, plan: Plan, tensors: dict[str, Tensors]) -> None:
     for method, site, spec in plan.match(view):
         module = method.build(site, spec)
         method.fill(module, tensors[site.name])
-        module.pack()
         module.train(site.module.training)
         view.replace(site, module)
+    pack(view.model)

@@ -20,9 +20,12 @@ try:
 except ImportError:  # numba has no wheel for this Python or machine: the reference runs, and reports say so
     pass
 if torch.cuda.is_available():
-    import sandcat.ops.triton.sparse_mlp  # noqa: F401
+    try:
+        import sandcat.ops.triton.sparse_mlp  # noqa: F401
 
-    _KERNELS["cuda"] = "triton"
+        _KERNELS["cuda"] = "triton"
+    except ImportError:  # no Triton for this system
+        pass
 
 
 _MOST_TOKENS = {("cpu", torch.bfloat16): 2, ("cpu", torch.float16): 2}
@@ -37,4 +40,6 @@ def kernel_name(device: torch.device | str) -> str:
 
 def most_tokens(device: torch.device | str, dtype: torch.dtype) -> int:
     """Tokens at once up to which skipping pays here; more run as dense products with the mask applied."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return 0
     return _MOST_TOKENS.get((torch.device(device).type, dtype), MAX_TOKENS)

@@ -46,10 +46,33 @@ def reference(
     return F.linear(h_TI, down_IH.t(), down_bias_H).float()
 
 
+def check_arguments(x_TH, gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I, down_bias_H) -> None:
+    """What a kernel reads by address must be there.
+
+    Raises:
+        ValueError: more than `MAX_TOKENS` tokens, or shapes, dtypes or devices that do not go together.
+    """
+    if not 1 <= len(x_TH) <= MAX_TOKENS:
+        raise ValueError(f"sandcat::sparse_mlp takes 1 to {MAX_TOKENS} tokens, got {len(x_TH)}.")
+    I, H = gate_IH.shape
+    shapes = {
+        "x": (x_TH, (len(x_TH), H)), "up": (up_IH, (I, H)), "down": (down_IH, (I, H)), "threshold": (threshold_I, (I,)),
+        "gate_bias": (gate_bias_I, (I,)), "up_bias": (up_bias_I, (I,)), "down_bias": (down_bias_H, (H,)),
+    }  # fmt: skip
+    for name, (tensor, shape) in shapes.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype != gate_IH.dtype or tensor.device != gate_IH.device:
+            raise ValueError(
+                f"sandcat::sparse_mlp: {name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; with a "
+                f"gate of {I} x {H} {gate_IH.dtype} on {gate_IH.device} it must be {shape}, of that dtype, there."
+            )
+
+
 sparse_mlp = torch.library.custom_op("sandcat::sparse_mlp", reference, mutates_args=())
 """`reference` for 1 to `MAX_TOKENS` tokens, by the kernel of the device where there is one."""
 
 
 @sparse_mlp.register_fake
 def _(x_TH, gate_IH, up_IH, down_IH, threshold_I, activation, gate_bias_I=None, up_bias_I=None, down_bias_H=None):
-    return x_TH.new_empty((x_TH.shape[0], down_IH.shape[1]), dtype=torch.float32)
+    return gate_IH.new_empty((x_TH.shape[0], down_IH.shape[1]), dtype=torch.float32)

@@ -9,6 +9,7 @@ their product are rounded to the model's dtype as the reference rounds them.
 from __future__ import annotations
 
 import math
+import sys
 from functools import cache
 
 import numpy as np
@@ -16,13 +17,17 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
+from sandcat.ops.numba import floats, threads
 from sandcat.ops.numba.floats import STORAGE, rounded, widen
-from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of
-from sandcat.ops.sparse_mlp import ACTIVATIONS, MAX_TOKENS, sparse_mlp
+from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of, version_of
+from sandcat.ops.sparse_mlp import ACTIVATIONS, check_arguments, sparse_mlp
 
 BLOCK = 64
 REORDER = {"reassoc", "contract", "nsz"}
 """The only liberties with arithmetic: the order of sums. NaN and infinity behave as they must."""
+
+VERSION = version_of(floats, threads, sys.modules["sandcat.ops.sparse_mlp"])
+"""A digest of the sources, besides this file, that the compiled kernel depends on."""
 
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 _SILU, _GELU, _GELU_TANH = _CODES["silu"], _CODES["gelu"], _CODES["gelu_tanh"]
@@ -85,10 +90,11 @@ def _add(y, h, row):
 def _kernel(dtype: torch.dtype):
     """The kernel for one dtype, compiled on first use (and then cached on disk)."""
     storage = STORAGE[dtype]
-    unit = storage.type(0)
+    unit, version = storage.type(0), VERSION
 
-    @njit(cache=True)
     def body(args, thread, threads):
+        if args[8] != version:  # never: it ties the code that Numba caches to all sources it was made from
+            return
         tokens, neurons, hidden, code = args[9], args[10], args[11], args[12]
         x = carray(pointer(args[0]), (tokens, hidden), np.float32)
         gate = carray(pointer(args[1]), (neurons, hidden), storage)
@@ -149,14 +155,14 @@ def _(
     up_bias_I: Tensor | None = None,
     down_bias_H: Tensor | None = None,
 ) -> Tensor:
+    check_arguments(x_TH, gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I, down_bias_H)
     tokens, hidden = x_TH.shape
-    if tokens > MAX_TOKENS:
-        raise ValueError(f"sandcat::sparse_mlp takes 1 to {MAX_TOKENS} tokens, got {tokens}.")
     x_TH = x_TH.float().contiguous()
     tensors = [gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I]
     tensors = [None if t is None else t.contiguous() for t in tensors]
-    partial_PTH = torch.zeros(threads_of(), tokens, hidden)
+    threads = threads_of()
+    partial_PTH = torch.zeros(threads, tokens, hidden)
     addresses = [0 if t is None else t.data_ptr() for t in (x_TH, *tensors, partial_PTH)]
-    _kernel(gate_IH.dtype)([*addresses, 0, tokens, gate_IH.shape[0], hidden, _CODES[activation]])
+    _kernel(gate_IH.dtype)([*addresses, VERSION, tokens, gate_IH.shape[0], hidden, _CODES[activation]], threads)
     y_TH = partial_PTH.sum(0)
     return y_TH if down_bias_H is None else y_TH + down_bias_H

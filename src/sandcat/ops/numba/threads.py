@@ -1,18 +1,21 @@
 """Runs a compiled kernel on all of PyTorch's CPU threads.
 
 Two thread pools get in each other's way: idle OpenMP threads spin for a while before they sleep. So kernels run on the
-pool that PyTorch has already (`GOMP_parallel` of the libgomp in its process), and where PyTorch uses another OpenMP,
-on Numba's own.
+pool that PyTorch has already (`GOMP_parallel` of the libgomp in its process), and where there is no libgomp, on Numba's
+own.
 
-A kernel is `body(args, thread, threads)`, compiled by `numba.njit`: `args` is an int64 array of `SLOTS` addresses and
-sizes, and the body does its share, `thread` of `threads`.
+A kernel is `body(args, thread, threads)`, which `numba.njit` can compile: `args` is an int64 array of `SLOTS` addresses
+and sizes, and the body does its share, `thread` of `threads`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -43,19 +46,27 @@ _thread = types.ExternalFunction("omp_get_thread_num", types.int32())
 _threads = types.ExternalFunction("omp_get_num_threads", types.int32())
 
 
-def on_all_threads(body) -> Callable[[list[int]], None]:
-    """The kernel as a function of its list of addresses and sizes; returns when every thread is done."""
+def on_all_threads(body) -> Callable[[list[int], int], None]:
+    """The kernel as a function of its list of addresses and sizes, and of how many threads it may run on.
+
+    It returns when every thread is done, and may be called from several Python threads at once.
+    """
+    try:
+        body = njit(cache=True)(body)
+    except RuntimeError:  # no folder to keep compiled code in: compile in every process
+        body = njit(body)
     if _openmp is None:
+        lock = threading.Lock()  # of Numba's pools, the one that is always there may not be entered twice
 
         @njit(parallel=True, nogil=True)
         def spread(args, threads):
             for thread in prange(threads):
                 body(args, thread, threads)
 
-        def run(args: list[int]) -> None:
-            threads = threads_of()
-            numba.set_num_threads(threads)
-            spread(np.array(args, dtype=np.int64), threads)
+        def run(args: list[int], threads: int) -> None:
+            with lock:
+                numba.set_num_threads(threads)
+                spread(np.array(args, dtype=np.int64), threads)
 
         return run
 
@@ -66,11 +77,17 @@ def on_all_threads(body) -> Callable[[list[int]], None]:
     address = entry.address
     pack = ctypes.c_int64 * SLOTS
 
-    def run(args: list[int]) -> None:
-        _openmp.GOMP_parallel(address, ctypes.addressof(packed := pack(*args)), threads_of(), 0)
-        del packed  # kept alive until the threads were done with it
+    def run(args: list[int], threads: int) -> None:
+        packed = pack(*args)  # alive until the threads are done with it
+        _openmp.GOMP_parallel(address, ctypes.addressof(packed), threads, 0)
 
     return run
+
+
+def version_of(*modules) -> int:
+    """A digest of the modules' sources."""
+    sources = b"".join(Path(module.__file__).read_bytes() for module in modules)
+    return int.from_bytes(hashlib.sha256(sources).digest()[:7], "big")
 
 
 def threads_of() -> int:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sandcat.ops.sparse_mlp import ACTIVATIONS, MAX_TOKENS, sparse_mlp
+from sandcat.ops.sparse_mlp import ACTIVATIONS, check_arguments, sparse_mlp
 
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 _SILU, _GELU, _GELU_TANH = (tl.constexpr(_CODES[name]) for name in ("silu", "gelu", "gelu_tanh"))
@@ -210,9 +210,9 @@ def launch(
 ) -> Tensor:
     T, H = x_TH.shape
     I = gate_IH.shape[0]
-    if T > MAX_TOKENS:
-        raise ValueError(f"sandcat::sparse_mlp takes 1 to {MAX_TOKENS} tokens, got {T}.")
-    x, gate, up, down, threshold = (t.contiguous() for t in (x_TH, gate_IH, up_IH, down_IH, threshold_I))
+    check_arguments(x_TH, gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I, down_bias_H)
+    tensors = (x_TH, gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I)
+    x, gate, up, down, threshold, gate_bias, up_bias = (None if t is None else t.contiguous() for t in tensors)
     code, itemsize, device = _CODES[activation], gate.element_size(), x.device
     zeros = torch.zeros(T * H + 1, dtype=torch.float32, device=device)  # one launch for the sums and the counter
     y_TH, count = zeros[: T * H].view(T, H), zeros[T * H :].view(torch.int32)
@@ -222,20 +222,18 @@ def launch(
             a_n = torch.empty(I, dtype=torch.float32, device=device)
             config = gate_config(H, itemsize)
             _gate[(triton.cdiv(I, config["ROWS"]),)](
-                x, gate, gate_bias_I, threshold, count, list_n, a_n, I, H, CODE=code, **config
+                x, gate, gate_bias, threshold, count, list_n, a_n, I, H, CODE=code, **config
             )
             config = up_down_config(H, itemsize, _multiprocessors(device))
-            _up_down[(config["PROGRAMS"],)](x, up, down, up_bias_I, count, list_n, a_n, y_TH, H, **config)
+            _up_down[(config["PROGRAMS"],)](x, up, down, up_bias, count, list_n, a_n, y_TH, H, **config)
         else:
             a_nT = torch.empty(I, TOKENS, dtype=torch.float32, device=device)
             h_nT = torch.empty(I, TOKENS, dtype=gate.dtype, device=device)
             keep_n = torch.empty(I, dtype=torch.int32, device=device)
             shape = rows_config(itemsize)
             grid = (triton.cdiv(I, shape["ROWS"]),)
-            _gate_tokens[grid](
-                x, gate, gate_bias_I, threshold, count, list_n, a_nT, keep_n, T, I, H, CODE=code, **shape
-            )
-            _up_tokens[grid](x, up, up_bias_I, count, list_n, a_nT, keep_n, h_nT, T, H, **shape)
+            _gate_tokens[grid](x, gate, gate_bias, threshold, count, list_n, a_nT, keep_n, T, I, H, CODE=code, **shape)
+            _up_tokens[grid](x, up, up_bias, count, list_n, a_nT, keep_n, h_nT, T, H, **shape)
             shape = columns_config(itemsize)
             columns = triton.cdiv(H, shape["BLOCK"])
             splits = max(1, 4 * _multiprocessors(device) // columns)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 from torch import nn
 
 from sandcat.errors import CheckpointError, SandcatError
@@ -30,7 +34,8 @@ def save(
     """Writes an ordinary Hugging Face folder, whole or not at all.
 
     Everything goes to a temporary folder beside `folder` first, and is renamed when it is complete. Killed at any
-    moment, `folder` holds what it held before, or everything.
+    moment, `folder` holds what it held before, or everything. (Where the system cannot exchange two folders in one
+    step, as Linux can, the older one may stand beside it under a hidden name; the next save puts it back.)
 
     Args:
         overwrite: replace an existing folder; without it one is an error.
@@ -42,12 +47,12 @@ def save(
         CheckpointError: the folder exists, or the disk is full or not writable.
     """
     folder = Path(folder)
-    check_free(folder, overwrite)
     part = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{os.getpid()}.part-", dir=folder.parent))
+        check_free(folder, overwrite)
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{platform.node()}.{os.getpid()}.part-", dir=folder.parent))
         part.chmod(0o755)
         with quiet():
             model.save_pretrained(part)
@@ -59,6 +64,7 @@ def save(
         if finish is not None:
             finish(part)
         _sync(part)
+        check_free(folder, overwrite)
         _swap(part, folder)
     except SandcatError:
         raise
@@ -101,43 +107,61 @@ def _swap(part: Path, folder: Path) -> None:
     if not folder.exists():
         part.rename(folder)
         return
+    if _exchange(part, folder):  # `part` is the older one now
+        return
     old = part.with_name(part.name.replace(".part-", ".old-"))
     folder.rename(old)
     try:
         part.rename(folder)
-    except OSError:
-        old.rename(folder)
+    except BaseException:
+        if not folder.exists():
+            old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names in one step, where the system and its file system can; else False, and nothing has changed."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
 def _remove_stale(folder: Path) -> None:
     """Clears what killed saves of the same name left, and brings back an old folder that one had just put aside."""
-    for path in folder.parent.glob(f".{folder.name}.*.*-*"):
-        pid = path.name.removeprefix(f".{folder.name}.").split(".")[0]
-        if not pid.isdigit() or _alive(int(pid)):
+    name = re.compile(rf"\.{re.escape(folder.name)}\.{re.escape(platform.node())}\.(\d+)\.(part|old)-\w{{8}}")
+    for path in list(folder.parent.iterdir()):
+        match = name.fullmatch(path.name)
+        if match is None or _alive(int(match[1])):
             continue
-        if ".old-" in path.name and not folder.exists():
+        if match[2] == "old" and not folder.exists():
             path.rename(folder)
         else:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:
+    return pid == os.getpid() or psutil.pid_exists(pid)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or the disk is full.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def write_card(folder: Path, text: str) -> None:
-    """Replaces a saved model's README.md, whole or not at all."""
-    part = folder / f".README.{os.getpid()}"
-    part.write_text(text, encoding="utf-8")
-    part.replace(folder / "README.md")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise CheckpointError(f"{str(path)!r} was not written: {error.strerror or error}.") from error
 
 
 CARD = """\
