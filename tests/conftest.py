@@ -41,7 +41,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Fills what `torch.empty` gives with NaN (integers: a large number), so that an unwritten output shows."""
+    """Fills what `torch.empty` gives with NaN (integers: a large number), so that what is left unwritten shows."""
     empty = torch.empty
 
     def full(*args, **kwargs):

@@ -147,6 +147,8 @@ def broken(dense, sparse, tmp_path):
             weights.unlink()
         elif kind == "not-json":
             (folder / "config.json").write_text("{")
+        elif kind == "list":
+            config = []
         elif kind == "newer":
             plan["format_version"] = 99
         elif kind == "misfit":
@@ -219,6 +221,11 @@ BAD = [
     ),
     ("curve of relufy", ["sparsify", "DENSE", "relufy", "-o", "OUT", "--curve", "0.5"], "option sparsity"),
     ("curve outside", ["sparsify", "DENSE", "cats", "-o", "OUT", "--curve", "1.5"], "outside [0, 1)"),
+    ("binary jsonl", ["sparsify", "DENSE", "cats", "-o", "OUT", "--calibration", "BINARYJSONL"], "UTF-8"),
+    ("option twice", ["sparsify", "DENSE", "cats:sparsity=0.1,sparsity=0.2", "-o", "OUT"], "given twice"),
+    ("config that is a list", ["show", "list!"], "folder is damaged"),
+    ("batch 0", ["bench", "SPARSE", "--batch", "0"], "whole numbers"),
+    ("batch 1.5", ["bench", "SPARSE", "--batch", "1.5"], "whole numbers"),
     ("bad curve", ["sparsify", "DENSE", "cats", "-o", "OUT", "--curve", "a,b"], "give numbers"),
 ]
 
@@ -231,6 +238,8 @@ def test_mistakes(args, said, dense, sparse, words, other, broken, tmp_path, cap
     files |= {name: tmp_path / f"{name}.txt" for name in ("EMPTYTEXT", "SHORT", "BINARY")}
     files |= {"BADJSONL": tmp_path / "bad.jsonl", "WORDS": words}
     (tmp_path / "empty").mkdir()
+    files["BINARYJSONL"] = tmp_path / "binary.jsonl"
+    files["BINARYJSONL"].write_bytes(b"\xff\xfe\x00")
     files["EMPTYTEXT"].write_text("")
     files["SHORT"].write_text("too short")
     files["BINARY"].write_bytes(b"\xff\xfe\x00")

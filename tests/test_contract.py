@@ -14,6 +14,7 @@ from tiny import FAMILIES, VOCABULARY, text, tiny, tokenizer
 
 import sandcat
 from sandcat.architectures import ModelView
+from sandcat.errors import PlanError, SandcatError, UnsupportedModel
 from sandcat.layers import mlp as mlp_layer
 from sandcat.layers.mlp import sparse_mlps
 from sandcat.methods import METHODS, Cats, Relufy
@@ -219,6 +220,81 @@ def test_saved_again_after_loading(tmp_path):
     third, _ = sandcat.load(tmp_path / "two", device="cpu")
     ids = torch.randint(4, VOCABULARY, (2, 9))
     assert torch.equal(third(ids).logits, sparse(ids).logits)
+
+
+def test_a_plan_without_its_thresholds_is_refused(tmp_path):
+    """As a folder is that was loaded and saved again without sandcat."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    _, sparse, *_ = sparsified("llama", "cats-output")
+    folder = sandcat.save(sparse, tokenizer(), tmp_path / "out")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "threshold" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PlanError, match=r"threshold is missing from the checkpoint"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(PlanError, match=r"threshold is missing from the checkpoint"):
+        sandcat.load(folder, device="cpu")
+
+
+def test_offloaded_weights_are_refused(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    _, sparse, *_ = sparsified("llama", "cats")
+    folder = sandcat.save(sparse, tokenizer(), tmp_path / "out")
+    where = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    where |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    with pytest.raises(SandcatError, match="offload"):
+        AutoModelForCausalLM.from_pretrained(folder, device_map=where, offload_folder=tmp_path / "offload")
+
+
+def test_wrapped_projections_are_refused():
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj = torch.nn.Sequential(model.model.layers[1].mlp.up_proj)
+    with pytest.raises(UnsupportedModel, match="up_proj of layer 1 is a Sequential"):
+        sandcat.sparsify(model, None, "cats", calibration=text())
+
+
+@torch.inference_mode()
+def test_the_output_score():
+    """Its threshold is t over sqrt(E[u^2]) times the norm of the neuron's column of down, computed here by hook."""
+    from sandcat.calibrate import FIRST_POSITIONS
+
+    dense, words = tiny("qwen2"), text()
+    seen = {}
+    mlp = dense.model.layers[0].mlp
+    handle = mlp.register_forward_pre_hook(lambda m, args: seen.update(x=args[0][:, FIRST_POSITIONS:].flatten(0, 1)))
+    dense(words.ids_NL)
+    handle.remove()
+    u = mlp.up_proj(seen["x"])
+    a = torch.nn.functional.silu(mlp.gate_proj(seen["x"])).abs()
+    weight = u.square().mean(0).sqrt() * mlp.down_proj.weight.norm(dim=0)
+    want = (a * weight).flatten().quantile(0.4) / weight
+    sandcat.sparsify(dense, None, Cats(sparsity=0.4, score="output"), calibration=words)
+    torch.testing.assert_close(dense.model.layers[0].mlp.threshold, want, rtol=1e-3, atol=0)
+
+
+def test_sequential_or_not():
+    """The first layer sees the same either way; the second sees what the first gives, sparse or dense."""
+    found = []
+    for sequential in (True, False):
+        model = tiny("llama")
+        plan = sandcat.sparsify(model, None, Cats(sparsity=0.6), calibration=text(), sequential=sequential)
+        assert plan.calibration.sequential is sequential
+        found.append([spec["threshold"] for spec in plan.steps[0].sites.values()])
+    (first, second), (same, other) = found
+    assert first == same and second != other
+
+
+@torch.inference_mode()
+def test_dtype_can_change_afterwards(tmp_path):
+    _, sparse, *_ = sparsified("llama", "cats")
+    folder = sandcat.save(sparse, tokenizer(), tmp_path / "out")
+    ids = torch.randint(4, VOCABULARY, (1, 1))
+    for model in (sparse, sandcat.load(folder, device="cpu")[0]):
+        model.bfloat16().float()
+        assert model(ids).logits.isfinite().all()
 
 
 def test_no_matrix_is_held_twice():

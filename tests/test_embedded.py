@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -49,15 +47,3 @@ def test_self_text_depends_on_the_seed_alone(embedded):
     one, two, other = (load_text("self", model, tokenizer, tokens=256, seed=seed) for seed in (1, 1, 2))
     assert one.sha256 == two.sha256 != other.sha256
     assert one.tokens >= 256 and torch.equal(one.ids_NL, two.ids_NL)
-
-
-def test_a_lean_import():
-    """Importing sandcat loads no plotting, no tasks, no datasets, and touches no GPU."""
-    script = """
-import sys, torch
-torch.cuda.init = torch.cuda._lazy_init = lambda *a: (_ for _ in ()).throw(RuntimeError("CUDA was touched"))
-import sandcat
-heavy = {"matplotlib", "lm_eval", "datasets", "typer", "pandas"} & set(sys.modules)
-assert not heavy, heavy
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)

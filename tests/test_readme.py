@@ -37,4 +37,10 @@ def test_every_family_is_named():
     from sandcat.architectures import ARCHITECTURES
 
     text = README.read_text(encoding="utf-8")
-    assert all(family.removesuffix("_text") in text for family in ARCHITECTURES)
+    named = re.search(r"^Families: (.*?)\.", text, re.M)[1].split(", ")
+    assert set(named) == {family.removesuffix("_text") for family in ARCHITECTURES}
+
+
+def test_no_placeholder_is_left():
+    for page in (README, *README.parent.glob("docs/*.md")):
+        assert not re.search(r"^[A-Z]+_[A-Z]+$", page.read_text(encoding="utf-8"), re.M), page

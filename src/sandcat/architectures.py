@@ -124,7 +124,8 @@ class ModelView:
                 )
             for part in (row.gate, row.up, row.down):
                 linear = getattr(mlp, part)
-                hooked = linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook")
+                offloaded = getattr(getattr(linear, "_hf_hook", None), "offload", False)
+                hooked = linear._forward_hooks or linear._forward_pre_hooks or offloaded
                 if type(linear) is not nn.Linear or hooked:
                     raise UnsupportedModel(
                         f"{part} of layer {layer} is a {type(linear).__name__}{' with hooks' if hooked else ''}, and "

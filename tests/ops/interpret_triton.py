@@ -21,6 +21,15 @@ from test_sparse_mlp import arguments, expected
 
 import sandcat.ops.triton.sparse_mlp as kernels
 
+empty = torch.empty
+
+
+def poisoned(*shape, **options):
+    tensor = empty(*shape, **options)
+    return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**20)
+
+
+torch.empty = poisoned
 kernels._multiprocessors = lambda device: 2
 torch.cuda.device = lambda device: contextlib.nullcontext()
 
@@ -44,4 +53,10 @@ for tokens, hidden, neurons, options in [
         args[0][0, 0] = bad
         assert_close(kernels.launch(*args), expected(args), dtype)
         count += 1
+args = arguments(2, 63, 65, torch.float32, "cpu", bias=True)
+for rows in (1, 2):
+    args[0] = args[0][:rows]
+    strided = [torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t for t in args]
+    assert_close(kernels.launch(*strided), expected(args), torch.float32)
+    count += 1
 print(f"{count} cases equal the reference")

@@ -133,10 +133,50 @@ def test_compiles_in_one_graph(device):
     assert_close(step(args[0]), want, torch.float32)
 
 
-def test_too_many_tokens():
-    args = arguments(MAX_TOKENS + 1, 64, 96, torch.float32, "cpu")
-    with pytest.raises(ValueError, match="1 to 8 tokens"):
-        sparse_mlp(*args)
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("neurons", [3, 130])
+def test_any_number_of_threads(threads, neurons):
+    """More threads than cores, and than neurons; several Python threads at once."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    before = torch.get_num_threads()
+    args = arguments(2, 65, neurons, torch.float32, "cpu")
+    want = expected(args)
+    try:
+        torch.set_num_threads(threads)
+        with ThreadPoolExecutor(3) as pool:
+            for found in pool.map(lambda _: sparse_mlp(*args), range(12)):
+                assert_close(found, want, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_openmp(monkeypatch):
+    """The other pool, Numba's own, gives the same, also from several Python threads."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from sandcat.ops.numba import sparse_mlp as kernel
+    from sandcat.ops.numba import threads
+
+    monkeypatch.setattr(threads, "_openmp", None)
+    kernel._kernel.cache_clear()
+    args = arguments(2, 65, 130, torch.float32, "cpu")
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            for found in pool.map(lambda _: sparse_mlp(*args), range(6)):
+                assert_close(found, expected(args), torch.float32)
+    finally:
+        kernel._kernel.cache_clear()
+
+
+def test_arguments_that_do_not_fit():
+    good = arguments(2, 64, 96, torch.float32, "cpu", bias=True)
+    bad = {0: arguments(MAX_TOKENS + 1, 64, 96, torch.float32, "cpu")[0], 2: good[2][:90], 3: good[3][:, :60]}
+    bad |= {4: good[4].bfloat16(), 6: good[6][:5], 7: good[7].double(), 8: good[8][:5]}
+    for place, tensor in bad.items():
+        args = [*good[:place], tensor, *good[place + 1 :]]
+        with pytest.raises(ValueError, match=r"1 to 8 tokens|must be"):
+            sparse_mlp(*args)
 
 
 @pytest.mark.gpu
