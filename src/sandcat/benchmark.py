@@ -120,8 +120,8 @@ def benchmark(
     Raises:
         ParityError: the kernel's logits are not those of the reference.
     """
-    few = len(ids_BT) <= most_tokens(sparse.device, sparse.dtype)
-    kernel = kernel_name(sparse.device) if few else "reference"
+    pays = len(ids_BT) <= most_tokens(sparse.device, sparse.dtype)
+    kernel = kernel_name(sparse.device) if pays else "reference"
     prompt, fed = ids_BT[:, :-steps], ids_BT[:, -steps:].to(dense.device)
     error = parity_error(sparse, ids_BT)
     device = sparse.device
@@ -151,7 +151,7 @@ def benchmark(
             seconds[name].append(run(decoder))
     medians = {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
     best = {w: min((n for n in medians if n.startswith(w)), key=medians.__getitem__) for w in ("dense", "sparse")}
-    read = {"dense": step_bytes(dense, ids_BT), "sparse": step_bytes(sparse if few else dense, ids_BT)}
+    read = {"dense": step_bytes(dense, ids_BT), "sparse": step_bytes(sparse, ids_BT)}
     return SpeedResult(
         prompt.shape[1], len(ids_BT), runs, medians[best["dense"]], best["dense"].split()[1], medians[best["sparse"]],
         best["sparse"].split()[1], medians[best["dense"]] / medians[best["sparse"]], read["dense"], read["sparse"],

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sandcat.errors import BadRecipe, SandcatError
+from sandcat.measure import EVALUATION_TEXT, EVALUATION_TOKENS
+from sandcat.sparsify import CALIBRATION_TOKENS
 
 app = typer.Typer(
     help="Make a pretrained language model cheaper to run: for each token, read only the weights this context needs.",
@@ -52,15 +54,15 @@ def sparsify(
         str,
         typer.Option(help="Text to calibrate on: self (the model writes it), a .txt or .jsonl file, a hub dataset."),
     ] = "self",
-    calibration_tokens: Annotated[int, typer.Option(help="Tokens of it.")] = 32_768,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens of it.")] = CALIBRATION_TOKENS,
     sequential: Annotated[
         bool, typer.Option(help="Calibrate each layer on what the sparse layers before it give.")
     ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and change nothing.")] = False,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure the saved model and report.")] = True,
-    text: Texts = ["python-docs"],  # noqa: B006
-    tokens: Tokens = 16_384,
+    text: Texts = [EVALUATION_TEXT],  # noqa: B006
+    tokens: Tokens = EVALUATION_TOKENS,
     tasks: Tasks = "",
     limit: Limit = None,
     curve: Annotated[str, typer.Option(help="Other sparsities to measure the quality of, by commas.")] = "",
@@ -186,8 +188,8 @@ def generate(
 @app.command(name="eval")
 def evaluate(
     folder: Folder,
-    text: Texts = ["python-docs"],  # noqa: B006
-    tokens: Tokens = 16_384,
+    text: Texts = [EVALUATION_TEXT],  # noqa: B006
+    tokens: Tokens = EVALUATION_TOKENS,
     tasks: Tasks = "",
     limit: Limit = None,
     report: Report_ = None,
