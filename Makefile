@@ -9,7 +9,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 demo: .venv/demo
 	$(BIN)/sandcat sparsify smollm2-135m cats:sparsity=0.3,score=output -o demo --overwrite \
 		--calibration-tokens 4096 --tokens 4096 --curve 0.5,0.7 --runs 5 --prompt "Why is the sky blue?"
-	$(BIN)/sandcat generate demo "Write three sentences about a cat who lives in the desert." --max-new-tokens 80
+	$(BIN)/sandcat generate demo "Write three sentences about a cat who lives in the desert." \
+		--max-new-tokens 80 --temperature 0.7 --top-p 0.9
 
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -72,8 +72,9 @@ def test_sparsify_measures_and_reports(dense, words, other, tmp_path, capsys):
     report = json.loads((folder / "report.json").read_text())
     assert report["text"][0]["ratio"] > 0
     assert [round(layer["target"], 2) for layer in report["sparsity"]] == [0.4, 0.4]
-    assert [point["sparsity"] for point in report["curve"]] == [0.2, 0.6]
-    assert report["curve"][0]["bytes_ratio"] > report["curve"][1]["bytes_ratio"]
+    assert [point["sparsity"] for point in report["curve"]] == [0.2, 0.4, 0.6]
+    assert report["curve"][0]["bytes_ratio"] > report["curve"][2]["bytes_ratio"]
+    assert report["curve"][1]["perplexity_ratio"] == report["text"][0]["ratio"]
     assert report["speed"][0]["dense_bytes"] > report["speed"][0]["sparse_bytes"]
     assert report["samples"][0]["prompt"] == "Hello"
     assert report["calibration"]["tokens"] > 256

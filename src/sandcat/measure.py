@@ -84,7 +84,9 @@ def measure(
         (result, realised_here), *curve_results = evaluate_text(dense, [sparse, *(model for _, model in others)], text)
         results.append(result)
         realised = realised or realised_here
-        points += [_point(*other, *found) for other, found in zip(others, curve_results, strict=True)]
+        own = [(plan.steps[0].method, sparse, result, realised_here)] if others else []
+        swept = [(*other, *found) for other, found in zip(others, curve_results, strict=True)]
+        points += sorted((_point(*row) for row in own + swept), key=lambda point: point.sparsity)
     sites = list(sparse_mlps(sparse))
     chosen = list(dict.fromkeys([sites[0], sites[len(sites) // 2], sites[-1]]))
     return Report(
