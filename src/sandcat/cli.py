@@ -324,9 +324,13 @@ def print_report(report, as_json: bool) -> None:
 def print_plan(plan) -> None:
     for step in plan.steps:
         out.print(f"[bold]{step.method}[/bold]: {summary(type(step.method))}")
-        table = Table(*["site", *(next(iter(step.sites.values())) if step.sites else [])], box=None, pad_edge=False)
-        for site, spec in step.sites.items():
-            table.add_row(site, *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in spec.values()))
+        rows = [
+            {"site": site, **{key: value for key, value in spec.items() if not isinstance(value, dict)}}
+            for site, spec in step.sites.items()
+        ]
+        table = Table(*rows[0], box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
         out.print(table)
     if plan.calibration is not None:
         c = plan.calibration
