@@ -60,3 +60,23 @@ def test_nothing_is_timed_if_the_kernel_is_wrong(pair, monkeypatch):
     monkeypatch.setattr(mlp, "sparse_mlp", lambda *args: right(*args) * 1.01)
     with pytest.raises(ParityError, match="differs from its reference"):
         benchmark.benchmark(dense, sparse, torch.randint(4, 96, (1, 30)), steps=3, runs=2, compile=False)
+
+
+def test_an_activation_on_its_threshold_is_no_error(pair, monkeypatch):
+    """A kernel that decides it the other way is right too; the thresholds are back afterwards."""
+    _, sparse = pair
+    ids = torch.randint(4, 96, (1, 30))
+    module = next(iter(sparse_mlps(sparse).values()))
+    seen = []
+    handle = module.register_forward_pre_hook(lambda m, args: seen.append(m.activations(args[0][:, -1])[0].abs()))
+    with torch.inference_mode():
+        sparse(ids)
+    handle.remove()
+    module.threshold[seen[-1].argmax()] = seen[-1].max() * (1 + 1e-7)
+    before = module.threshold.clone()
+    from sandcat.layers import mlp
+
+    right = mlp.sparse_mlp
+    monkeypatch.setattr(mlp, "sparse_mlp", lambda *args: right(*args[:4], args[4] * (1 - 1e-6), *args[5:]))
+    assert benchmark.parity_error(sparse, ids) < 1e-5
+    assert torch.equal(module.threshold, before)
