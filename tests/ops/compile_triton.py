@@ -24,6 +24,9 @@ TYPES = {
 def check(kernel, dtype: str, capability: int, **constants) -> str:
     """Registers a thread and bytes spilled, of one kernel for one dtype."""
     warps = constants.pop("num_warps")
+    constants.pop("per_multiprocessor", None)
+    if "PDL" in kernel.arg_names:
+        constants["PDL"] = capability >= 90
     signature = {name: TYPES[name].format(dtype) if name in TYPES else "constexpr" for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()})
     built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
@@ -37,15 +40,17 @@ def check(kernel, dtype: str, capability: int, **constants) -> str:
         ).stderr
     registers = next(w for line in said.splitlines() if "Used" in line for w in [line.split("Used ")[1].split()[0]])
     spilled = [line.strip().split(",")[1].strip() for line in said.splitlines() if "spill stores" in line]
-    return f"{kernel.fn.__name__:14} {dtype} hidden {constants.get('BLOCK'):5} {registers:>4} registers, {spilled[-1]}"
+    shape = " ".join(
+        f"{name.lower()} {constants[name]}" for name in ("TOKENS", "ROWS", "NEURONS", "BLOCK") if name in constants
+    )
+    return f"{kernel.fn.__name__:14} {dtype} {shape} {warps} warps: {registers} registers, {spilled[-1]}"
 
 
 def main(capability: int) -> None:
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for hidden in (576, 2048, 4096, 8192):
-            gate = kernels.gate_config(hidden, itemsize)
-            print(check(kernels._gate, dtype, capability, CODE=0, **gate))
-            print(check(kernels._up_down, dtype, capability, **kernels.up_down_config(hidden, itemsize, 132)))
+            print(check(kernels._gate, dtype, capability, CODE=0, **kernels.gate_config(hidden, itemsize)))
+            print(check(kernels._up_down, dtype, capability, **kernels.up_down_config(hidden, itemsize)))
         for kernel, config in zip(
             (kernels._gate_tokens, kernels._up_tokens, kernels._down_tokens),
             (kernels.rows_config(itemsize), kernels.rows_config(itemsize), kernels.columns_config(itemsize)),

@@ -28,7 +28,13 @@ if torch.cuda.is_available():
         pass
 
 
-_MOST_TOKENS = {("cpu", torch.bfloat16): 2, ("cpu", torch.float16): 2}
+_MOST_TOKENS = {
+    ("cpu", torch.bfloat16): 2,
+    ("cpu", torch.float16): 2,
+    ("cuda", torch.float32): 1,
+    ("cuda", torch.bfloat16): 1,
+    ("cuda", torch.float16): 1,
+}
 """Tokens at once up to which a kernel beats dense matrix products on its device, where that is fewer than it can take.
 Measured: docs/performance.md."""
 
