@@ -28,13 +28,18 @@ class Architecture:
     down: str = "down_proj"
     activation: str = "hidden_act"
     """Name of the config entry that holds the activation of the gate."""
+    attention: str = "self_attn"
+    """Path of the attention inside a layer."""
+    fused_step: bool = False
+    """Whether `sandcat.step` can run its layers: RMSNorm before attention and before the MLP and nowhere else (but for
+    heads), rotary embedding of whole heads, and nothing scaled but the scores."""
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(),
-    "mistral": Architecture(),
-    "qwen2": Architecture(),
-    "qwen3": Architecture(),
+    "llama": Architecture(fused_step=True),
+    "mistral": Architecture(fused_step=True),
+    "qwen2": Architecture(fused_step=True),
+    "qwen3": Architecture(fused_step=True),
     "gemma2": Architecture(activation="hidden_activation"),
     "gemma3_text": Architecture(activation="hidden_activation"),
     "gemma3": Architecture(layers="model.language_model.layers", activation="hidden_activation"),
@@ -67,6 +72,24 @@ class Site:
     module: nn.Module
     activation: str
     architecture: Architecture
+
+
+@dataclass(frozen=True)
+class Block:
+    """The parts of a decoder layer that a family with `fused_step` has."""
+
+    input_norm: nn.Module
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
+    scaling: float
+    window: int | None
+    """Positions that attention sees, the own included; None for all."""
+    mlp_norm: nn.Module
+    mlp: Site
 
 
 class ModelView:
@@ -132,6 +155,17 @@ class ModelView:
                         "the kernels read plain nn.Linear weights: merge adapters first, load without offloading."
                     )
             yield Site(f"{self.layer_name(layer)}.{row.mlp}", layer, mlp, ACTIVATIONS[name], row)
+
+    def blocks(self) -> Iterator[Block]:
+        """Every layer's parts, for families with `fused_step`."""
+        for layer, mlp in zip(self.layers, self.mlps(), strict=True):
+            attention = layer.get_submodule(self.architecture.attention)
+            window = getattr(self.text_config, "sliding_window", None)
+            yield Block(
+                layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+                getattr(attention, "q_norm", None), getattr(attention, "k_norm", None), attention.scaling,
+                getattr(attention, "sliding_window", window), layer.post_attention_layernorm, mlp,
+            )  # fmt: skip
 
     def replace(self, site: Site, module: nn.Module) -> None:
         """Puts `module` where `site` is. The only assignment of modules in the library."""

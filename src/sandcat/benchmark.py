@@ -115,7 +115,7 @@ def benchmark(
         ids_BT: the prompt, and after its last `steps` tokens are taken off, what the steps are fed.
         runs: interleaved runs of `steps` steps; the median counts.
         compile: also time steps under `torch.compile`; the best variant of each model counts. On a GPU every step is
-            captured in a CUDA graph.
+            captured in a CUDA graph, and the fused step of `sandcat.step` is a variant where it applies.
 
     Raises:
         ParityError: a kernel's output is not that of its reference.
@@ -128,13 +128,16 @@ def benchmark(
     modes = {"eager": None}
     if compile:
         modes["compiled"] = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
+    if device.type == "cuda":
+        modes["fused"] = "fused"
     decoders = {}
     for which, model in (("dense", dense), ("sparse", sparse)):
         for mode, compiled in track(modes.items(), f"preparing {which} steps", total=len(modes)):
             decoder = Decoder(model, ids_BT.shape[1] + 1, batch=len(ids_BT), compile=compiled)
             decoder.prefill(prompt)
             decoder.step(fed[:, :1])  # compiles
-            decoders[f"{which} {mode}"] = decoder
+            if mode != "fused" or decoder.fused is not None:
+                decoders[f"{which} {mode}"] = decoder
 
     def run(decoder: Decoder) -> float:
         decoder.rewind(prompt.shape[1])

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from sandcat.data import stop_tokens
 from sandcat.errors import DataError
+from sandcat.step import FusedStep, fused_step
 
 
 class Decoder:
@@ -19,17 +20,20 @@ class Decoder:
         model: a causal language model.
         max_length: prompt and new tokens together, at most.
         batch: sequences, all of one length.
-        compile: None runs the step eagerly, else the mode for `torch.compile` without its own graphs, such as "default"
-            or "max-autotune-no-cudagraphs". On CUDA the step is captured in a CUDA graph either way.
+        compile: "fused" runs the step by `sandcat.step` where it applies, None eagerly, and anything else is the mode
+            for `torch.compile` without its own graphs, such as "default" or "max-autotune-no-cudagraphs". On CUDA the
+            step is captured in a CUDA graph in every case.
     """
 
-    def __init__(self, model: nn.Module, max_length: int, *, batch: int = 1, compile: str | None = None):
+    def __init__(self, model: nn.Module, max_length: int, *, batch: int = 1, compile: str | None = "fused"):
         self.model, self.max_length, self.batch = model, max_length, batch
         # Full-length layers for sliding windows too: their masks look at positions, so a graph can be replayed.
         count = model.config.get_text_config().num_hidden_layers
         self.cache = Cache(layers=[StaticLayer(max_cache_len=max_length) for _ in range(count)])
         self.forward = self._forward
-        if compile is not None:
+        self.compile = compile
+        self.fused: FusedStep | None = None
+        if compile not in (None, "fused"):
             self.forward = torch.compile(self._forward, mode=None if compile == "default" else compile, fullgraph=True)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.length = 0
@@ -48,7 +52,7 @@ class Decoder:
             self.cache.reset()
         ids_BT = ids_BT.to(self.model.device)
         out = self.model(ids_BT, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.length = ids_BT.shape[1]
+        self.rewind(ids_BT.shape[1])
         return out.logits[:, -1]
 
     @torch.inference_mode()
@@ -69,6 +73,10 @@ class Decoder:
 
     def _capture(self, ids_B1: Tensor) -> None:
         """Compiles and warms the step up, captures it, and sets the cache back to where it was."""
+        if self.compile == "fused":
+            self.fused = fused_step(self.model, self.cache)
+            self.forward = self.fused or self.forward
+            self.rewind(self.length)
         self.ids_B1 = ids_B1.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -88,6 +96,8 @@ class Decoder:
         self.length = length
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(length)
+        if self.fused is not None:
+            self.fused.position.fill_(length)
 
 
 def sample(
@@ -154,7 +164,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     chat: bool | None = None,
-    compile: str | None = None,
+    compile: str | None = "fused",
 ) -> Iterator[str]:
     """Writes on from a prompt, yielding text as it comes, until a stop token or `max_new_tokens`.
 

@@ -13,11 +13,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 import sandcat.ops.triton.sparse_mlp as kernels
+import sandcat.ops.triton.step as step
 
 TYPES = {
     "x": "*{0}", "gate": "*{0}", "up": "*{0}", "down": "*{0}", "bias": "*{0}", "threshold": "*{0}", "h_nT": "*{0}",
     "count": "*i32", "list_n": "*i32", "keep_n": "*i32", "a_n": "*fp32", "a_nT": "*fp32", "y": "*fp32",
-    "I": "i32", "H": "i32", "T": "i32",
+    "I": "i32", "H": "i32", "T": "i32", "N": "i32", "K": "i32", "A": "i32", "B": "i32", "C": "i32", "L": "i32",
+    "G": "i32", "D": "i32", "WINDOW": "i32", "ids": "*i64", "table": "*{0}", "h": "*fp32", "a": "*{0}", "b": "*{0}",
+    "c": "*{0}", "a_bias": "*{0}", "b_bias": "*{0}", "c_bias": "*{0}", "w": "*{0}", "gate_bias": "*{0}",
+    "up_bias": "*{0}", "q": "*{0}", "k": "*{0}", "v": "*{0}", "q_norm": "*{0}", "k_norm": "*{0}", "cos": "*{0}",
+    "sin": "*{0}", "position": "*i32", "keys": "*{0}", "values": "*{0}", "scale": "fp32", "top_ws": "*fp32",
+    "sum_ws": "*fp32", "acc_ws": "*fp32", "arrived": "*i32", "out": "*{0}", "norm": "*{0}", "x_normed": "*{0}", "eps": "fp32",
 }  # fmt: skip
 
 
@@ -27,7 +33,8 @@ def check(kernel, dtype: str, capability: int, **constants) -> str:
     constants.pop("per_multiprocessor", None)
     if "PDL" in kernel.arg_names:
         constants["PDL"] = capability >= 90
-    signature = {name: TYPES[name].format(dtype) if name in TYPES else "constexpr" for name in kernel.arg_names}
+    types = TYPES | ({"y": "*{0}"} if kernel in (step.project, step.gate_up) else {})
+    signature = {name: types[name].format(dtype) if name in types else "constexpr" for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()})
     built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -49,8 +56,8 @@ def check(kernel, dtype: str, capability: int, **constants) -> str:
 def main(capability: int) -> None:
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for hidden in (576, 2048, 4096, 8192):
-            print(check(kernels._gate, dtype, capability, CODE=0, **kernels.gate_config(hidden, itemsize)))
-            print(check(kernels._up_down, dtype, capability, **kernels.up_down_config(hidden, itemsize)))
+            print(check(kernels.gate_kernel, dtype, capability, CODE=0, **kernels.whole_rows_config(hidden, itemsize)))
+            print(check(kernels.up_down_kernel, dtype, capability, **kernels.up_down_config(hidden, itemsize)))
         for kernel, config in zip(
             (kernels._gate_tokens, kernels._up_tokens, kernels._down_tokens),
             (kernels.rows_config(itemsize), kernels.rows_config(itemsize), kernels.columns_config(itemsize)),
@@ -59,6 +66,12 @@ def main(capability: int) -> None:
             extra = {"CODE": 2} if kernel is kernels._gate_tokens else {}
             extra |= {"SPLITS": 16} if kernel is kernels._down_tokens else {}
             print(check(kernel, dtype, capability, **config, **extra))
+        for hidden in (4096, 8192):
+            print(check(step.project, dtype, capability, **kernels.whole_rows_config(hidden, itemsize)))
+        for hidden in (4096, 14336):
+            print(check(step.add_rows, dtype, capability, **kernels.whole_rows_config(hidden, itemsize)))
+        print(check(step.gate_up, dtype, capability, CODE=0, **kernels.whole_rows_config(4096, itemsize)))
+        print(check(step.attend, dtype, capability, **step.attend_config(1, 128, itemsize, 521, 4)))
 
 
 if __name__ == "__main__":

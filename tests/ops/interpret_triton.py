@@ -30,8 +30,8 @@ def poisoned(*shape, **options):
 
 
 torch.empty = poisoned
-kernels._multiprocessors = lambda device: 2
-kernels._dependent_launch = lambda device: False
+kernels.multiprocessors = lambda device: 2
+kernels.dependent_launch = lambda device: {"PDL": False}
 torch.cuda.device = lambda device: contextlib.nullcontext()
 
 count = 0

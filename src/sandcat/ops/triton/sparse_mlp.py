@@ -1,19 +1,18 @@
 """CUDA kernels of `sandcat::sparse_mlp`. Shapes: see ops/sparse_mlp.py.
 
-`_clear` zeroes the sums and the counter. One token: `_gate` computes a = act(gate(x)) for all neurons and appends the
-kept ones to a list; `_up_down` walks the list, a few neurons at a time: up row . x, times a, times the down row, summed
-in registers over all of a program's neurons, so that the intermediate state never leaves the chip; one atomic add a
-program and column at the end. Several tokens: the same list of all neurons that any token keeps, with tensor-core
-products for up and down.
+`_clear` zeroes the sums and the counter. One token: `gate_kernel` computes a = act(gate(x)) for all neurons and appends
+the kept ones to a list; `up_down_kernel` walks the list, a few neurons at a time: up row . x, times a, times the down
+row, summed in registers over all of a program's neurons, so that the intermediate state never leaves the chip; one
+atomic add a program and column at the end. Several tokens: the same list of all neurons that any token keeps, with
+tensor-core products for up and down.
 
-Sums are float32; gate, up and their product are rounded to the model's dtype as the reference rounds them. From compute
-capability 9.0 on, a kernel is launched while the one before it still runs (programmatic dependent launch) and waits
-where it first needs its results.
+As many programs run as fit, each takes whole rows in turn, and asks for the next ones before it multiplies these: so
+memory is never idle. Sums are float32; gate, up and their product are rounded to the model's dtype as the reference
+rounds them. From compute capability 9.0 on, a kernel is launched while the one before it still runs (programmatic
+dependent launch) and waits where it first needs its results.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 import triton
@@ -22,16 +21,17 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sandcat.ops.sparse_mlp import ACTIVATIONS, check_arguments, sparse_mlp
+from sandcat.ops.triton.launch import dependent_launch, multiprocessors
 
-_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
-_SILU, _GELU, _GELU_TANH = (tl.constexpr(_CODES[name]) for name in ("silu", "gelu", "gelu_tanh"))
+CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+_SILU, _GELU, _GELU_TANH = (tl.constexpr(CODES[name]) for name in ("silu", "gelu", "gelu_tanh"))
 
 TOKENS = 16
 """Tokens are padded to this for the tensor cores."""
 
 
 @triton.jit
-def _activate(g, CODE: tl.constexpr):
+def activate(g, CODE: tl.constexpr):
     if CODE == _SILU:
         return g / (1.0 + tl.exp(-g))
     if CODE == _GELU:
@@ -47,7 +47,7 @@ def _finish_gate(g, bias, rows, I, CODE: tl.constexpr, dtype: tl.constexpr):
     """act(g + bias), rounded where the reference rounds."""
     if bias is not None:
         g += tl.load(bias + rows, mask=rows < I, other=0.0).to(tl.float32)
-    return _activate(g.to(dtype).to(tl.float32), CODE).to(dtype).to(tl.float32)
+    return activate(g.to(dtype).to(tl.float32), CODE).to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -71,69 +71,79 @@ def _clear(y, count, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
 
 
 @triton.jit
-def _gate(
-    x, gate, bias, threshold, count, list_n, a_n, I, H,
+def load_rows(w, rows, N, k, K):
+    """Rows of a matrix of N rows and K columns; those beyond its end are zero. Nothing reads them again."""
+    here = (rows < N)[:, None] & (k < K)[None, :]
+    at = w + rows.to(tl.int64)[:, None] * K + k[None, :]
+    return tl.load(at, mask=here, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def load_x(x, norm, eps, k, K):
+    """A vector of K numbers, after an RMSNorm where there is one, rounded as transformers rounds it."""
+    x_k = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    if norm is not None:
+        dtype: tl.constexpr = norm.dtype.element_ty
+        x_k = (x_k * tl.rsqrt(tl.sum(x_k * x_k) / K + eps)).to(dtype).to(tl.float32)
+        x_k = (x_k * tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+    return x_k
+
+
+@triton.jit
+def gate_kernel(
+    x, norm, eps, gate, bias, threshold, count, list_n, a_n, x_normed, I, H,
     CODE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at = gate + rows.to(tl.int64)[:, None] * H
-    g = tl.zeros((ROWS, BLOCK), tl.float32)
+    k, r = tl.arange(0, BLOCK), tl.arange(0, ROWS)
+    w = load_rows(gate, tl.program_id(0) * ROWS + r, I, k, H)
     if PDL:
         gdc_wait()
-    for start in range(0, H, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        w = tl.load(
-            at + k[None, :], mask=(rows < I)[:, None] & (k < H)[None, :], other=0.0, eviction_policy="evict_first"
-        )
-        g += w.to(tl.float32) * tl.load(x + k, mask=k < H, other=0.0).to(tl.float32)[None, :]
-    if PDL:
         gdc_launch_dependents()
-    a = _finish_gate(tl.sum(g, 1), bias, rows, I, CODE, gate.dtype.element_ty)
-    t = tl.load(threshold + rows, mask=rows < I, other=0.0).to(tl.float32)
-    wanted = (rows < I) & ~(tl.abs(a) <= t)
-    place = _append(list_n, count, rows, wanted)
-    tl.store(a_n + place, a, mask=wanted)
+    x_k = load_x(x, norm, eps, k, H)
+    if norm is not None:
+        tl.store(x_normed + k, x_k.to(x_normed.dtype.element_ty), mask=(k < H) & (tl.program_id(0) == 0))
+    for tile in range(tl.program_id(0), tl.cdiv(I, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + r
+        w_ahead = load_rows(gate, rows + tl.num_programs(0) * ROWS, I, k, H)
+        t = tl.load(threshold + rows, mask=rows < I, other=0.0).to(tl.float32)
+        a = _finish_gate(tl.sum(w.to(tl.float32) * x_k[None, :], 1), bias, rows, I, CODE, gate.dtype.element_ty)
+        wanted = (rows < I) & ~(tl.abs(a) <= t)
+        place = _append(list_n, count, rows, wanted)
+        tl.store(a_n + place, a, mask=wanted)
+        w = w_ahead
 
 
 @triton.jit
-def _kept_rows(list_n, a_n, up, down, i, n, k, H):
-    """The i-th neurons of the list, their activations, and their up and down rows; beyond its end all are zero."""
-    row = tl.load(list_n + i, mask=i < n, other=0).to(tl.int64)
-    a = tl.load(a_n + i, mask=i < n, other=0.0)
-    at = row[:, None] * H + k[None, :]
-    here = (i < n)[:, None] & (k < H)[None, :]
-    w_up = tl.load(up + at, mask=here, other=0.0, eviction_policy="evict_first")
-    w_down = tl.load(down + at, mask=here, other=0.0, eviction_policy="evict_first")
-    return row, a, w_up, w_down
-
-
-@triton.jit
-def _up_down(
-    x, up, down, bias, count, list_n, a_n, y, H, NEURONS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+def up_down_kernel(
+    x, up, down, bias, count, list_n, a_n, y, I, H, NEURONS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     k = tl.arange(0, BLOCK)
-    inside = k < H
     dtype: tl.constexpr = up.dtype.element_ty
     first, step = tl.program_id(0) * NEURONS, tl.num_programs(0) * NEURONS
+    i = first + tl.arange(0, NEURONS)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    x_k = tl.load(x + k, mask=inside, other=0.0)
     n = tl.load(count)
+    row = tl.load(list_n + i, mask=i < n, other=I)
+    row_ahead = tl.load(list_n + i + step, mask=i + step < n, other=I)
+    w_up, w_down = load_rows(up, row, I, k, H), load_rows(down, row, I, k, H)
+    x_k = tl.load(x + k, mask=k < H, other=0.0)
     total = tl.zeros((BLOCK,), tl.float32)
-    row, a, w_up, w_down = _kept_rows(list_n, a_n, up, down, first + tl.arange(0, NEURONS), n, k, H)
     for start in range(first, n, step):
         i = start + tl.arange(0, NEURONS)
-        # The next rows are on their way while these are multiplied.
-        next_row, next_a, next_up, next_down = _kept_rows(list_n, a_n, up, down, i + step, n, k, H)
+        up_ahead, down_ahead = load_rows(up, row_ahead, I, k, H), load_rows(down, row_ahead, I, k, H)
+        row_next = row_ahead
+        row_ahead = tl.load(list_n + i + 2 * step, mask=i + 2 * step < n, other=I)
+        a = tl.load(a_n + i, mask=i < n, other=0.0)
         u = tl.sum(w_up.to(tl.float32) * x_k.to(tl.float32)[None, :], 1)
         if bias is not None:
             u += tl.load(bias + row, mask=i < n, other=0.0).to(tl.float32)
         h = (a * u.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
         total += tl.sum(h[:, None] * w_down.to(tl.float32), 0)
-        row, a, w_up, w_down = next_row, next_a, next_up, next_down
+        row, w_up, w_down = row_next, up_ahead, down_ahead
     if first < n:
-        tl.atomic_add(y + k, total, mask=inside, sem="relaxed")
+        tl.atomic_add(y + k, total, mask=k < H, sem="relaxed")
 
 
 @triton.jit
@@ -206,13 +216,16 @@ def _down_tokens(
         tl.atomic_add(y + t[:, None] * H + k[None, :], total, mask=mask, sem="relaxed")
 
 
-def gate_config(hidden: int, itemsize: int) -> dict:
-    """Rows and columns a program of `_gate` takes at a time, and its warps."""
-    return {"ROWS": 16, "BLOCK": 512 // itemsize, "num_warps": 4}
+def whole_rows_config(columns: int, itemsize: int) -> dict:
+    """Rows that a program takes at a time, its columns (all), its warps, and programs a multiprocessor."""
+    block = triton.next_power_of_2(columns)
+    rows = max(1, min(4, 8192 // block))
+    warps = min(32, max(2, rows * block * itemsize // 4096))  # 128 bytes a thread
+    return {"ROWS": rows, "BLOCK": block, "num_warps": warps, "per_multiprocessor": 4}
 
 
 def up_down_config(hidden: int, itemsize: int) -> dict:
-    """Neurons that a program of `_up_down` takes at a time, its columns (all), its warps, and programs at once."""
+    """Neurons that a program of `up_down_kernel` takes at a time, its columns (all), its warps, and programs at once."""
     block = triton.next_power_of_2(hidden)
     neurons = max(1, min(4, 16384 // (block * itemsize)))
     return {"NEURONS": neurons, "BLOCK": block, "num_warps": 8, "per_multiprocessor": 2}
@@ -245,22 +258,37 @@ def launch(
     check_arguments(x_TH, gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I, down_bias_H)
     tensors = (x_TH, gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I)
     x, gate, up, down, threshold, gate_bias, up_bias = (None if t is None else t.contiguous() for t in tensors)
-    code, itemsize, device = _CODES[activation], gate.element_size(), x.device
+    code, itemsize, device = CODES[activation], gate.element_size(), x.device
     y_TH = torch.empty(T, H, dtype=torch.float32, device=device)
     count = torch.empty(1, dtype=torch.int32, device=device)
     list_n = torch.empty(I, dtype=torch.int32, device=device)
-    pdl = _dependent_launch(device)
-    launch = {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+    dependent = dependent_launch(device)
     with torch.cuda.device(device):
-        _clear[(triton.cdiv(T * H, 1024),)](y_TH, count, T * H, BLOCK=1024, **launch)
+        _clear[(triton.cdiv(T * H, 1024),)](y_TH, count, T * H, BLOCK=1024, **dependent)
         if T == 1:
             a_n = torch.empty(I, dtype=torch.float32, device=device)
-            config = gate_config(H, itemsize)
-            grid = (triton.cdiv(I, config["ROWS"]),)
-            _gate[grid](x, gate, gate_bias, threshold, count, list_n, a_n, I, H, CODE=code, **config, **launch)
+            config = whole_rows_config(H, itemsize)
+            grid = (multiprocessors(device) * config.pop("per_multiprocessor"),)
+            gate_kernel[grid](
+                x,
+                None,
+                0.0,
+                gate,
+                gate_bias,
+                threshold,
+                count,
+                list_n,
+                a_n,
+                None,
+                I,
+                H,
+                CODE=code,
+                **config,
+                **dependent,
+            )
             config = up_down_config(H, itemsize)
-            grid = (_multiprocessors(device) * config.pop("per_multiprocessor"),)
-            _up_down[grid](x, up, down, up_bias, count, list_n, a_n, y_TH, H, **config, **launch)
+            grid = (multiprocessors(device) * config.pop("per_multiprocessor"),)
+            up_down_kernel[grid](x, up, down, up_bias, count, list_n, a_n, y_TH, I, H, **config, **dependent)
         else:
             a_nT = torch.empty(I, TOKENS, dtype=torch.float32, device=device)
             h_nT = torch.empty(I, TOKENS, dtype=gate.dtype, device=device)
@@ -271,16 +299,6 @@ def launch(
             _up_tokens[grid](x, up, up_bias, count, list_n, a_nT, keep_n, h_nT, T, H, **config)
             config = columns_config(itemsize)
             columns = triton.cdiv(H, config["BLOCK"])
-            splits = max(1, 4 * _multiprocessors(device) // columns)
+            splits = max(1, 4 * multiprocessors(device) // columns)
             _down_tokens[(columns, splits)](h_nT, down, count, list_n, y_TH, T, H, SPLITS=splits, **config)
     return y_TH if down_bias_H is None else y_TH + down_bias_H
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _dependent_launch(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)

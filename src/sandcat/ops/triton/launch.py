@@ -1,0 +1,19 @@
+"""What every launch of a CUDA kernel needs to know of its device."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """Arguments that launch a kernel while the one before it runs, which compute capability 9.0 and later can."""
+    able = torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}

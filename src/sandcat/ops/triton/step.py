@@ -1,0 +1,221 @@
+"""CUDA kernels of a whole decode step of one sequence; `sandcat.step` strings them together.
+
+Shapes: H hidden size, I intermediate size, D size of a head, G query heads a key-value head, L positions of the cache.
+The residual state h is float32 and stays one buffer through all layers: norms are applied where it is read, and results
+are added to it where they are made. Every kernel is launched while the one before it runs and waits where it needs its
+results; weights, which no step changes, are asked for before that.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from sandcat.ops.triton.sparse_mlp import activate, load_rows, load_x
+
+
+@triton.jit
+def embed(ids, table, h, H, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """h = the row of the token."""
+    if PDL:
+        gdc_wait()  # before the next kernel may start: that one reads weights, which must be written by now
+        gdc_launch_dependents()
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(ids).to(tl.int64)
+    tl.store(h + k, tl.load(table + row * H + k, mask=k < H).to(tl.float32), mask=k < H)
+
+
+@triton.jit
+def _rows_of_three(tile, a, b, c, A, B, C, ROWS: tl.constexpr):
+    """Which matrix, of how many rows, a tile belongs to, its rows there, and rows of the matrices before."""
+    w, size, before = a, A, A - A
+    if tile >= tl.cdiv(A, ROWS):
+        tile -= tl.cdiv(A, ROWS)
+        w, size, before = b, B, A
+        if tile >= tl.cdiv(B, ROWS):
+            tile -= tl.cdiv(B, ROWS)
+            w, size, before = c, C, A + B
+    return w, size, tile * ROWS + tl.arange(0, ROWS), before
+
+
+@triton.jit
+def project(
+    h, norm, eps, a, b, c, a_bias, b_bias, c_bias, y, position, A, B, C, H,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y = the products of up to three matrices, of A, B and C rows, with the normed h, one after another.
+
+    With `position`, the last kernel of a step: the position goes on by one.
+    """
+    k = tl.arange(0, BLOCK)
+    tiles = tl.cdiv(A, ROWS) + tl.cdiv(B, ROWS) + tl.cdiv(C, ROWS)
+    first, size, rows, _ = _rows_of_three(tl.program_id(0), a, b, c, A, B, C, ROWS)
+    w = load_rows(first, rows, size, k, H)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    x_k = load_x(h, norm, eps, k, H)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        after, size, rows, _ = _rows_of_three(tile + tl.num_programs(0), a, b, c, A, B, C, ROWS)
+        w_ahead = load_rows(after, rows, size, k, H)
+        _, size, rows, before = _rows_of_three(tile, a, b, c, A, B, C, ROWS)
+        total = tl.sum(w.to(tl.float32) * x_k[None, :], 1)
+        if a_bias is not None:
+            bias, _, _, _ = _rows_of_three(tile, a_bias, b_bias, c_bias, A, B, C, ROWS)
+            total += tl.load(bias + rows, mask=rows < size, other=0.0).to(tl.float32)
+        tl.store(y + before + rows, total.to(y.dtype.element_ty), mask=rows < size)
+        w = w_ahead
+    if position is not None:
+        tl.store(position, tl.load(position) + 1, mask=tl.program_id(0) == 0)
+
+
+@triton.jit
+def add_rows(x, w, bias, h, count, N, K, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """h += W x, W of N rows and K columns; and the counter of kept neurons is zero again."""
+    k, r = tl.arange(0, BLOCK), tl.arange(0, ROWS)
+    w_rk = load_rows(w, tl.program_id(0) * ROWS + r, N, k, K)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    x_k = load_x(x, None, 0.0, k, K)
+    for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + r
+        ahead = load_rows(w, rows + tl.num_programs(0) * ROWS, N, k, K)
+        h_r = tl.load(h + rows, mask=rows < N, other=0.0)
+        total = tl.sum(w_rk.to(tl.float32) * x_k[None, :], 1)
+        if bias is not None:
+            total += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
+        tl.store(h + rows, h_r + total, mask=rows < N)
+        w_rk = ahead
+    tl.store(count, 0, mask=tl.program_id(0) == 0)
+
+
+@triton.jit
+def gate_up(
+    h, norm, eps, gate, up, gate_bias, up_bias, y, I, H,
+    CODE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y = act(gate(x)) * up(x) of a dense MLP, x the normed h."""
+    k, r = tl.arange(0, BLOCK), tl.arange(0, ROWS)
+    dtype: tl.constexpr = y.dtype.element_ty
+    w_gate = load_rows(gate, tl.program_id(0) * ROWS + r, I, k, H)
+    w_up = load_rows(up, tl.program_id(0) * ROWS + r, I, k, H)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    x_k = load_x(h, norm, eps, k, H)
+    for tile in range(tl.program_id(0), tl.cdiv(I, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + r
+        ahead = rows + tl.num_programs(0) * ROWS
+        gate_ahead, up_ahead = load_rows(gate, ahead, I, k, H), load_rows(up, ahead, I, k, H)
+        g = tl.sum(w_gate.to(tl.float32) * x_k[None, :], 1)
+        u = tl.sum(w_up.to(tl.float32) * x_k[None, :], 1)
+        if gate_bias is not None:
+            g += tl.load(gate_bias + rows, mask=rows < I, other=0.0).to(tl.float32)
+            u += tl.load(up_bias + rows, mask=rows < I, other=0.0).to(tl.float32)
+        a = activate(g.to(dtype).to(tl.float32), CODE).to(dtype).to(tl.float32)
+        tl.store(y + rows, (a * u.to(dtype).to(tl.float32)).to(dtype), mask=rows < I)
+        w_gate, w_up = gate_ahead, up_ahead
+
+
+@triton.jit
+def _rotated(x, norm, eps, cos, sin, here, d, D):
+    """RMSNorm, where there is one, and rotary embedding of heads whose first element is at x."""
+    half = D // 2
+    other = tl.where(d < half, d + half, d - half)
+    own, swapped = tl.load(x + d, mask=here, other=0.0).to(tl.float32), tl.load(x + other, mask=here, other=0.0)
+    swapped = swapped.to(tl.float32)
+    if norm is not None:
+        scale = tl.rsqrt(tl.sum(own * own, 1) / D + eps)[:, None]
+        own *= scale * tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
+        swapped *= scale * tl.load(norm + other, mask=d < D, other=0.0).to(tl.float32)
+    c, s = tl.load(cos + d, mask=d < D, other=0.0).to(tl.float32), tl.load(sin + d, mask=d < D, other=0.0)
+    return own * c + tl.where(d < half, -swapped, swapped) * s.to(tl.float32)
+
+
+@triton.jit
+def attend(
+    q, k, v, q_norm, k_norm, eps, cos, sin, position, keys, values, scale, top_ws, sum_ws, acc_ws, arrived, out,
+    L, G, D, WINDOW, GROUP: tl.constexpr, BLOCK: tl.constexpr, POSITIONS: tl.constexpr, SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Rotates q and k, writes k and v into the cache, and attends to it.
+
+    A program takes every SPLITS-th run of POSITIONS cached positions for one key-value head; the last of a head's
+    programs to end adds up their parts.
+    """
+    head, split = tl.program_id(0), tl.program_id(1)
+    g, d = tl.arange(0, GROUP), tl.arange(0, BLOCK)[None, :]
+    dtype: tl.constexpr = keys.dtype.element_ty
+    base = head.to(tl.int64) * L * D
+    keys += base
+    values += base
+    new = tl.load(position)  # this and what is cached were written long before
+    run, step = tl.arange(0, POSITIONS)[:, None], SPLITS * POSITIONS
+    first = tl.maximum(0, new + 1 - WINDOW) + split * POSITIONS
+    t = first + run
+    k_sd = tl.load(keys + t * D + d, mask=(t < new) & (d < D), other=0.0)
+    v_sd = tl.load(values + t * D + d, mask=(t < new) & (d < D), other=0.0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    cos += new * D
+    sin += new * D
+    row = (head * G + g)[:, None]
+    here = (g < G)[:, None] & (d < D)
+    q_gd = _rotated(q + row * D, q_norm, eps, cos, sin, here, d, D).to(dtype)
+    k_d = _rotated(k + head * D, k_norm, eps, cos, sin, d < D, d, D).to(dtype)
+    v_d = tl.load(v + head * D + d, mask=d < D, other=0.0)
+    if split == 0:
+        tl.store(keys + new * D + d, k_d, mask=d < D)
+        tl.store(values + new * D + d, v_d, mask=d < D)
+    score = tl.sum(q_gd.to(tl.float32) * k_d.to(tl.float32), 1) * scale
+    top = tl.where(split == 0, score, float("-inf"))  # the new position belongs to the first part
+    total = tl.where(split == 0, tl.full((GROUP,), 1.0, tl.float32), 0.0)
+    acc = tl.where(split == 0, tl.zeros((GROUP, BLOCK), tl.float32) + v_d.to(tl.float32), 0.0)
+    for start in range(first, new, step):
+        ahead = start + step + run
+        k_ahead = tl.load(keys + ahead * D + d, mask=(ahead < new) & (d < D), other=0.0)
+        v_ahead = tl.load(values + ahead * D + d, mask=(ahead < new) & (d < D), other=0.0)
+        score_gs = tl.dot(q_gd, tl.trans(k_sd), input_precision="ieee") * scale
+        score_gs = tl.where(tl.trans(start + run) < new, score_gs, float("-inf"))
+        higher = tl.maximum(top, tl.max(score_gs, 1))
+        p = tl.exp(score_gs - higher[:, None])
+        fade = tl.exp(top - higher)
+        total = total * fade + tl.sum(p, 1)
+        acc = acc * fade[:, None] + tl.dot(p.to(dtype), v_sd, input_precision="ieee")
+        top = higher
+        k_sd, v_sd = k_ahead, v_ahead
+    part_g = (head * G + g) * SPLITS
+    tl.store(top_ws + part_g + split, top, mask=g < G)
+    tl.store(sum_ws + part_g + split, total, mask=g < G)
+    tl.store(acc_ws + (row * SPLITS + split) * D + d, acc, mask=here)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + head, 1, sem="acq_rel") == SPLITS - 1:
+        i = tl.arange(0, SPLITS)[None, :]
+        all_here = (g < G)[:, None] & (i < SPLITS)
+        top_gs = tl.load(top_ws + part_g[:, None] + i, mask=all_here, other=0.0, cache_modifier=".cg")
+        sum_gs = tl.load(sum_ws + part_g[:, None] + i, mask=all_here, other=1.0, cache_modifier=".cg")
+        highest = tl.max(top_gs, 1)
+        total = tl.sum(sum_gs * tl.exp(top_gs - highest[:, None]), 1)
+        acc = tl.zeros((GROUP, BLOCK), tl.float32)
+        for i in range(SPLITS):
+            w = tl.exp(tl.load(top_ws + part_g + i, mask=g < G, other=0.0, cache_modifier=".cg") - highest)
+            at = acc_ws + (row * SPLITS + i) * D + d
+            acc += w[:, None] * tl.load(at, mask=here, other=0.0, cache_modifier=".cg")
+        tl.store(out + row * D + d, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
+        tl.store(arrived + head, 0)
+
+
+def attend_config(group: int, size: int, itemsize: int, length: int, splits: int) -> dict:
+    """Query heads, padded for the tensor cores, and elements of a head; positions at a time; warps."""
+    block = max(16, triton.next_power_of_2(size))
+    positions = min(64, 32768 // (block * itemsize**2), triton.next_power_of_2(triton.cdiv(length, 2 * splits)))
+    return {
+        "GROUP": max(16, triton.next_power_of_2(group)),
+        "BLOCK": block,
+        "POSITIONS": max(16, positions),
+        "SPLITS": splits,
+        "num_warps": 8,
+    }
