@@ -1,5 +1,5 @@
 """Times many shapes of programs for the CUDA kernels of one token: what to write into
-`whole_rows_config` and `up_down_config`.
+`gate_config` and `up_down_config`.
 
     python benchmarks/tune_mlp.py [--hidden 4096 --neurons 14336 --sparsity 0.5]
 
@@ -82,10 +82,10 @@ sweep(
     ],
 )
 sweep(
-    "whole_rows_config",
+    "gate_config",
     [
-        {"ROWS": rows, "BLOCK": columns, "num_warps": warps, "per_multiprocessor": programs}
-        for rows, warps, programs in itertools.product((1, 2, 4, 8), (2, 4, 8, 16), (1, 2, 3, 4, 6))
-        if 8 <= rows * columns // (32 * warps) <= 64 and warps * programs <= 64
+        {"ROWS": rows, "BLOCK": block, "num_warps": warps}
+        for rows, block, warps in itertools.product((2, 4, 8, 16, 32), (128, 256, 512, 1024, 2048), (2, 4, 8))
+        if 16 <= rows * block // (32 * warps) <= 64
     ],
 )

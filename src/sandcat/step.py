@@ -92,8 +92,8 @@ class FusedStep:
             norm, mlp = block.mlp_norm, block.mlp.module
             if isinstance(mlp, SparseMLP):
                 (gate, gate_bias), (up, up_bias), down = mlp.gate(), mlp.up(), mlp.down.weight.t()
-                config, grid = self._whole_rows(gate)
-                sparse_mlp.gate_kernel[grid](
+                config = sparse_mlp.gate_config(H, gate.element_size())
+                sparse_mlp.gate_kernel[(_tiles(len(gate), config["ROWS"]),)](
                     self.h, norm.weight, norm.variance_epsilon, gate, gate_bias, mlp.threshold, self.count, self.list_n,
                     self.a_n, self.x_normed, len(gate), H, CODE=sparse_mlp.CODES[mlp.activation], **config, **dependent,
                 )  # fmt: skip
@@ -116,7 +116,7 @@ class FusedStep:
 
     def _whole_rows(self, weight: Tensor) -> tuple[dict, tuple[int]]:
         """Shape and number of the programs that read the rows of a matrix in turn."""
-        from sandcat.ops.triton.sparse_mlp import whole_rows_config
+        from sandcat.ops.triton.step import whole_rows_config
 
         config = whole_rows_config(weight.shape[1], weight.element_size())
         return config, (self.multiprocessors * config.pop("per_multiprocessor"),)

@@ -23,7 +23,8 @@ TYPES = {
     "c": "*{0}", "a_bias": "*{0}", "b_bias": "*{0}", "c_bias": "*{0}", "w": "*{0}", "gate_bias": "*{0}",
     "up_bias": "*{0}", "q": "*{0}", "k": "*{0}", "v": "*{0}", "q_norm": "*{0}", "k_norm": "*{0}", "cos": "*{0}",
     "sin": "*{0}", "position": "*i32", "keys": "*{0}", "values": "*{0}", "scale": "fp32", "top_ws": "*fp32",
-    "sum_ws": "*fp32", "acc_ws": "*fp32", "arrived": "*i32", "out": "*{0}", "norm": "*{0}", "x_normed": "*{0}", "eps": "fp32",
+    "sum_ws": "*fp32", "acc_ws": "*fp32", "arrived": "*i32", "out": "*{0}", "norm": "*{0}", "x_normed": "*{0}",
+    "eps": "fp32",
 }  # fmt: skip
 
 
@@ -34,6 +35,7 @@ def check(kernel, dtype: str, capability: int, **constants) -> str:
     if "PDL" in kernel.arg_names:
         constants["PDL"] = capability >= 90
     types = TYPES | ({"y": "*{0}"} if kernel in (step.project, step.gate_up) else {})
+    types = {name: type for name, type in types.items() if name not in constants}
     signature = {name: types[name].format(dtype) if name in types else "constexpr" for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()})
     built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
@@ -56,7 +58,7 @@ def check(kernel, dtype: str, capability: int, **constants) -> str:
 def main(capability: int) -> None:
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for hidden in (576, 2048, 4096, 8192):
-            print(check(kernels.gate_kernel, dtype, capability, CODE=0, **kernels.whole_rows_config(hidden, itemsize)))
+            print(check(kernels.gate_kernel, dtype, capability, CODE=0, **kernels.gate_config(hidden, itemsize)))
             print(check(kernels.up_down_kernel, dtype, capability, **kernels.up_down_config(hidden, itemsize)))
         for kernel, config in zip(
             (kernels._gate_tokens, kernels._up_tokens, kernels._down_tokens),
@@ -67,10 +69,14 @@ def main(capability: int) -> None:
             extra |= {"SPLITS": 16} if kernel is kernels._down_tokens else {}
             print(check(kernel, dtype, capability, **config, **extra))
         for hidden in (4096, 8192):
-            print(check(step.project, dtype, capability, **kernels.whole_rows_config(hidden, itemsize)))
+            none = dict.fromkeys(["a_bias", "b_bias", "c_bias", "position"])
+            print(check(step.project, dtype, capability, **step.whole_rows_config(hidden, itemsize)))
+            print(check(step.project, dtype, capability, **none, **step.whole_rows_config(hidden, itemsize)))
         for hidden in (4096, 14336):
-            print(check(step.add_rows, dtype, capability, **kernels.whole_rows_config(hidden, itemsize)))
-        print(check(step.gate_up, dtype, capability, CODE=0, **kernels.whole_rows_config(4096, itemsize)))
+            print(check(step.add_rows, dtype, capability, **step.whole_rows_config(hidden, itemsize)))
+        print(check(step.gate_up, dtype, capability, CODE=0, **step.whole_rows_config(4096, itemsize)))
+        none = dict.fromkeys(["q_norm", "k_norm"])
+        print(check(step.attend, dtype, capability, **none, **step.attend_config(1, 128, itemsize, 521, 4)))
         print(check(step.attend, dtype, capability, **step.attend_config(1, 128, itemsize, 521, 4)))
 
 

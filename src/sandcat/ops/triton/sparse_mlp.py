@@ -6,10 +6,9 @@ row, summed in registers over all of a program's neurons, so that the intermedia
 atomic add a program and column at the end. Several tokens: the same list of all neurons that any token keeps, with
 tensor-core products for up and down.
 
-As many programs run as fit, each takes whole rows in turn, and asks for the next ones before it multiplies these: so
-memory is never idle. Sums are float32; gate, up and their product are rounded to the model's dtype as the reference
-rounds them. From compute capability 9.0 on, a kernel is launched while the one before it still runs (programmatic
-dependent launch) and waits where it first needs its results.
+Sums are float32; gate, up and their product are rounded to the model's dtype as the reference rounds them. From compute
+capability 9.0 on, a kernel is launched while the one before it still runs (programmatic dependent launch) and waits
+where it first needs its results.
 """
 
 from __future__ import annotations
@@ -79,38 +78,43 @@ def load_rows(w, rows, N, k, K):
 
 
 @triton.jit
-def load_x(x, norm, eps, k, K):
-    """A vector of K numbers, after an RMSNorm where there is one, rounded as transformers rounds it."""
-    x_k = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-    if norm is not None:
-        dtype: tl.constexpr = norm.dtype.element_ty
-        x_k = (x_k * tl.rsqrt(tl.sum(x_k * x_k) / K + eps)).to(dtype).to(tl.float32)
-        x_k = (x_k * tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
-    return x_k
-
-
-@triton.jit
 def gate_kernel(
     x, norm, eps, gate, bias, threshold, count, list_n, a_n, x_normed, I, H,
     CODE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    k, r = tl.arange(0, BLOCK), tl.arange(0, ROWS)
-    w = load_rows(gate, tl.program_id(0) * ROWS + r, I, k, H)
+    """With `norm`, x is normed first (which is a number that the sums are multiplied with), and kept in x_normed."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = gate + rows.to(tl.int64)[:, None] * H
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    square = tl.zeros((BLOCK,), tl.float32)
     if PDL:
         gdc_wait()
+    for start in range(0, H, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        here = (rows < I)[:, None] & (k < H)[None, :]
+        w = tl.load(at + k[None, :], mask=here, other=0.0, eviction_policy="evict_first")
+        x_k = tl.load(x + k, mask=k < H, other=0.0).to(tl.float32)
+        if norm is not None:
+            square += x_k * x_k
+            x_k *= tl.load(norm + k, mask=k < H, other=0.0).to(tl.float32)
+        total += w.to(tl.float32) * x_k[None, :]
+    if PDL:
         gdc_launch_dependents()
-    x_k = load_x(x, norm, eps, k, H)
+    g = tl.sum(total, 1)
     if norm is not None:
-        tl.store(x_normed + k, x_k.to(x_normed.dtype.element_ty), mask=(k < H) & (tl.program_id(0) == 0))
-    for tile in range(tl.program_id(0), tl.cdiv(I, ROWS), tl.num_programs(0)):
-        rows = tile * ROWS + r
-        w_ahead = load_rows(gate, rows + tl.num_programs(0) * ROWS, I, k, H)
-        t = tl.load(threshold + rows, mask=rows < I, other=0.0).to(tl.float32)
-        a = _finish_gate(tl.sum(w.to(tl.float32) * x_k[None, :], 1), bias, rows, I, CODE, gate.dtype.element_ty)
-        wanted = (rows < I) & ~(tl.abs(a) <= t)
-        place = _append(list_n, count, rows, wanted)
-        tl.store(a_n + place, a, mask=wanted)
-        w = w_ahead
+        scale = tl.rsqrt(tl.sum(square) / H + eps)
+        g *= scale
+        if tl.program_id(0) == 0:
+            for start in range(0, H, BLOCK):
+                k = start + tl.arange(0, BLOCK)
+                x_k = tl.load(x + k, mask=k < H, other=0.0).to(tl.float32) * scale
+                x_k *= tl.load(norm + k, mask=k < H, other=0.0).to(tl.float32)
+                tl.store(x_normed + k, x_k.to(x_normed.dtype.element_ty), mask=k < H)
+    a = _finish_gate(g, bias, rows, I, CODE, gate.dtype.element_ty)
+    t = tl.load(threshold + rows, mask=rows < I, other=0.0).to(tl.float32)
+    wanted = (rows < I) & ~(tl.abs(a) <= t)
+    place = _append(list_n, count, rows, wanted)
+    tl.store(a_n + place, a, mask=wanted)
 
 
 @triton.jit
@@ -216,16 +220,13 @@ def _down_tokens(
         tl.atomic_add(y + t[:, None] * H + k[None, :], total, mask=mask, sem="relaxed")
 
 
-def whole_rows_config(columns: int, itemsize: int) -> dict:
-    """Rows that a program takes at a time, its columns (all), its warps, and programs a multiprocessor."""
-    block = triton.next_power_of_2(columns)
-    rows = max(1, min(4, 8192 // block))
-    warps = min(32, max(2, rows * block * itemsize // 4096))  # 128 bytes a thread
-    return {"ROWS": rows, "BLOCK": block, "num_warps": warps, "per_multiprocessor": 4}
+def gate_config(hidden: int, itemsize: int) -> dict:
+    """Rows and columns that a program of `gate_kernel` takes at a time, and its warps."""
+    return {"ROWS": 16, "BLOCK": 512 // itemsize, "num_warps": 4}
 
 
 def up_down_config(hidden: int, itemsize: int) -> dict:
-    """Neurons that a program of `up_down_kernel` takes at a time, its columns (all), its warps, and programs at once."""
+    """Neurons that a program takes at a time, its columns (all), its warps, and programs a multiprocessor."""
     block = triton.next_power_of_2(hidden)
     neurons = max(1, min(4, 16384 // (block * itemsize)))
     return {"NEURONS": neurons, "BLOCK": block, "num_warps": 8, "per_multiprocessor": 2}
@@ -267,8 +268,8 @@ def launch(
         _clear[(triton.cdiv(T * H, 1024),)](y_TH, count, T * H, BLOCK=1024, **dependent)
         if T == 1:
             a_n = torch.empty(I, dtype=torch.float32, device=device)
-            config = whole_rows_config(H, itemsize)
-            grid = (multiprocessors(device) * config.pop("per_multiprocessor"),)
+            config = gate_config(H, itemsize)
+            grid = (triton.cdiv(I, config["ROWS"]),)
             gate_kernel[grid](
                 x,
                 None,

@@ -12,7 +12,18 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sandcat.ops.triton.sparse_mlp import activate, load_rows, load_x
+from sandcat.ops.triton.sparse_mlp import activate, load_rows
+
+
+@triton.jit
+def load_x(x, norm, eps, k, K):
+    """A vector of K numbers, after an RMSNorm where there is one, rounded as transformers rounds it."""
+    x_k = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    if norm is not None:
+        dtype: tl.constexpr = norm.dtype.element_ty
+        x_k = (x_k * tl.rsqrt(tl.sum(x_k * x_k) / K + eps)).to(dtype).to(tl.float32)
+        x_k = (x_k * tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+    return x_k
 
 
 @triton.jit
@@ -29,7 +40,7 @@ def embed(ids, table, h, H, BLOCK: tl.constexpr, PDL: tl.constexpr):
 @triton.jit
 def _rows_of_three(tile, a, b, c, A, B, C, ROWS: tl.constexpr):
     """Which matrix, of how many rows, a tile belongs to, its rows there, and rows of the matrices before."""
-    w, size, before = a, A, A - A
+    w, size, before = a, A, tile * 0
     if tile >= tl.cdiv(A, ROWS):
         tile -= tl.cdiv(A, ROWS)
         w, size, before = b, B, A
@@ -50,22 +61,23 @@ def project(
     """
     k = tl.arange(0, BLOCK)
     tiles = tl.cdiv(A, ROWS) + tl.cdiv(B, ROWS) + tl.cdiv(C, ROWS)
-    first, size, rows, _ = _rows_of_three(tl.program_id(0), a, b, c, A, B, C, ROWS)
-    w = load_rows(first, rows, size, k, H)
+    at, size, rows, before = _rows_of_three(tl.program_id(0), a, b, c, A, B, C, ROWS)
+    w = load_rows(at, rows, size, k, H)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     x_k = load_x(h, norm, eps, k, H)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        after, size, rows, _ = _rows_of_three(tile + tl.num_programs(0), a, b, c, A, B, C, ROWS)
-        w_ahead = load_rows(after, rows, size, k, H)
-        _, size, rows, before = _rows_of_three(tile, a, b, c, A, B, C, ROWS)
+        at, size_ahead, rows_ahead, before_ahead = _rows_of_three(
+            tile + tl.num_programs(0), a, b, c, A, B, C, ROWS
+        )  # fmt: skip
+        w_ahead = load_rows(at, rows_ahead, size_ahead, k, H)
         total = tl.sum(w.to(tl.float32) * x_k[None, :], 1)
         if a_bias is not None:
-            bias, _, _, _ = _rows_of_three(tile, a_bias, b_bias, c_bias, A, B, C, ROWS)
+            bias = _rows_of_three(tile, a_bias, b_bias, c_bias, A, B, C, ROWS)[0]
             total += tl.load(bias + rows, mask=rows < size, other=0.0).to(tl.float32)
         tl.store(y + before + rows, total.to(y.dtype.element_ty), mask=rows < size)
-        w = w_ahead
+        w, size, rows, before = w_ahead, size_ahead, rows_ahead, before_ahead
     if position is not None:
         tl.store(position, tl.load(position) + 1, mask=tl.program_id(0) == 0)
 
@@ -219,3 +231,11 @@ def attend_config(group: int, size: int, itemsize: int, length: int, splits: int
         "SPLITS": splits,
         "num_warps": 8,
     }
+
+
+def whole_rows_config(columns: int, itemsize: int) -> dict:
+    """Rows that a program takes at a time, its columns (all), its warps, and programs a multiprocessor."""
+    block = triton.next_power_of_2(columns)
+    rows = max(1, min(4, 8192 // block))
+    warps = min(32, max(2, rows * block * itemsize // 4096))  # 128 bytes a thread
+    return {"ROWS": rows, "BLOCK": block, "num_warps": warps, "per_multiprocessor": 4}

@@ -1,0 +1,51 @@
+"""Runs the fused step on the CPU by Triton's interpreter and compares it with the step of transformers.
+
+A program of its own, for the same reason as interpret_triton.py.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from tiny import VOCABULARY, text, tiny
+
+import sandcat
+from sandcat.architectures import ModelView
+from sandcat.generate import Decoder
+from sandcat.ops.triton import launch
+from sandcat.step import FusedStep
+
+launch.multiprocessors = lambda device: 2
+launch.dependent_launch = lambda device: {"PDL": False}
+
+with torch.inference_mode():
+    for family in ("llama", "mistral", "qwen2", "qwen3"):
+        for recipe in (None, "cats", "cats:layers=1:"):
+            options = {"mlp_bias": False} if family == "llama" else {}
+            window = {"sliding_window": 4} if family == "mistral" else {}
+            model = tiny(family, tie_word_embeddings=False, **options, **window)
+            if recipe:
+                sandcat.sparsify(model, None, recipe, calibration=text())
+            ids = torch.randint(4, VOCABULARY, (1, 24))
+            decoder = Decoder(model, 24, compile=None)
+            decoder.prefill(ids[:, :20])
+            want = [decoder.step(ids[:, i : i + 1]) for i in range(20, 24)]
+            keys = [(layer.keys.clone(), layer.values.clone()) for layer in decoder.cache.layers]
+            for layer in decoder.cache.layers:
+                layer.keys[:, :, 20:], layer.values[:, :, 20:] = float("nan"), float("nan")
+            view = ModelView(model)
+            step = FusedStep(view, list(view.blocks()), decoder.cache)
+            step.position.fill_(20)
+            for i, logits in enumerate(want):
+                torch.testing.assert_close(step(ids[:, 20 + i : 21 + i]), logits, rtol=1e-4, atol=1e-5)
+            assert step.position == 24
+            for (key, value), layer in zip(keys, decoder.cache.layers, strict=True):
+                torch.testing.assert_close(layer.keys, key, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(layer.values, value, rtol=1e-4, atol=1e-5)
+print("12 steps equal those of transformers")
