@@ -36,7 +36,7 @@ def pair(model, batch=1, length=70, steps=4):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("heads", [(4, 4, 16), (6, 2, 40), (8, 1, 64)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4, 16), (10, 2, 40), (8, 1, 64)], ids=str)
 @pytest.mark.parametrize("recipe", [None, "cats", "cats:layers=1:"])
 def test_equals_transformers(family, heads, recipe):
     query, groups, size = heads
@@ -54,10 +54,15 @@ def test_equals_transformers(family, heads, recipe):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype):
-    want, found, fused = pair(tiny("llama", dtype, mlp_bias=False, **SIZES).cuda())
+    """As near to the float32 model with the same weights as transformers is: it rounds at other places."""
+    model = tiny("llama", dtype, mlp_bias=False, **SIZES).cuda()
+    torch.manual_seed(1)
+    want, found, fused = pair(model)
     assert fused is not None
-    for a, b in zip(found, want, strict=True):
-        assert float((a - b).float().norm() / b.float().norm()) < 2e-2
+    torch.manual_seed(1)
+    exact = pair(model.float())[0]
+    for a, b, c in zip(found, want, exact, strict=True):
+        assert (a - c).norm() <= 1.5 * (b - c).norm()
 
 
 @pytest.mark.gpu

@@ -24,24 +24,32 @@ def fused_step(model: nn.Module, cache: Cache) -> FusedStep | None:
     """The fused step of a model over a static cache that holds a prompt; None where it does not apply.
 
     It applies to one sequence, on CUDA with Triton, to families with `Architecture.fused_step` whose weights have one
-    dtype and lie on one device, and whose down projections have no bias.
+    dtype and lie on one device, whose down projections have no bias, and whose modules are plain: without hooks and
+    adapters, which it would pass over.
     """
-    if kernel_name(model.device) != "triton":
+    if kernel_name(model.device) != "triton" or cache.layers[0].keys.shape[0] != 1:
+        return None
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return None
     try:
         view = ModelView(model)
-        if not view.architecture.fused_step or cache.layers[0].keys.shape[0] != 1:
+        if not view.architecture.fused_step or view.decoder.rotary_emb.rope_type not in _ROPE_TYPES:
             return None
         blocks = list(view.blocks())
     except UnsupportedModel:
         return None
-    if view.decoder.rotary_emb.rope_type not in _ROPE_TYPES:
-        return None
-    if any(getattr(block.mlp.module, block.mlp.architecture.down).bias is not None for block in blocks):
-        return None
     if len({(p.dtype, p.device) for p in model.parameters()}) != 1:
         return None
+    if not all(_plain(block) for block in blocks) or type(model.get_output_embeddings()) is not nn.Linear:
+        return None
     return FusedStep(view, blocks, cache)
+
+
+def _plain(block: Block) -> bool:
+    linears = [block.q, block.k, block.v, block.o]
+    biases = {linear.bias is None for linear in linears[:3]}
+    down = getattr(block.mlp.module, block.mlp.architecture.down)
+    return all(type(linear) is nn.Linear for linear in linears) and len(biases) == 1 and down.bias is None
 
 
 class FusedStep:
@@ -104,8 +112,7 @@ class FusedStep:
                 )  # fmt: skip
             else:
                 gate, up, down = (getattr(mlp, name) for name in _mlp_names(block))
-                config, grid = self._whole_rows(gate.weight)
-                config["ROWS"] = max(1, config["ROWS"] // 2)
+                config, grid = self._whole_rows(gate.weight, matrices=2)
                 step.gate_up[grid](
                     self.h, norm.weight, norm.variance_epsilon, gate.weight, up.weight, gate.bias, up.bias, self.hidden,
                     gate.out_features, H, CODE=sparse_mlp.CODES[block.mlp.activation], **config, **dependent,
@@ -114,11 +121,11 @@ class FusedStep:
         self._project(self.norm, [self.head], self.logits, self.position)
         return self.logits[None]
 
-    def _whole_rows(self, weight: Tensor) -> tuple[dict, tuple[int]]:
-        """Shape and number of the programs that read the rows of a matrix in turn."""
+    def _whole_rows(self, weight: Tensor, matrices: int = 1) -> tuple[dict, tuple[int]]:
+        """Shape and number of the programs that read the rows of a matrix (or of two alike) in turn."""
         from sandcat.ops.triton.step import whole_rows_config
 
-        config = whole_rows_config(weight.shape[1], weight.element_size())
+        config = whole_rows_config(weight.shape[1], weight.element_size(), matrices)
         return config, (self.multiprocessors * config.pop("per_multiprocessor"),)
 
     def _project(self, norm: nn.Module, linears: list[nn.Linear], out: Tensor, position: Tensor | None = None) -> None:

@@ -74,7 +74,7 @@ def main(capability: int) -> None:
             print(check(step.project, dtype, capability, **none, **step.whole_rows_config(hidden, itemsize)))
         for hidden in (4096, 14336):
             print(check(step.add_rows, dtype, capability, **step.whole_rows_config(hidden, itemsize)))
-        print(check(step.gate_up, dtype, capability, CODE=0, **step.whole_rows_config(4096, itemsize)))
+        print(check(step.gate_up, dtype, capability, CODE=0, **step.whole_rows_config(4096, itemsize, matrices=2)))
         none = dict.fromkeys(["q_norm", "k_norm"])
         print(check(step.attend, dtype, capability, **none, **step.attend_config(1, 128, itemsize, 521, 4)))
         print(check(step.attend, dtype, capability, **step.attend_config(1, 128, itemsize, 521, 4)))

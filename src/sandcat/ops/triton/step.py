@@ -233,9 +233,9 @@ def attend_config(group: int, size: int, itemsize: int, length: int, splits: int
     }
 
 
-def whole_rows_config(columns: int, itemsize: int) -> dict:
-    """Rows that a program takes at a time, its columns (all), its warps, and programs a multiprocessor."""
+def whole_rows_config(columns: int, itemsize: int, matrices: int = 1) -> dict:
+    """Rows that a program takes at a time of each matrix, its columns (all), its warps, programs a multiprocessor."""
     block = triton.next_power_of_2(columns)
-    rows = max(1, min(4, 8192 // block))
-    warps = min(32, max(2, rows * block * itemsize // 4096))  # 128 bytes a thread
+    rows = max(1, min(4, 8192 // block // matrices))
+    warps = min(32, max(2, rows * matrices * block * itemsize // 4096))  # 128 bytes a thread
     return {"ROWS": rows, "BLOCK": block, "num_warps": warps, "per_multiprocessor": 4}
