@@ -159,7 +159,7 @@ def generate(
         net, tokenizer = hub.load(model, dense=dense, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     options = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
-        "chat": chat, "compile": "default" if compile else None,
+        "chat": chat, "compile": "default" if compile else "fused",
     }  # fmt: skip
 
     def say(asked) -> str:
