@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from sandcat.benchmark import Timer, read_bandwidth
 from sandcat.hub import pick_device, pick_dtype
 from sandcat.ops import kernel_name
-from sandcat.ops.sparse_mlp import MAX_TOKENS, reference, sparse_mlp
+from sandcat.ops.arguments import MAX_TOKENS
+from sandcat.ops.sparse_mlp import reference, sparse_mlp
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}; read bandwidth {bandwidth / 1e9:.0f} GB/s")
     print(f"MLP {H} x {I}, {dtype}, {copies} copies in turn")
-    print(f"kernel: {kernel_name(device)}")
+    print(f"kernel: {kernel_name('sparse_mlp', device)}")
     print("tokens sparsity  union  dense us sparse us   gain bytes allow   GB/s  of read    error")
 
     @torch.inference_mode()

@@ -21,7 +21,7 @@ import sandcat
 from sandcat.benchmark import benchmark
 from sandcat.data import Text
 from sandcat.hub import pick_device, pick_dtype
-from sandcat.layers.mlp import sparse_mlps
+from sandcat.layers.sparse import sparse_modules
 
 SHAPES = {
     "llama-2-7b": ("llama", 4096, 11008, 32, 32, 32, 32000),
@@ -63,7 +63,7 @@ def main() -> None:
     print(
         f"{name}, torch {torch.__version__}, {options.shapes} shapes, {dtype}, {options.recipe}, kernel {found.kernel}"
     )
-    print(f"{len(sparse_mlps(sparse))} sparse MLPs; parity error at most {found.parity_error:.1e}")
+    print(f"{len(sparse_modules(sparse))} sparse MLPs; parity error at most {found.parity_error:.1e}")
     print("| step | ms | GB | GB/s | of read |\n| --- | --- | --- | --- | --- |")
     for variant, seconds in found.variants.items():
         read = found.dense_bytes if variant.startswith("dense") else found.sparse_bytes

@@ -11,7 +11,7 @@ from tiny import text, tiny
 import sandcat
 from sandcat import benchmark
 from sandcat.errors import ParityError
-from sandcat.layers.mlp import sparse_mlps
+from sandcat.layers.sparse import sparse_modules
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_bytes_of_a_step(pair):
     cache = 2 * 2 * 2 * 2 * 10 * 8 * 4  # keys and values, layers, sequences, heads, tokens, size, bytes
     assert benchmark.step_bytes(dense, ids) == weights + cache
     kept = []
-    for module in sparse_mlps(sparse).values():
+    for module in sparse_modules(sparse).values():
         module.register_forward_pre_hook(lambda m, args: kept.append(int(m.kept(args[0][:, -1]).any(0).sum())))
     sparse(ids)
     dropped = sum(72 - count for count in kept[-2:])
@@ -66,7 +66,7 @@ def test_an_activation_on_its_threshold_is_no_error(pair, monkeypatch):
     """A kernel that decides it the other way is right too; the thresholds are back afterwards."""
     _, sparse = pair
     ids = torch.randint(4, 96, (1, 30))
-    module = next(iter(sparse_mlps(sparse).values()))
+    module = next(iter(sparse_modules(sparse).values()))
     seen = []
     handle = module.register_forward_pre_hook(lambda m, args: seen.append(m.activations(args[0][:, -1])[0].abs()))
     with torch.inference_mode():

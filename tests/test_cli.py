@@ -102,7 +102,7 @@ def test_show_and_methods(sparse, capsys):
     assert main("methods") == 0
     assert "sparsity" in capsys.readouterr().out
     assert main("methods", "--json") == 0
-    assert {method["name"] for method in json.loads(capsys.readouterr().out)} == {"cats", "relufy"}
+    assert {method["name"] for method in json.loads(capsys.readouterr().out)} == {"cats", "relufy", "teal"}
 
 
 def test_generate(sparse, capsys, monkeypatch):
@@ -176,7 +176,7 @@ BAD = [
     ("unknown method", ["sparsify", "DENSE", "cts", "-o", "OUT"], "did you mean 'cats'"),
     ("unknown option", ["sparsify", "DENSE", "cats:sparsty=0.5", "-o", "OUT"], "did you mean 'sparsity'"),
     ("sparsity 1", ["sparsify", "DENSE", "cats:sparsity=1.0", "-o", "OUT"], "outside [0, 1)"),
-    ("one slot", ["sparsify", "DENSE", "cats", "relufy", "-o", "OUT"], "both want the mlp"),
+    ("one slot", ["sparsify", "DENSE", "cats", "relufy", "-o", "OUT"], "both want the input"),
     ("no output", ["sparsify", "DENSE", "cats"], "with -o"),
     ("sparse already", ["sparsify", "SPARSE", "cats", "-o", "OUT"], "already has a plan"),
     ("no such folder", ["sparsify", "./nowhere", "cats", "-o", "OUT"], "no model folder"),

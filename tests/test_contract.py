@@ -9,15 +9,15 @@ import textwrap
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import assert_close
 from tiny import FAMILIES, VOCABULARY, text, tiny, tokenizer
 
 import sandcat
-from sandcat.architectures import ModelView
 from sandcat.errors import PlanError, SandcatError, UnsupportedModel
-from sandcat.layers import mlp as mlp_layer
-from sandcat.layers.mlp import sparse_mlps
-from sandcat.methods import METHODS, Cats, Relufy
+from sandcat.layers import sparse as sparse_layer
+from sandcat.layers.sparse import sparse_modules
+from sandcat.methods import METHODS, Cats, Relufy, Teal
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -27,28 +27,38 @@ def _cats(a, threshold):
 
 
 RECIPES = {
-    "cats": (Cats(sparsity=0.5), None, _cats),
-    "cats-output": (Cats(sparsity=0.5, score="output"), None, _cats),
-    "relufy": (Relufy(), torch.relu, lambda a, threshold: a),
+    "cats": ([Cats(sparsity=0.5)], None, _cats),
+    "cats-output": ([Cats(sparsity=0.5, score="output")], None, _cats),
+    "relufy": ([Relufy()], torch.relu, lambda a, threshold: a),
+    "teal": ([Teal(sparsity=0.3)], None, None),
+    "teal-output": ([Teal(sparsity=0.3, score="output")], None, None),
+    "cats-teal": ([Cats(sparsity=0.3), Teal(sparsity=0.3, sites=("o",))], None, _cats),
 }
-"""Per recipe: the method, the activation that it puts in place of the model's, what it does to the activation."""
+"""Per recipe: the methods, the activation that they put in place of the model's, what they do to the activation."""
 
 
 def test_every_method_is_here():
-    assert {type(method) for method, *_ in RECIPES.values()} == set(METHODS)
+    assert {type(method) for methods, *_ in RECIPES.values() for method in methods} == set(METHODS)
 
 
 def sparsified(family, recipe, dtype=torch.float32):
     """The dense model, the sparse one, and one that computes what the sparse one should, written independently."""
-    method, activation, mask = RECIPES[recipe]
+    methods, activation, mask = RECIPES[recipe]
     dense = tiny(family, dtype)
     sparse = copy.deepcopy(dense)
-    plan = sandcat.sparsify(sparse, None, [method], calibration=text())
+    plan = sandcat.sparsify(sparse, None, methods, calibration=text())
     expected = copy.deepcopy(dense)
-    thresholds = [module.threshold for module in sparse_mlps(sparse).values()]
-    for site, threshold in zip(ModelView(expected).mlps(), thresholds, strict=True):
-        site.module.forward = _reference(site.module, activation, mask, threshold)
+    for name, module in sparse_modules(sparse).items():
+        place = expected.get_submodule(name)
+        if isinstance(place, torch.nn.Linear):
+            place.forward = _linear(place, module.threshold)
+        else:
+            place.forward = _reference(place, activation, mask, module.threshold)
     return dense, sparse, expected, plan
+
+
+def _linear(linear, threshold):
+    return lambda x: F.linear(torch.where(x.abs() > threshold, x, 0), linear.weight, linear.bias)
 
 
 def _reference(mlp, activation, mask, threshold):
@@ -88,7 +98,7 @@ def test_equals_reference(family, recipe, dtype, monkeypatch):
     mask[0, :6], mask[1, :1] = 0, 0
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     check(input_ids=ids, attention_mask=mask, position_ids=position_ids)
-    monkeypatch.setattr(mlp_layer, "PROMPT_CHUNK", 7)
+    monkeypatch.setattr(sparse_layer, "PROMPT_CHUNK", 7)
     check(input_ids=ids)
     found, want = (  # three sequences of different lengths, one more token each
         model(
@@ -134,11 +144,12 @@ def test_realised_sparsity_on_the_calibration_text(family):
     """Within 0.5 points of the target at every layer, for the sparse model as it runs."""
     from sandcat.calibrate import FIRST_POSITIONS
 
-    for score in ("activation", "output"):
+    methods = [Cats(sparsity=0.4), Cats(sparsity=0.4, score="output"), Teal(), Teal(score="output")]
+    for method in methods:
         sparse = tiny(family)
-        plan = sandcat.sparsify(sparse, None, Cats(sparsity=0.4, score=score), calibration=text())
+        plan = sandcat.sparsify(sparse, None, method, calibration=text())
         dropped = {}
-        for name, module in sparse_mlps(sparse).items():
+        for name, module in sparse_modules(sparse).items():
 
             def count(module, args, name=name, dropped=dropped):
                 dropped[name] = 1 - float(module.kept(args[0][:, FIRST_POSITIONS:].flatten(0, 1)).float().mean())
@@ -155,7 +166,7 @@ def test_layers_option():
     for layers, chosen in (("1:", {1}), ([0], {0}), ([-1], {1}), ("all", {0, 1})):
         model = tiny("llama")
         sandcat.sparsify(model, None, Cats(layers=layers), calibration=text())
-        assert {int(name.split(".")[2]) for name in sparse_mlps(model)} == chosen
+        assert {int(name.split(".")[2]) for name in sparse_modules(model)} == chosen
 
 
 SCRIPT = """
@@ -252,7 +263,7 @@ def test_offloaded_weights_are_refused(tmp_path):
 def test_wrapped_projections_are_refused():
     model = tiny("llama")
     model.model.layers[1].mlp.up_proj = torch.nn.Sequential(model.model.layers[1].mlp.up_proj)
-    with pytest.raises(UnsupportedModel, match="up_proj of layer 1 is a Sequential"):
+    with pytest.raises(UnsupportedModel, match=r"model\.layers\.1\.mlp\.up_proj is a Sequential"):
         sandcat.sparsify(model, None, "cats", calibration=text())
 
 
@@ -298,18 +309,19 @@ def test_dtype_can_change_afterwards(tmp_path):
 
 
 def test_no_matrix_is_held_twice():
-    """The sparse model's memory is the dense model's, plus one threshold a neuron."""
+    """The sparse model's memory is the dense model's, plus one threshold a neuron or channel."""
 
     def held(model):
         tensors = [*model.parameters(), *model.buffers()]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     for family in FAMILIES:
-        dense, sparse, *_ = sparsified(family, "cats")
-        thresholds = sum(module.threshold.nbytes for module in sparse_mlps(sparse).values())
-        assert held(sparse) == held(dense) + thresholds
-        for module in sparse_mlps(sparse).values():
-            assert module.down.weight.t().is_contiguous()
+        for recipe in ("cats", "teal"):
+            dense, sparse, *_ = sparsified(family, recipe)
+            thresholds = sum(module.threshold.nbytes for module in sparse_modules(sparse).values())
+            assert held(sparse) == held(dense) + thresholds
+            for module in sparse_modules(sparse).values():
+                assert (module.down if recipe == "cats" else module).weight.t().is_contiguous()
 
 
 @torch.inference_mode()

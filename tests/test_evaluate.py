@@ -12,7 +12,7 @@ from tiny import text, tiny
 
 import sandcat
 from sandcat.evaluate import evaluate_text, every_token_sparse, histograms, layer_sparsity
-from sandcat.layers.mlp import sparse_mlps
+from sandcat.layers.sparse import sparse_modules
 from sandcat.methods import Cats
 
 
@@ -56,13 +56,13 @@ def test_every_token_is_sparse_even_with_dense_prompt(pair):
     ((_, realised),) = evaluate_text(dense, [sparse], text())
     for row in layer_sparsity(plan, realised):
         assert row.target == 0.5 and abs(row.realised - 0.5) < 0.05 and abs(row.calibrated - 0.5) < 0.005
-    assert all(module.dense_prompt for module in sparse_mlps(sparse).values())
+    assert all(module.dense_prompt for module in sparse_modules(sparse).values())
     assert not any(m._forward_pre_hooks for m in sparse.modules())
 
 
 def test_histograms_count_every_neuron_once(pair):
     _, sparse, _ = pair
-    sites = list(sparse_mlps(sparse))
+    sites = list(sparse_modules(sparse))
     words = text(256, 64)
     with every_token_sparse(sparse):
         for row in histograms(sparse, words.ids_NL, sites):

@@ -60,7 +60,7 @@ def test_every_option_is_documented():
 def test_one_slot_twice():
     model = tiny("llama")
     before = dict(model.named_modules())
-    with pytest.raises(PlanConflict, match=r"cats and relufy both want the mlp of model\.layers\.0\.mlp"):
+    with pytest.raises(PlanConflict, match=r"cats and relufy both want the input of model\.layers\.0\.mlp"):
         sandcat.sparsify(model, None, "cats relufy", calibration=text())
     sandcat.sparsify(model, None, "cats:layers=0:1 relufy:layers=1:", calibration=text())
     with pytest.raises(PlanConflict, match="already has a plan"):

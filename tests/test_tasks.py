@@ -25,7 +25,7 @@ from sandcat import tasks
 from sandcat.data import Text
 from sandcat.errors import DataError
 from sandcat.evaluate import every_token_sparse
-from sandcat.layers.mlp import sparse_mlps
+from sandcat.layers.sparse import sparse_modules
 from sandcat.tasks import LAYOUTS, PAPER_TASKS, load_tasks
 
 
@@ -153,7 +153,7 @@ def test_generic_file_as_lines_and_as_a_list(dense, sparse, tokenizer, tmp_path)
 
 def test_a_sparse_model_that_drops_nothing_equals_the_dense_one(dense, sparse, tokenizer, tmp_path):
     nothing = copy.deepcopy(sparse)
-    for module in sparse_mlps(nothing).values():
+    for module in sparse_modules(nothing).values():
         module.threshold.fill_(-1)
     [result] = run_tasks(dense, nothing, tokenizer, [written(tmp_path, PIQA)])
     assert (result.dense, result.dense_error) == (result.sparse, result.sparse_error)
@@ -161,14 +161,14 @@ def test_a_sparse_model_that_drops_nothing_equals_the_dense_one(dense, sparse, t
 
 def test_prompts_are_computed_sparsely_whatever_the_model_ships(dense, sparse, tokenizer, tmp_path, monkeypatch):
     shipped = copy.deepcopy(sparse)
-    for module in sparse_mlps(shipped).values():
+    for module in sparse_modules(shipped).values():
         module.dense_prompt = True
     seen = set()
     forward = type(module).forward
     monkeypatch.setattr(type(module), "forward", lambda self, x: seen.add(self.dense_prompt) or forward(self, x))
     run_tasks(dense, shipped, tokenizer, [written(tmp_path, PIQA)], limit=2)
     assert seen == {False}
-    assert all(module.dense_prompt for module in sparse_mlps(shipped).values())
+    assert all(module.dense_prompt for module in sparse_modules(shipped).values())
 
 
 def test_limit_and_repeated_names(dense, sparse, tokenizer, tmp_path):

@@ -30,6 +30,11 @@ class Architecture:
     """Name of the config entry that holds the activation of the gate."""
     attention: str = "self_attn"
     """Path of the attention inside a layer."""
+    q: str = "q_proj"
+    """Query projection inside the attention. The same name as `k` and `v` means one fused matrix."""
+    k: str = "k_proj"
+    v: str = "v_proj"
+    o: str = "o_proj"
     fused_step: bool = False
     """Whether `sandcat.step` can run its layers: RMSNorm before attention and before the MLP and nowhere else (but for
     heads), rotary embedding of whole heads, and nothing scaled but the scores."""
@@ -43,7 +48,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma2": Architecture(activation="hidden_activation"),
     "gemma3_text": Architecture(activation="hidden_activation"),
     "gemma3": Architecture(layers="model.language_model.layers", activation="hidden_activation"),
-    "phi3": Architecture(gate="gate_up_proj", up="gate_up_proj"),
+    "phi3": Architecture(gate="gate_up_proj", up="gate_up_proj", q="qkv_proj", k="qkv_proj", v="qkv_proj"),
     "olmo2": Architecture(),
     "granite": Architecture(),
 }
@@ -63,11 +68,13 @@ ACTIVATIONS = {
 class Site:
     """One place in a model where a method can act.
 
-    `name` is the module path in the model, `layer` its layer's index, `module` what stands there now, `activation`
-    the name that `ops.sparse_mlp` uses, `architecture` the row of the family.
+    `name` is the module path in the model, `kind` what it is ("mlp" or the name of a linear layer in `linear_kinds`),
+    `layer` its layer's index, `module` what stands there now, `activation` that of the MLP as `ops.sparse_mlp` names
+    it, `architecture` the row of the family.
     """
 
     name: str
+    kind: str
     layer: int
     module: nn.Module
     activation: str
@@ -128,6 +135,35 @@ class ModelView:
     def layer_name(self, layer: int) -> str:
         return f"{self.architecture.layers}.{layer}"
 
+    @property
+    def linear_kinds(self) -> dict[str, str]:
+        """The linear layers that every decoder layer has, kind -> path: "q", ..., "down"; a fused one once, "qkv"."""
+        row = self.architecture
+        kinds: dict[str, str] = {}
+        for parent, names in ((row.attention, ("q", "k", "v", "o")), (row.mlp, ("gate", "up", "down"))):
+            paths: dict[str, list[str]] = {}
+            for name in names:
+                paths.setdefault(f"{parent}.{getattr(row, name)}", []).append(name)
+            kinds |= {("_" if "gate" in fused else "").join(fused): path for path, fused in paths.items()}
+        return kinds
+
+    def sites(self) -> Iterator[Site]:
+        """Every place where a method can act, layer by layer, in the order in which a layer computes them."""
+        for mlp in self.mlps():
+            for kind, path in self.linear_kinds.items():
+                if kind in ("up", "down", "gate_up"):
+                    continue
+                yield self._linear(mlp, kind, path)
+            yield mlp
+            for kind, path in self.linear_kinds.items():
+                if kind in ("up", "down", "gate_up"):
+                    yield self._linear(mlp, kind, path)
+
+    def _linear(self, mlp: Site, kind: str, path: str) -> Site:
+        module = self.layers[mlp.layer].get_submodule(path)
+        name = f"{self.layer_name(mlp.layer)}.{path}"
+        return Site(name, kind, mlp.layer, module, mlp.activation, mlp.architecture)
+
     def mlps(self) -> Iterator[Site]:
         """The gated MLP of every layer, in order."""
         row = self.architecture
@@ -145,16 +181,28 @@ class ModelView:
                     f"layer {layer} of this {self.config.model_type!r} model has no {', '.join(missing)} in its "
                     f"{type(mlp).__name__}: it is no plain gated MLP (a mixture of experts is not supported)."
                 )
-            for part in (row.gate, row.up, row.down):
-                linear = getattr(mlp, part)
-                offloaded = getattr(getattr(linear, "_hf_hook", None), "offload", False)
-                hooked = linear._forward_hooks or linear._forward_pre_hooks or offloaded
-                if type(linear) is not nn.Linear or hooked:
-                    raise UnsupportedModel(
-                        f"{part} of layer {layer} is a {type(linear).__name__}{' with hooks' if hooked else ''}, and "
-                        "the kernels read plain nn.Linear weights: merge adapters first, load without offloading."
-                    )
-            yield Site(f"{self.layer_name(layer)}.{row.mlp}", layer, mlp, ACTIVATIONS[name], row)
+            yield Site(f"{self.layer_name(layer)}.{row.mlp}", "mlp", layer, mlp, ACTIVATIONS[name], row)
+
+    def linears_of(self, site: Site) -> dict[str, nn.Module]:
+        """The linear layers at a site, by their names in the model: its own, or the three of an MLP."""
+        if site.kind != "mlp":
+            return {site.name: site.module}
+        row = site.architecture
+        return {f"{site.name}.{part}": getattr(site.module, part) for part in (row.gate, row.up, row.down)}
+
+    def check_plain(self, site: Site) -> None:
+        """
+        Raises:
+            UnsupportedModel: the linear layers at the site are not plain ones, whose weights the kernels read.
+        """
+        for name, linear in self.linears_of(site).items():
+            offloaded = getattr(getattr(linear, "_hf_hook", None), "offload", False)
+            hooked = linear._forward_hooks or linear._forward_pre_hooks or offloaded
+            if type(linear) is not nn.Linear or hooked:
+                raise UnsupportedModel(
+                    f"{name} is a {type(linear).__name__}{' with hooks' if hooked else ''}, and the kernels read plain "
+                    "nn.Linear weights: merge adapters first, load without offloading."
+                )
 
     def blocks(self) -> Iterator[Block]:
         """Every layer's parts, for families with `fused_step`."""

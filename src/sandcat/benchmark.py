@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sandcat.architectures import ModelView
 from sandcat.errors import ParityError
 from sandcat.generate import Decoder
-from sandcat.layers.mlp import references, sparse_mlps
+from sandcat.layers.sparse import references, sparse_modules
 from sandcat.ops import kernel_name, most_tokens
 from sandcat.progress import track
 
@@ -120,8 +120,9 @@ def benchmark(
     Raises:
         ParityError: a kernel's output is not that of its reference.
     """
-    pays = len(ids_BT) <= most_tokens(sparse.device, sparse.dtype)
-    kernel = kernel_name(sparse.device) if pays else "reference"
+    ops = {module.op for module in sparse_modules(sparse).values()}
+    pay = {op for op in ops if len(ids_BT) <= most_tokens(op, sparse.device, sparse.dtype)}
+    kernel = ", ".join(sorted({kernel_name(op, sparse.device) if op in pay else "reference" for op in ops}))
     prompt, fed = ids_BT[:, :-steps], ids_BT[:, -steps:].to(dense.device)
     error = parity_error(sparse, ids_BT)
     device = sparse.device
@@ -180,7 +181,7 @@ def parity_error(sparse: nn.Module, ids_BT: Tensor) -> float:
         ParityError: above `TOLERANCE` for the model's dtype, or not a number.
     """
     inputs: dict[nn.Module, Tensor] = {}
-    modules = sparse_mlps(sparse).values()
+    modules = sparse_modules(sparse).values()
     decoder = Decoder(sparse, ids_BT.shape[1], batch=len(ids_BT))
     decoder.prefill(ids_BT[:, :-1])
     handles = [m.register_forward_pre_hook(lambda m, args: inputs.__setitem__(m, args[0])) for m in modules]
@@ -199,8 +200,9 @@ def parity_error(sparse: nn.Module, ids_BT: Tensor) -> float:
         worst = max(worst, error) if error == error else error
         if not error <= TOLERANCE[sparse.dtype]:
             raise ParityError(
-                f"the {kernel_name(sparse.device)} kernel differs from its reference by {error:.1e} (relative RMS), "
-                f"and {TOLERANCE[sparse.dtype]:.0e} is allowed. Nothing is timed. Please report model and machine."
+                f"the {kernel_name(module.op, sparse.device)} kernel of {module.op} differs from its reference by "
+                f"{error:.1e} (relative RMS), and {TOLERANCE[sparse.dtype]:.0e} is allowed. Nothing is timed. Please "
+                "report model and machine."
             )
     return worst
 
@@ -212,7 +214,7 @@ def _threshold_off_the_edge(module: nn.Module, x: Tensor) -> Iterator[None]:
     There the order in which a kernel adds decides whether the neuron is kept, so two right answers differ by a neuron.
     """
     threshold = module.threshold
-    near = (module.activations(x.flatten(0, -2)).abs() - threshold).abs() <= 2 * torch.finfo(x.dtype).eps * threshold
+    near = (module.scores(x.flatten(0, -2)) - threshold).abs() <= 2 * torch.finfo(x.dtype).eps * threshold
     module.threshold = torch.where(near.any(0), -1, threshold)
     try:
         yield
@@ -227,7 +229,7 @@ def step_bytes(model: nn.Module, ids_BT: Tensor) -> int:
     A neuron counts if any sequence of the batch keeps it. Embedding rows are too few to count.
     """
     read = {}
-    modules = sparse_mlps(model)
+    modules = sparse_modules(model)
     handles = [
         module.register_forward_pre_hook(lambda m, args: read.__setitem__(m, m.bytes_read(args[0].flatten(0, -2))))
         for module in modules.values()
@@ -253,6 +255,6 @@ def read_bytes(model: nn.Module) -> int:
 
 def bytes_share(sparse: nn.Module, dropped: dict[str, float]) -> float:
     """Bytes of weights that a step of one token reads, dense = 1, if these shares of neurons are dropped."""
-    modules = sparse_mlps(sparse)
+    modules = sparse_modules(sparse)
     saved = sum(modules[name].weight_bytes() - modules[name].weight_bytes(1 - share) for name, share in dropped.items())
     return 1 - saved / read_bytes(sparse)

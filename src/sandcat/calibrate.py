@@ -39,7 +39,7 @@ def decide(
     """
     by_layer: dict[int, list[tuple[Method, Site]]] = {}
     for method in methods:
-        for site in method.sites(view):
+        for site in method.select(view):
             by_layer.setdefault(site.layer, []).append((method, site))
     specs: dict[str, dict[str, Spec]] = {method.name: {} for method in methods}
     tensors: dict[str, Tensors] = {}

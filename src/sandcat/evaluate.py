@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sandcat.data import Text
-from sandcat.layers.mlp import SparseMLP, sparse_mlps
+from sandcat.layers.sparse import Sparse, sparse_modules
 from sandcat.plan import Plan, layer_of
 from sandcat.progress import track
 
@@ -120,7 +120,7 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 @contextmanager
 def every_token_sparse(model: nn.Module) -> Iterator[None]:
     """Within this context prompts are computed sparsely too, so that a whole text measures what decoding would give."""
-    changed = [module for module in sparse_mlps(model).values() if module.dense_prompt]
+    changed = [module for module in sparse_modules(model).values() if module.dense_prompt]
     for module in changed:
         module.dense_prompt = False
     try:
@@ -135,10 +135,10 @@ def counting_dropped(model: nn.Module) -> Iterator[dict[str, list[int]]]:
     """Within this context every forward adds [neurons dropped, neurons in all] to the site's entry."""
     counts: dict[str, list[int]] = {}
     handles = []
-    for name, module in sparse_mlps(model).items():
+    for name, module in sparse_modules(model).items():
         counts[name] = [0, 0]
 
-        def count(module: SparseMLP, args: tuple, entry: list[int] = counts[name]) -> None:
+        def count(module: Sparse, args: tuple, entry: list[int] = counts[name]) -> None:
             kept = module.kept(args[0].flatten(0, -2))
             entry[0] += kept.numel() - int(kept.sum())
             entry[1] += kept.numel()
@@ -164,14 +164,14 @@ def layer_sparsity(plan: Plan, realised: dict[str, float]) -> list[LayerSparsity
 @torch.inference_mode()
 def histograms(sparse: nn.Module, ids_NL: Tensor, sites: list[str], bins: int = 60) -> list[Histogram]:
     """The distribution of |a| at some sites over a few windows of text."""
-    modules = sparse_mlps(sparse)
+    modules = sparse_modules(sparse)
     low, high = -4.0, 2.0
     found = {}
     for name in sites:
         found[name] = torch.zeros(2, bins, dtype=torch.long)
 
-        def count(module: SparseMLP, args: tuple, entry: Tensor = found[name]) -> None:
-            a_TI = module.activations(args[0].flatten(0, -2)).abs()
+        def count(module: Sparse, args: tuple, entry: Tensor = found[name]) -> None:
+            a_TI = module.scores(args[0].flatten(0, -2))
             kept = ~(a_TI <= module.threshold)
             position = ((a_TI.float().log10() - low) / (high - low) * bins).nan_to_num(0, bins - 1, 0)
             index = position.long().clamp(0, bins - 1)

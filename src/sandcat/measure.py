@@ -16,7 +16,7 @@ from sandcat.data import Text, load_text, same_source
 from sandcat.errors import BadRecipe, DataError
 from sandcat.evaluate import WINDOW, TextResult, evaluate_text, histograms, layer_sparsity
 from sandcat.generate import generate
-from sandcat.layers.mlp import sparse_mlps
+from sandcat.layers.sparse import sparse_modules
 from sandcat.method import Method
 from sandcat.ops import kernel_name
 from sandcat.plan import Calibration, Plan
@@ -87,7 +87,8 @@ def measure(
         own = [(plan.steps[0].method, sparse, result, realised_here)] if others else []
         swept = [(*other, *found) for other, found in zip(others, curve_results, strict=True)]
         points += sorted((_point(*row) for row in own + swept), key=lambda point: point.sparsity)
-    sites = list(sparse_mlps(sparse))
+    modules = sparse_modules(sparse)
+    sites = list(modules)
     chosen = list(dict.fromkeys([sites[0], sites[len(sites) // 2], sites[-1]]))
     return Report(
         model={
@@ -107,7 +108,7 @@ def measure(
         speed=speeds,
         curve=points,
         samples=[write(dense, sparse, tokenizer, prompt) for prompt in prompts],
-        kernels={"sandcat::sparse_mlp": kernel_name(sparse.device)},
+        kernels={f"sandcat::{op}": kernel_name(op, sparse.device) for op in sorted({m.op for m in modules.values()})},
         machine=machine(sparse.device),
         commands=[command] if command else [],
     )

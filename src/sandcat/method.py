@@ -6,6 +6,7 @@ import difflib
 import types
 import typing
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -33,7 +34,7 @@ class Method(ABC):
     name: ClassVar[str]
     """The word on the command line, in the plan, and of the file."""
     slot: ClassVar[str]
-    """What it claims at a site; two methods on one slot conflict."""
+    """What it claims of the linear layers in `claims`; two methods on one slot conflict."""
     calibrated: ClassVar[bool]
     """Whether `decide` looks at calibration text."""
 
@@ -64,7 +65,7 @@ class Method(ABC):
             return chosen
         return {i + count if i < 0 else i for i in self.layers}
 
-    def sites(self, view: ModelView) -> list[Site]:
+    def select(self, view: ModelView) -> list[Site]:
         """The sites that this method changes in this model.
 
         Raises:
@@ -77,7 +78,16 @@ class Method(ABC):
                 f"{self.name}: layers={self.layers!r} selects {sorted(chosen) or 'nothing'}, but the model has layers "
                 f"0 to {count - 1}."
             )
-        return [site for site in view.mlps() if site.layer in chosen]
+        kinds = self.kinds(view)
+        return [site for site in view.sites() if site.layer in chosen and site.kind in kinds]
+
+    def kinds(self, view: ModelView) -> Collection[str]:
+        """The kinds of sites that this method changes; by default whole MLPs."""
+        return ("mlp",)
+
+    def claims(self, view: ModelView, site: Site) -> Collection[str]:
+        """Names of the linear layers whose `slot` it takes; by default all at the site."""
+        return view.linears_of(site)
 
     @abstractmethod
     def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
@@ -158,10 +168,11 @@ def coerce(method: str, name: str, kind: Any, value: Any) -> Any:
             )
         return value
     try:
-        if isinstance(kind, types.UnionType):  # text or a list of whole numbers
+        if isinstance(kind, types.UnionType):  # text or a list
             if isinstance(value, str) and value.strip("[]") != value:
-                value = [item for item in value.strip("[]").split(",") if item.strip()]
-            return value if isinstance(value, str) else tuple(int(item) for item in value)
+                value = [item.strip() for item in value.strip("[]").split(",") if item.strip()]
+            item_type = typing.get_args(typing.get_args(kind)[1])[0]
+            return value if isinstance(value, str) else tuple(item_type(item) for item in value)
         if kind is bool:
             if isinstance(value, bool):
                 return value

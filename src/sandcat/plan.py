@@ -95,7 +95,7 @@ class Plan:
         Raises:
             PlanError: the plan names a site that the model does not have.
         """
-        sites = {site.name: site for site in view.mlps()}
+        sites = {site.name: site for site in view.sites()}
         unknown = [name for step in self.steps for name in step.sites if name not in sites]
         if unknown:
             raise PlanError(
@@ -164,10 +164,13 @@ def check(methods: list[Method], view: ModelView) -> None:
         )
     claimed: dict[tuple[str, str], Method] = {}
     for method in methods:
-        for site in method.sites(view):
-            other = claimed.setdefault((site.name, method.slot), method)
-            if other is not method:
-                raise PlanConflict(
-                    f"{other.name} and {method.name} both want the {method.slot} of {site.name}. Keep one of them, or "
-                    "give each its own layers, as in cats:layers=0:10 relufy:layers=10:."
-                )
+        for site in method.select(view):
+            view.check_plain(site)
+            for name in method.claims(view, site):
+                other = claimed.setdefault((name, method.slot), method)
+                if other is not method:
+                    raise PlanConflict(
+                        f"{other.name} and {method.name} both want the {method.slot} of {name}. Keep one of them, or "
+                        "give each its own layers, as in cats:layers=0:10 relufy:layers=10:, or its own sites, as in "
+                        "cats teal:sites=[q,k,v,o]."
+                    )

@@ -1,4 +1,4 @@
-"""The exact quantile of very many numbers, without sorting them."""
+"""Thresholds from exact quantiles of very many numbers, without sorting them."""
 
 from __future__ import annotations
 
@@ -56,3 +56,22 @@ def quantile(a_TI: Sequence[Tensor], weight_I: Tensor, q: float) -> float:
 def _largest_below(bits: Tensor, code: int) -> int | None:
     bits = bits[bits < code]
     return int(bits.max()) if bits.numel() else None
+
+
+def thresholds(scores_TU: Sequence[Tensor], weight_U: Tensor, sparsity: float) -> tuple[float, float, Tensor]:
+    """Per-unit thresholds that drop a share of all scores, where unit u is dropped iff score <= threshold_u.
+
+    Args:
+        scores_TU: batches of [T, U], >= 0.
+        weight_U: what a score of each unit counts for; a unit's threshold is the common one over its weight.
+        sparsity: the share, in [0, 1); at 0 nothing is dropped.
+
+    Returns:
+        The common threshold, the share that is dropped, and the thresholds [U] in the dtype of the scores.
+    """
+    if sparsity == 0:
+        return -1.0, 0.0, torch.full_like(weight_U, -1, dtype=scores_TU[0].dtype)
+    common = quantile(scores_TU, weight_U, sparsity)
+    threshold_U = (common / weight_U).to(scores_TU[0].dtype)
+    dropped = sum(int((s <= threshold_U).sum()) for s in scores_TU) / sum(s.numel() for s in scores_TU)
+    return common, dropped, threshold_U

@@ -27,7 +27,7 @@ def fused_step(model: nn.Module, cache: Cache) -> FusedStep | None:
     dtype and lie on one device, whose down projections have no bias, and whose modules are plain: without hooks and
     adapters, which it would pass over.
     """
-    if kernel_name(model.device) != "triton" or cache.layers[0].keys.shape[0] != 1:
+    if kernel_name("sparse_mlp", model.device) != "triton" or cache.layers[0].keys.shape[0] != 1:
         return None
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return None
@@ -47,9 +47,10 @@ def fused_step(model: nn.Module, cache: Cache) -> FusedStep | None:
 
 def _plain(block: Block) -> bool:
     linears = [block.q, block.k, block.v, block.o]
+    mlp = [getattr(block.mlp.module, name) for name in _mlp_names(block)]
     biases = {linear.bias is None for linear in linears[:3]}
     down = getattr(block.mlp.module, block.mlp.architecture.down)
-    return all(type(linear) is nn.Linear for linear in linears) and len(biases) == 1 and down.bias is None
+    return all(type(linear) is nn.Linear for linear in linears + mlp) and len(biases) == 1 and down.bias is None
 
 
 class FusedStep:

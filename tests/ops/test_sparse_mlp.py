@@ -7,7 +7,8 @@ import torch
 from conftest import DEVICES, assert_close
 
 from sandcat.ops import kernel_name
-from sandcat.ops.sparse_mlp import ACTIVATIONS, MAX_TOKENS, reference, sparse_mlp
+from sandcat.ops.arguments import MAX_TOKENS
+from sandcat.ops.sparse_mlp import ACTIVATIONS, reference, sparse_mlp
 
 SHAPES = [(1, 1), (63, 1), (1, 63), (576, 1536), (63, 4097), (4097, 65), (256, 100)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -195,9 +196,9 @@ def test_cuda_graph(tokens):
 
 
 def test_a_kernel_runs_here():
-    assert kernel_name("cpu") == "numba"
+    assert kernel_name("sparse_mlp", "cpu") == "numba"
 
 
 @pytest.mark.gpu
 def test_a_kernel_runs_on_the_gpu():
-    assert kernel_name("cuda") == "triton"
+    assert kernel_name("sparse_mlp", "cuda") == "triton"

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sandcat.architectures import Site
-from sandcat.ops import most_tokens
-from sandcat.ops.sparse_mlp import ACTIVATIONS, PROMPT_CHUNK, reference, sparse_mlp
+from sandcat.layers.sparse import Sparse
+from sandcat.ops.sparse_mlp import ACTIVATIONS, reference, sparse_mlp
 
 
-class SparseMLP(nn.Module):
+class SparseMLP(Sparse):
     """Takes over the projections of a dense gated MLP, under their checkpoint names, and adds one threshold a neuron.
 
     Args:
         site: the dense MLP. Its linear layers are shared, not copied; on the meta device too.
         activation: a name of `ops.sparse_mlp.ACTIVATIONS`; default the model's own.
-        dense_prompt: a forward with more than one token a sequence (a prompt) drops nothing.
+        dense_prompt: see `Sparse`.
     """
 
+    unit = "neurons"
+    op = "sparse_mlp"
+
     def __init__(self, site: Site, *, activation: str | None = None, dense_prompt: bool = False):
-        super().__init__()
+        super().__init__(dense_prompt=dense_prompt)
         row = site.architecture
         self.gate_name, self.up_name, self.down_name = row.gate, row.up, row.down
         for name in dict.fromkeys((row.gate, row.up, row.down)):
             self.add_module(name, getattr(site.module, name))
         self.activation = activation or site.activation
-        self.dense_prompt = dense_prompt
-        self.by_reference = False
-        down = self.down.weight
-        self.register_buffer("threshold", torch.zeros(down.shape[1], dtype=down.dtype, device=down.device))
+        self.set_threshold(self.down.weight.shape[1], self.down.weight)
 
     @property
     def down(self) -> nn.Linear:
@@ -60,53 +56,27 @@ class SparseMLP(nn.Module):
         weight = self.down.weight
         weight.data = weight.data.t().contiguous().t()
 
-    def forward(self, x: Tensor) -> Tensor:
-        threshold = self.threshold
-        if self.dense_prompt and x.shape[-2] > 1:
-            threshold = torch.full_like(threshold, -1)
+    def _arguments(self, threshold_I: Tensor) -> tuple:
         (gate, gate_bias), (up, up_bias), down = self.gate(), self.up(), self.down
-        args = (gate, up, down.weight.t(), threshold, self.activation, gate_bias, up_bias, down.bias)
-        x_TH = x.reshape(-1, x.shape[-1])
-        if x_TH.shape[0] <= most_tokens(x.device, x.dtype) and not self.by_reference:
-            y_TH = sparse_mlp(x_TH, *args).to(x.dtype)
-        else:
-            y_TH = torch.cat([reference(chunk, *args).to(x.dtype) for chunk in x_TH.split(PROMPT_CHUNK)])
-        return y_TH.view(x.shape)
+        return gate, up, down.weight.t(), threshold_I, self.activation, gate_bias, up_bias, down.bias
+
+    def by_kernel(self, x_TH: Tensor, threshold_U: Tensor) -> Tensor:
+        return sparse_mlp(x_TH, *self._arguments(threshold_U))
+
+    def by_definition(self, x_TH: Tensor, threshold_U: Tensor) -> Tensor:
+        return reference(x_TH, *self._arguments(threshold_U))
 
     def activations(self, x_TH: Tensor) -> Tensor:
-        """a = activation(gate(x)), [T, I]: what the thresholds are compared with."""
+        """a = activation(gate(x)), [T, I]."""
         return ACTIVATIONS[self.activation](F.linear(x_TH, *self.gate()))
 
-    def kept(self, x_TH: Tensor) -> Tensor:
-        """Which neurons each token keeps, bool [T, I]."""
-        return ~(self.activations(x_TH).abs() <= self.threshold)
+    def scores(self, x_TH: Tensor) -> Tensor:
+        return self.activations(x_TH).abs()
 
     def weight_bytes(self, kept: float = 1.0) -> int:
-        """Bytes of weights and thresholds that are read if a share `kept` of the neurons is."""
         (gate, _), (up, _), down = self.gate(), self.up(), self.down.weight
         small = [parameter for parameter in self.parameters() if parameter.dim() == 1] + [self.threshold]
         return gate.nbytes + round(kept * (up.nbytes + down.nbytes)) + sum(t.nbytes for t in small)
 
-    def bytes_read(self, x_TH: Tensor) -> int:
-        """Bytes that the kernels read for these tokens: the gate, and the rows that any token keeps."""
-        return self.weight_bytes(float(self.kept(x_TH).any(0).float().mean()))
-
     def extra_repr(self) -> str:
-        return f"activation={self.activation}, dense_prompt={self.dense_prompt}"
-
-
-@contextmanager
-def references(model: nn.Module) -> Iterator[None]:
-    """Within this context the sparse MLPs run their torch reference instead of the kernels."""
-    for module in sparse_mlps(model).values():
-        module.by_reference = True
-    try:
-        yield
-    finally:
-        for module in sparse_mlps(model).values():
-            module.by_reference = False
-
-
-def sparse_mlps(model: nn.Module) -> dict[str, SparseMLP]:
-    """The sparse MLPs of a model by their names, in order; empty for a dense model."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SparseMLP)}
+        return f"activation={self.activation}, {super().extra_repr()}"

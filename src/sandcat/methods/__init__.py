@@ -2,7 +2,8 @@
 
 from sandcat.methods.cats import Cats
 from sandcat.methods.relufy import Relufy
+from sandcat.methods.teal import Teal
 
-METHODS = (Cats, Relufy)
+METHODS = (Cats, Relufy, Teal)
 
-__all__ = ["METHODS", "Cats", "Relufy"]
+__all__ = ["METHODS", "Cats", "Relufy", "Teal"]

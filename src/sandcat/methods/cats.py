@@ -21,7 +21,7 @@ from sandcat.architectures import Site
 from sandcat.errors import BadRecipe
 from sandcat.layers.mlp import SparseMLP
 from sandcat.method import Method, Spec, Tensors, option
-from sandcat.quantile import quantile
+from sandcat.quantile import thresholds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Cats(Method):
     """MLP(x) = (a * (x Wu)) Wd over the neurons with |a_j| > t_j, a = act(x Wg)."""
 
     name = "cats"
-    slot = "mlp"
+    slot = "input"
     calibrated = True
 
     sparsity: float = option(0.5, "fraction of each layer's neurons dropped on calibration text, in [0, 1)")
@@ -45,21 +45,13 @@ class Cats(Method):
 
     def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
         mlp = SparseMLP(site)
-        a_TI = [mlp.activations(x).abs() for x in x_TH]
         weight_I = torch.ones_like(mlp.threshold, dtype=torch.float32)
         if self.score == "output":
             square_I = sum(F.linear(x, *mlp.up()).float().square().sum(0) for x in x_TH)
             rms_I = (square_I / sum(len(x) for x in x_TH)).sqrt()
             weight_I = rms_I * mlp.down.weight.float().norm(dim=0)
-        if self.sparsity == 0:
-            threshold_I = torch.full_like(weight_I, -1)
-            score = -1.0
-        else:
-            score = quantile(a_TI, weight_I, self.sparsity)
-            threshold_I = score / weight_I
-        threshold_I = threshold_I.to(mlp.threshold.dtype)
-        dropped = sum(int((a <= threshold_I).sum()) for a in a_TI) / sum(a.numel() for a in a_TI)
-        return {"threshold": score, "sparsity": dropped}, {"threshold": threshold_I}
+        common, dropped, threshold_I = thresholds([mlp.scores(x) for x in x_TH], weight_I, self.sparsity)
+        return {"threshold": common, "sparsity": dropped}, {"threshold": threshold_I}
 
     def build(self, site: Site, spec: Spec) -> SparseMLP:
         return SparseMLP(site, dense_prompt=self.dense_prompt)

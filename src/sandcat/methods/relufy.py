@@ -21,7 +21,7 @@ class Relufy(Method):
     """MLP(x) = (relu(x Wg) * (x Wu)) Wd."""
 
     name = "relufy"
-    slot = "mlp"
+    slot = "input"
     calibrated = False
 
     def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:

@@ -11,18 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sandcat.ops.arguments import check_shapes
+
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-
-MAX_TOKENS = 8
-"""Most tokens that the kernels take at once. Their union of neurons is read, so more tokens would gain nothing."""
-
-PROMPT_CHUNK = 1024
-"""Tokens that the dense form computes at once, so that a prompt's intermediate states stay bounded."""
 
 
 def reference(
@@ -52,21 +48,12 @@ def check_arguments(x_TH, gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_
     Raises:
         ValueError: more than `MAX_TOKENS` tokens, or shapes, dtypes or devices that do not go together.
     """
-    if not 1 <= len(x_TH) <= MAX_TOKENS:
-        raise ValueError(f"sandcat::sparse_mlp takes 1 to {MAX_TOKENS} tokens, got {len(x_TH)}.")
     I, H = gate_IH.shape
     shapes = {
         "x": (x_TH, (len(x_TH), H)), "up": (up_IH, (I, H)), "down": (down_IH, (I, H)), "threshold": (threshold_I, (I,)),
         "gate_bias": (gate_bias_I, (I,)), "up_bias": (up_bias_I, (I,)), "down_bias": (down_bias_H, (H,)),
     }  # fmt: skip
-    for name, (tensor, shape) in shapes.items():
-        if tensor is None:
-            continue
-        if tensor.shape != shape or tensor.dtype != gate_IH.dtype or tensor.device != gate_IH.device:
-            raise ValueError(
-                f"sandcat::sparse_mlp: {name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; with a "
-                f"gate of {I} x {H} {gate_IH.dtype} on {gate_IH.device} it must be {shape}, of that dtype, there."
-            )
+    check_shapes("sparse_mlp", x_TH, ("gate", gate_IH), shapes)
 
 
 sparse_mlp = torch.library.custom_op("sandcat::sparse_mlp", reference, mutates_args=())

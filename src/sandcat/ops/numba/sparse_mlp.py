@@ -17,16 +17,14 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from sandcat.ops.numba import floats, threads
+from sandcat.ops.numba import floats, threads, vectors
 from sandcat.ops.numba.floats import STORAGE, rounded, widen
 from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of, version_of
+from sandcat.ops.numba.vectors import add, add4, dot4, dots
 from sandcat.ops.sparse_mlp import ACTIVATIONS, check_arguments, sparse_mlp
 
 BLOCK = 64
-REORDER = {"reassoc", "contract", "nsz"}
-"""The only liberties with arithmetic: the order of sums. NaN and infinity behave as they must."""
-
-VERSION = version_of(floats, threads, sys.modules["sandcat.ops.sparse_mlp"])
+VERSION = version_of(floats, threads, vectors, sys.modules["sandcat.ops.sparse_mlp"])
 """A digest of the sources, besides this file, that the compiled kernel depends on."""
 
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
@@ -43,47 +41,6 @@ def _activate(g, code):
         inner = np.float32(0.7978845608028654) * (g + np.float32(0.044715) * g * g * g)
         return np.float32(0.5) * g * (np.float32(1) + np.float32(math.tanh(inner)))
     return g if g > 0 or g != g else np.float32(0)
-
-
-@njit(fastmath=REORDER)
-def _dot(x, row):
-    total = np.float32(0)
-    for k in range(x.size):
-        total += widen(x[k]) * widen(row[k])
-    return total
-
-
-@njit(fastmath=REORDER)
-def _dot4(x, row0, row1, row2, row3):
-    """Four dots with x: one token with four rows, or one row with four tokens."""
-    t0 = t1 = t2 = t3 = np.float32(0)
-    for k in range(x.size):
-        t0 += widen(x[k]) * widen(row0[k])
-        t1 += widen(x[k]) * widen(row1[k])
-        t2 += widen(x[k]) * widen(row2[k])
-        t3 += widen(x[k]) * widen(row3[k])
-    return t0, t1, t2, t3
-
-
-@njit(fastmath=REORDER)
-def _dots(x, row, out):
-    """out[t] = x[t] . row for all tokens, reading the row from memory once."""
-    for t in range(0, len(x) // 4 * 4, 4):
-        out[t], out[t + 1], out[t + 2], out[t + 3] = _dot4(row, x[t], x[t + 1], x[t + 2], x[t + 3])
-    for t in range(len(x) // 4 * 4, len(x)):
-        out[t] = _dot(x[t], row)
-
-
-@njit(fastmath=REORDER)
-def _add4(y, h, row0, row1, row2, row3):
-    for k in range(y.size):
-        y[k] += h[0] * widen(row0[k]) + h[1] * widen(row1[k]) + h[2] * widen(row2[k]) + h[3] * widen(row3[k])
-
-
-@njit(fastmath=REORDER)
-def _add(y, h, row):
-    for k in range(y.size):
-        y[k] += h * widen(row[k])
 
 
 @cache
@@ -112,7 +69,7 @@ def _kernel(dtype: torch.dtype):
         for start in range(neurons * thread // threads, end, BLOCK):
             count = 0
             for j in range(start, min(start + BLOCK, end)):
-                _dots(x, gate[j], a[count])
+                dots(x, gate[j], a[count])
                 wanted = False
                 for t in range(tokens):
                     g = a[count, t] + widen(gate_bias[j]) if gate_bias.size else a[count, t]
@@ -125,20 +82,20 @@ def _kernel(dtype: torch.dtype):
             fours = count // 4 * 4
             by_fours = fours if tokens == 1 else 0
             for c in range(0, by_fours, 4):
-                u = _dot4(x[0], up[kept[c]], up[kept[c + 1]], up[kept[c + 2]], up[kept[c + 3]])
+                u = dot4(x[0], up[kept[c]], up[kept[c + 1]], up[kept[c + 2]], up[kept[c + 3]])
                 h[c, 0], h[c + 1, 0], h[c + 2, 0], h[c + 3, 0] = u
             for c in range(by_fours, count):
-                _dots(x, up[kept[c]], h[c])
+                dots(x, up[kept[c]], h[c])
             for c in range(count):
                 for t in range(tokens):
                     u = h[c, t] + widen(up_bias[kept[c]]) if up_bias.size else h[c, t]
                     h[c, t] = rounded(a[c, t] * rounded(u, unit), unit) if keeps[c, t] else np.float32(0)
             for c in range(0, fours, 4):
                 for t in range(tokens):
-                    _add4(y[t], h[c : c + 4, t], down[kept[c]], down[kept[c + 1]], down[kept[c + 2]], down[kept[c + 3]])
+                    add4(y[t], h[c : c + 4, t], down[kept[c]], down[kept[c + 1]], down[kept[c + 2]], down[kept[c + 3]])
             for c in range(fours, count):
                 for t in range(tokens):
-                    _add(y[t], h[c, t], down[kept[c]])
+                    add(y[t], h[c, t], down[kept[c]])
 
     return on_all_threads(body)
 

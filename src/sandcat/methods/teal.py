@@ -1,0 +1,72 @@
+"""Input sparsity: an input channel of a linear layer that is small for this token is not computed.
+
+Paper: TEAL, Liu et al., 2024, arXiv 2408.14690. Channel i of a token is kept iff |x_i| > t, where t is the s-quantile
+of |x| at this layer over calibration text; a dropped channel's column of W is never read. No retraining.
+Differs: exact quantiles (theirs come from histograms); padding and the first positions excluded; each layer is
+calibrated on what the sparse layers before it give; prompts are sparse in full (theirs: the second half); one sparsity
+for all sites (theirs are searched block by block); and `score="output"`, the weighting of WINA (arXiv 2505.19427): a
+channel counts for |x_i| times the norm of its column of W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sandcat.architectures import ModelView, Site
+from sandcat.errors import BadRecipe, NothingMatched
+from sandcat.layers.linear import SparseLinear
+from sandcat.method import Method, Spec, Tensors, option, suggest
+from sandcat.quantile import thresholds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teal(Method):
+    """y = sum of x_i W[:, i] over the channels with |x_i| > t_i, at any of the linear layers of a decoder layer."""
+
+    name = "teal"
+    slot = "input"
+    calibrated = True
+
+    sparsity: float = option(0.4, "fraction of each site's input channels dropped on calibration text, in [0, 1)")
+    score: Literal["input", "output"] = option(
+        "input", "input: |x_i|, the paper's; output: |x_i| * norm of column i of W, at the same cost"
+    )
+    sites: str | tuple[str, ...] = option("all", 'linear layers to change: "all", or a list [q,k,v,o,gate,up,down]')
+    dense_prompt: bool = option(False, "compute prompts (more than one token a sequence) with all channels")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.sparsity < 1:
+            raise BadRecipe(
+                f"teal: sparsity={self.sparsity} is outside [0, 1): it is the fraction of channels dropped."
+            )
+        if isinstance(self.sites, str) and self.sites != "all":
+            raise BadRecipe(f'teal: sites={self.sites!r} is neither "all" nor a list such as [q,k,v,o].')
+
+    def kinds(self, view: ModelView) -> Collection[str]:
+        known = list(view.linear_kinds)
+        if self.sites == "all":
+            return known
+        for site in self.sites:
+            if site not in known:
+                raise NothingMatched(
+                    f"teal: a {view.config.model_type} model has no site {site!r}{suggest(site, known)} It has "
+                    f"{', '.join(known)}."
+                )
+        return self.sites
+
+    def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
+        weight = site.module.weight
+        weight_I = torch.ones(weight.shape[1], device=weight.device)
+        if self.score == "output":
+            weight_I = weight.float().norm(dim=0)
+        common, dropped, threshold_I = thresholds([x.abs() for x in x_TH], weight_I, self.sparsity)
+        return {"threshold": common, "sparsity": dropped}, {"threshold": threshold_I}
+
+    def build(self, site: Site, spec: Spec) -> SparseLinear:
+        return SparseLinear(site.module, dense_prompt=self.dense_prompt)
