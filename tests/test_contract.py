@@ -14,7 +14,7 @@ from conftest import assert_close
 from tiny import FAMILIES, VOCABULARY, text, tiny, tokenizer
 
 import sandcat
-from sandcat.errors import PlanError, SandcatError, UnsupportedModel
+from sandcat.errors import BadRecipe, NothingMatched, PlanError, SandcatError, UnsupportedModel
 from sandcat.layers import sparse as sparse_layer
 from sandcat.layers.sparse import sparse_modules
 from sandcat.methods import METHODS, Cats, Relufy, Teal
@@ -33,6 +33,7 @@ RECIPES = {
     "teal": ([Teal(sparsity=0.3)], None, None),
     "teal-output": ([Teal(sparsity=0.3, score="output")], None, None),
     "cats-teal": ([Cats(sparsity=0.3), Teal(sparsity=0.3, sites=("o",))], None, _cats),
+    "teal-cats": ([Teal(sparsity=0.3, sites=("q", "k", "v", "o", "gate")), Cats(sparsity=0.3)], None, _cats),
 }
 """Per recipe: the methods, the activation that they put in place of the model's, what they do to the activation."""
 
@@ -44,6 +45,8 @@ def test_every_method_is_here():
 def sparsified(family, recipe, dtype=torch.float32):
     """The dense model, the sparse one, and one that computes what the sparse one should, written independently."""
     methods, activation, mask = RECIPES[recipe]
+    if recipe == "teal-cats" and family == "phi3":  # whose projections are fused
+        methods = [Teal(sparsity=0.3, sites=("qkv", "o")), methods[1]]
     dense = tiny(family, dtype)
     sparse = copy.deepcopy(dense)
     plan = sandcat.sparsify(sparse, None, methods, calibration=text())
@@ -296,6 +299,28 @@ def test_sequential_or_not():
         found.append([spec["threshold"] for spec in plan.steps[0].sites.values()])
     (first, second), (same, other) = found
     assert first == same and second != other
+
+
+def test_the_order_of_a_recipe_does_not_matter():
+    """Sites are decided in the order in which a layer computes them, and the model is left as it was found."""
+    found = []
+    for recipe in ("cats:sparsity=0.4 teal:sites=[q,o,gate]", "teal:sites=[gate,o,q] cats:sparsity=0.4"):
+        model = tiny("llama")
+        before = dict(model.named_modules())
+        sandcat.sparsify(model, None, recipe, calibration=text(), dry_run=True)
+        assert all(module is before[name] for name, module in model.named_modules())
+        sandcat.sparsify(model, None, recipe, calibration=text())
+        found.append({name: module.threshold for name, module in sparse_modules(model).items()})
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 8
+    assert all(torch.equal(threshold, found[1][name]) for name, threshold in found[0].items())
+
+
+def test_sites_that_the_family_does_not_have():
+    with pytest.raises(NothingMatched, match=r"no site 'q'.*qkv, o, gate_up, down"):
+        sandcat.sparsify(tiny("phi3"), None, "teal:sites=[q]", calibration=text())
+    for recipe in ("teal:sites=up", "teal:sparsity=1"):
+        with pytest.raises(BadRecipe, match="neither|outside"):
+            sandcat.sparsify(tiny("llama"), None, recipe, calibration=text())
 
 
 @torch.inference_mode()

@@ -41,6 +41,9 @@ def decide(
     for method in methods:
         for site in method.select(view):
             by_layer.setdefault(site.layer, []).append((method, site))
+    order = {site.name: place for place, site in enumerate(view.sites())}
+    for here in by_layer.values():
+        here.sort(key=lambda pair: order[pair[1].name])  # as the layer computes them, whatever the recipe's order
     specs: dict[str, dict[str, Spec]] = {method.name: {} for method in methods}
     tensors: dict[str, Tensors] = {}
 
@@ -78,7 +81,7 @@ def _restored(view: ModelView, sites: list[tuple[Method, Site]]) -> Iterator[Non
     try:
         yield
     finally:
-        for _, site in sites:
+        for _, site in reversed(sites):  # an MLP before what was replaced inside it
             view.replace(site, site.module)
 
 

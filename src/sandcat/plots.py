@@ -85,7 +85,7 @@ def roofline(speed: SpeedResult) -> Markup:
 
 
 def sparsity(rows: list[LayerSparsity]) -> Markup:
-    """Per cent of neurons dropped in each layer: target, calibration, evaluation text."""
+    """Per cent dropped at each site of each layer: target, calibration, evaluation text."""
 
     def per_cent(name: str) -> list[float]:
         return [math.nan if (value := getattr(row, name)) is None else 100 * value for row in rows]
@@ -101,15 +101,15 @@ def sparsity(rows: list[LayerSparsity]) -> Markup:
         known = [value for name, *_ in series for value in per_cent(name) if not math.isnan(value)]
         axes.set_ylim(max(0, min(known, default=0) - 10), min(100, max(known, default=100) + 10))
         axes.set_xlabel("layer")
-        axes.set_ylabel("% of neurons dropped")
+        axes.set_ylabel("% dropped")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.figure.legend(loc="outside upper center", ncols=3, handletextpad=0.3, columnspacing=1.2)
 
-    return _svg(2.9, "Share of neurons dropped in each layer", draw)
+    return _svg(2.9, "Share dropped at each site of each layer", draw)
 
 
 def activations(histogram: Histogram) -> Markup:
-    """|a| of one layer on a log10 axis, kept above dropped, the median threshold and its 10th to 90th percentile."""
+    """Magnitudes at one site on a log10 axis, kept above dropped; the median threshold, 10th to 90th percentile."""
     from matplotlib.ticker import FuncFormatter, MultipleLocator
 
     counts = [kept + dropped for kept, dropped in zip(histogram.kept, histogram.dropped, strict=True)]
@@ -133,7 +133,7 @@ def activations(histogram: Histogram) -> Markup:
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MultipleLocator(1))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{10**x:g}"))
-        axes.set_xlabel("|a|")
+        axes.set_xlabel("magnitude")
         axes.set_ylabel("% a bin")
         axes.figure.legend(loc="outside upper center", ncols=4, handlelength=1.1, handletextpad=0.4, columnspacing=1)
 

@@ -171,8 +171,8 @@ CARD = """\
 
 # {name}, sparse by sandcat
 
-Recipe: `{recipe}`. The weights are those of the dense model; the plan in `config.json` and one threshold a neuron say
-what is skipped for each token. Without `import sandcat`, this folder loads as the dense model.
+Recipe: `{recipe}`. The weights are those of the dense model; the plan in `config.json` and the thresholds, one a neuron
+or input channel, say what is skipped for each token. Without `import sandcat`, this folder loads as the dense model.
 
 ```python
 import sandcat

@@ -8,7 +8,7 @@ from conftest import DEVICES, assert_close
 
 from sandcat.ops import kernel_name
 from sandcat.ops.arguments import MAX_TOKENS
-from sandcat.ops.sparse_mlp import ACTIVATIONS, reference, sparse_mlp
+from sandcat.ops.sparse_mlp import ACTIVATIONS, reference, reference_up_down, sparse_mlp, sparse_up_down
 
 SHAPES = [(1, 1), (63, 1), (1, 63), (576, 1536), (63, 4097), (4097, 65), (256, 100)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -202,3 +202,19 @@ def test_a_kernel_runs_here():
 @pytest.mark.gpu
 def test_a_kernel_runs_on_the_gpu():
     assert kernel_name("sparse_mlp", "cuda") == "triton"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden, neurons", SHAPES)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_up_down_equals_its_reference(dtype, hidden, neurons, tokens):
+    """The second half alone, for a gate that was computed elsewhere."""
+    x, gate, up, down, threshold, activation, gate_bias, *biases = arguments(
+        tokens, hidden, neurons, dtype, "cpu", bias=True
+    )
+    a = ACTIVATIONS[activation](torch.nn.functional.linear(x, gate, gate_bias))
+    args = (x, a, up, down, threshold, *biases)
+    assert_close(sparse_up_down(*args), reference_up_down(*args), dtype)
+    torch.library.opcheck(sparse_up_down, args, test_utils=("test_schema", "test_faketensor"))
+    with pytest.raises(ValueError, match="must be"):
+        sparse_up_down(x, a[:, :-1] if neurons > 1 else a.double(), up, down, threshold)

@@ -16,7 +16,6 @@ class SparseLinear(Sparse):
         dense_prompt: see `Sparse`.
     """
 
-    unit = "input channels"
     op = "sparse_linear"
 
     def __init__(self, linear: nn.Linear, *, dense_prompt: bool = False):

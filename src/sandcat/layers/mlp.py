@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sandcat.architectures import Site
+from sandcat.architectures import ModelView, Site
 from sandcat.layers.sparse import Sparse
-from sandcat.ops.sparse_mlp import ACTIVATIONS, reference, sparse_mlp
+from sandcat.ops.sparse_mlp import ACTIVATIONS, reference, reference_up_down, sparse_mlp, sparse_up_down
 
 
 class SparseMLP(Sparse):
     """Takes over the projections of a dense gated MLP, under their checkpoint names, and adds one threshold a neuron.
 
     Args:
-        site: the dense MLP. Its linear layers are shared, not copied; on the meta device too.
+        site: the dense MLP. Its linear layers are shared, not copied; on the meta device too. Its gate projection may
+            be a `SparseLinear`.
         activation: a name of `ops.sparse_mlp.ACTIVATIONS`; default the model's own.
         dense_prompt: see `Sparse`.
     """
-
-    unit = "neurons"
-    op = "sparse_mlp"
 
     def __init__(self, site: Site, *, activation: str | None = None, dense_prompt: bool = False):
         super().__init__(dense_prompt=dense_prompt)
@@ -56,27 +56,52 @@ class SparseMLP(Sparse):
         weight = self.down.weight
         weight.data = weight.data.t().contiguous().t()
 
-    def _arguments(self, threshold_I: Tensor) -> tuple:
-        (gate, gate_bias), (up, up_bias), down = self.gate(), self.up(), self.down
-        return gate, up, down.weight.t(), threshold_I, self.activation, gate_bias, up_bias, down.bias
+    @property
+    def op(self) -> str:
+        return "sparse_up_down" if self._gate_skips() else "sparse_mlp"
+
+    def _gate_skips(self) -> bool:
+        """Whether the gate projection is itself sparse, and so runs by its own op."""
+        return isinstance(self.get_submodule(self.gate_name), Sparse)
 
     def by_kernel(self, x_TH: Tensor, threshold_U: Tensor) -> Tensor:
-        return sparse_mlp(x_TH, *self._arguments(threshold_U))
+        return self._run(x_TH, threshold_U, sparse_mlp, sparse_up_down)
 
     def by_definition(self, x_TH: Tensor, threshold_U: Tensor) -> Tensor:
-        return reference(x_TH, *self._arguments(threshold_U))
+        return self._run(x_TH, threshold_U, reference, reference_up_down)
+
+    def _run(self, x_TH: Tensor, threshold_I: Tensor, whole: Callable, second_half: Callable) -> Tensor:
+        (up, up_bias), down_HI, down_bias = self.up(), self.down.weight, self.down.bias
+        if self._gate_skips():
+            a_TI = self.activations(x_TH)
+            return second_half(x_TH, a_TI, up, down_HI.t(), threshold_I, up_bias, down_bias)
+        gate, gate_bias = self.gate()
+        return whole(x_TH, gate, up, down_HI.t(), threshold_I, self.activation, gate_bias, up_bias, down_bias)
 
     def activations(self, x_TH: Tensor) -> Tensor:
         """a = activation(gate(x)), [T, I]."""
-        return ACTIVATIONS[self.activation](F.linear(x_TH, *self.gate()))
+        gate = self.get_submodule(self.gate_name)
+        g_TI = gate(x_TH) if self._gate_skips() else F.linear(x_TH, *self.gate())
+        return ACTIVATIONS[self.activation](g_TI)
 
     def scores(self, x_TH: Tensor) -> Tensor:
         return self.activations(x_TH).abs()
 
     def weight_bytes(self, kept: float = 1.0) -> int:
-        (gate, _), (up, _), down = self.gate(), self.up(), self.down.weight
-        small = [parameter for parameter in self.parameters() if parameter.dim() == 1] + [self.threshold]
-        return gate.nbytes + round(kept * (up.nbytes + down.nbytes)) + sum(t.nbytes for t in small)
+        (up, up_bias), down = self.up(), self.down
+        small = [self.threshold, up_bias, down.bias]
+        dense = []
+        if not self._gate_skips():  # else it counts its own
+            dense = list(self.gate())
+        always = sum(t.nbytes for t in small + dense if t is not None)
+        return always + round(kept * (up.nbytes + down.weight.nbytes))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, {super().extra_repr()}"
+
+
+def skipped_linears(view: ModelView, site: Site) -> list[str]:
+    """The linear layers of which a `SparseMLP` at this site skips parts: up and down, and a gate that is fused."""
+    gate = f"{site.name}.{site.architecture.gate}"
+    fused = site.architecture.gate == site.architecture.up
+    return [name for name in view.linears_of(site) if fused or name != gate]

@@ -22,8 +22,6 @@ class Sparse(nn.Module, ABC):
         dense_prompt: a forward with more than one token a sequence (a prompt) drops nothing.
     """
 
-    unit: ClassVar[str]
-    """What is kept or dropped, in the plural."""
     op: ClassVar[str]
     """The op that runs it."""
 

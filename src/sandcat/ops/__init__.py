@@ -11,22 +11,24 @@ import torch
 
 from sandcat.ops.arguments import MAX_TOKENS, PROMPT_CHUNK
 from sandcat.ops.sparse_linear import sparse_linear
-from sandcat.ops.sparse_mlp import sparse_mlp
+from sandcat.ops.sparse_mlp import sparse_mlp, sparse_up_down
 
-__all__ = ["MAX_TOKENS", "OPS", "PROMPT_CHUNK", "kernel_name", "most_tokens", "sparse_linear", "sparse_mlp"]
+__all__ = [
+    "MAX_TOKENS", "PROMPT_CHUNK", "kernel_name", "most_tokens", "sparse_linear", "sparse_mlp", "sparse_up_down",
+]  # fmt: skip
 
-OPS = ("sparse_linear", "sparse_mlp")
 _KERNELS: dict[tuple[str, str], str] = {}
 
 
 def _register(device: str, library: str) -> None:
-    """Imports the kernels of a library, one module an op; where it is not installed, the references run."""
-    for op in OPS:
+    """Imports the kernels of a library, where it is installed and has them; else the references run."""
+    for name in ("sparse_linear", "sparse_mlp"):
         try:
-            importlib.import_module(f"sandcat.ops.{library}.{op}")
-            _KERNELS[op, device] = library
+            kernels = importlib.import_module(f"sandcat.ops.{library}.{name}")
         except ImportError:
-            pass
+            continue
+        for op in kernels.OPS:
+            _KERNELS[op, device] = library
 
 
 _register("cpu", "numba")
@@ -34,18 +36,11 @@ if torch.cuda.is_available():
     _register("cuda", "triton")
 
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_TOKENS = {
-    ("sparse_mlp", "cpu", torch.bfloat16): 2,
-    ("sparse_mlp", "cpu", torch.float16): 2,
-    ("sparse_mlp", "cuda", torch.float32): 1,
-    ("sparse_mlp", "cuda", torch.bfloat16): 1,
-    ("sparse_mlp", "cuda", torch.float16): 1,
-    ("sparse_linear", "cpu", torch.float32): 1,
-    ("sparse_linear", "cpu", torch.bfloat16): 1,
-    ("sparse_linear", "cpu", torch.float16): 1,
-    ("sparse_linear", "cuda", torch.float32): 1,
-    ("sparse_linear", "cuda", torch.bfloat16): 1,
-    ("sparse_linear", "cuda", torch.float16): 1,
+    **{(op, "cpu", dtype): 2 for op in ("sparse_mlp", "sparse_up_down") for dtype in _FLOATS[1:]},
+    **{("sparse_linear", "cpu", dtype): 1 for dtype in _FLOATS},
+    **{(op, "cuda", dtype): 1 for op in ("sparse_linear", "sparse_mlp", "sparse_up_down") for dtype in _FLOATS},
 }
 """Tokens at once up to which a kernel beats dense matrix products on its device, where that is fewer than it can take.
 Measured: docs/performance.md."""
@@ -58,6 +53,6 @@ def kernel_name(op: str, device: torch.device | str) -> str:
 
 def most_tokens(op: str, device: torch.device | str, dtype: torch.dtype) -> int:
     """Tokens at once up to which skipping pays here; more run as dense products with the mask applied."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in _FLOATS:
         return 0
     return _MOST_TOKENS.get((op, torch.device(device).type, dtype), MAX_TOKENS)

@@ -1,4 +1,5 @@
-"""A gated MLP that skips, for each token, the neurons whose gate is small. The op `sandcat::sparse_mlp`.
+"""A gated MLP that skips, for each token, the neurons whose gate is small. The op `sandcat::sparse_mlp`; and
+`sandcat::sparse_up_down`, the same for a gate that was computed elsewhere.
 
 Shapes: T tokens, H hidden size, I intermediate size (neurons). All three matrices are neuron-major, one row a neuron,
 so that a skipped neuron is a skipped row: `gate_IH[j]`, `up_IH[j]` and `down_IH[j]` (column j of the usual down
@@ -38,22 +39,39 @@ def reference(
     what follows. A NaN in `a` is not dropped: it comes out, as it would from the dense MLP.
     """
     a_TI = ACTIVATIONS[activation](F.linear(x_TH, gate_IH, gate_bias_I))
+    return reference_up_down(x_TH, a_TI, up_IH, down_IH, threshold_I, up_bias_I, down_bias_H)
+
+
+def reference_up_down(
+    x_TH: Tensor,
+    a_TI: Tensor,
+    up_IH: Tensor,
+    down_IH: Tensor,
+    threshold_I: Tensor,
+    up_bias_I: Tensor | None = None,
+    down_bias_H: Tensor | None = None,
+) -> Tensor:
+    """The definition of the second half: as `reference`, with a = a_TI."""
     h_TI = torch.where(a_TI.abs() <= threshold_I, 0, a_TI * F.linear(x_TH, up_IH, up_bias_I))
     return F.linear(h_TI, down_IH.t(), down_bias_H).float()
 
 
-def check_arguments(x_TH, gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I, down_bias_H) -> None:
-    """What a kernel reads by address must be there.
+def check_arguments(
+    op: str, x_TH, gate_IH, a_TI, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I, down_bias_H
+) -> None:
+    """What a kernel reads by address must be there; one of gate and a is None.
 
     Raises:
         ValueError: more than `MAX_TOKENS` tokens, or shapes, dtypes or devices that do not go together.
     """
-    I, H = gate_IH.shape
+    like = ("gate", gate_IH) if gate_IH is not None else ("up", up_IH)
+    I, H = like[1].shape
     shapes = {
-        "x": (x_TH, (len(x_TH), H)), "up": (up_IH, (I, H)), "down": (down_IH, (I, H)), "threshold": (threshold_I, (I,)),
-        "gate_bias": (gate_bias_I, (I,)), "up_bias": (up_bias_I, (I,)), "down_bias": (down_bias_H, (H,)),
+        "x": (x_TH, (len(x_TH), H)), "a": (a_TI, (len(x_TH), I)), "up": (up_IH, (I, H)), "down": (down_IH, (I, H)),
+        "threshold": (threshold_I, (I,)), "gate_bias": (gate_bias_I, (I,)), "up_bias": (up_bias_I, (I,)),
+        "down_bias": (down_bias_H, (H,)),
     }  # fmt: skip
-    check_shapes("sparse_mlp", x_TH, ("gate", gate_IH), shapes)
+    check_shapes(op, x_TH, like, shapes)
 
 
 sparse_mlp = torch.library.custom_op("sandcat::sparse_mlp", reference, mutates_args=())
@@ -63,3 +81,12 @@ sparse_mlp = torch.library.custom_op("sandcat::sparse_mlp", reference, mutates_a
 @sparse_mlp.register_fake
 def _(x_TH, gate_IH, up_IH, down_IH, threshold_I, activation, gate_bias_I=None, up_bias_I=None, down_bias_H=None):
     return gate_IH.new_empty((x_TH.shape[0], down_IH.shape[1]), dtype=torch.float32)
+
+
+sparse_up_down = torch.library.custom_op("sandcat::sparse_up_down", reference_up_down, mutates_args=())
+"""`reference_up_down` for 1 to `MAX_TOKENS` tokens, by the kernel of the device where there is one."""
+
+
+@sparse_up_down.register_fake
+def _(x_TH, a_TI, up_IH, down_IH, threshold_I, up_bias_I=None, down_bias_H=None):
+    return up_IH.new_empty((x_TH.shape[0], down_IH.shape[1]), dtype=torch.float32)

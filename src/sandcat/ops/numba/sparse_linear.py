@@ -20,6 +20,7 @@ from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of, versi
 from sandcat.ops.numba.vectors import add, add4
 from sandcat.ops.sparse_linear import check_arguments, sparse_linear
 
+OPS = ("sparse_linear",)
 VERSION = version_of(floats, threads, vectors, sys.modules["sandcat.ops.sparse_linear"])
 """A digest of the sources, besides this file, that the compiled kernel depends on."""
 

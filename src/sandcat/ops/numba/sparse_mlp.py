@@ -1,4 +1,4 @@
-"""CPU kernel of `sandcat::sparse_mlp`. Shapes: see ops/sparse_mlp.py.
+"""CPU kernels of `sandcat::sparse_mlp` and `sandcat::sparse_up_down`. Shapes: see ops/sparse_mlp.py.
 
 Each thread takes its share of the neurons, 64 at a time: the gate rows stream through once; of the neurons that a
 token keeps, the up and down rows follow, four at once, so that several rows are on their way from memory. A row that no
@@ -21,8 +21,9 @@ from sandcat.ops.numba import floats, threads, vectors
 from sandcat.ops.numba.floats import STORAGE, rounded, widen
 from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of, version_of
 from sandcat.ops.numba.vectors import add, add4, dot4, dots
-from sandcat.ops.sparse_mlp import ACTIVATIONS, check_arguments, sparse_mlp
+from sandcat.ops.sparse_mlp import ACTIVATIONS, check_arguments, sparse_mlp, sparse_up_down
 
+OPS = ("sparse_mlp", "sparse_up_down")
 BLOCK = 64
 VERSION = version_of(floats, threads, vectors, sys.modules["sandcat.ops.sparse_mlp"])
 """A digest of the sources, besides this file, that the compiled kernel depends on."""
@@ -54,7 +55,8 @@ def _kernel(dtype: torch.dtype):
             return
         tokens, neurons, hidden, code = args[9], args[10], args[11], args[12]
         x = carray(pointer(args[0]), (tokens, hidden), np.float32)
-        gate = carray(pointer(args[1]), (neurons, hidden), storage)
+        gate = carray(pointer(args[1]), (neurons if args[1] else 0, hidden), storage)
+        given = carray(pointer(args[13]), (tokens if args[13] else 0, neurons), storage)
         up = carray(pointer(args[2]), (neurons, hidden), storage)
         down = carray(pointer(args[3]), (neurons, hidden), storage)
         threshold = carray(pointer(args[4]), (neurons,), storage)
@@ -69,11 +71,15 @@ def _kernel(dtype: torch.dtype):
         for start in range(neurons * thread // threads, end, BLOCK):
             count = 0
             for j in range(start, min(start + BLOCK, end)):
-                dots(x, gate[j], a[count])
+                if gate.size:
+                    dots(x, gate[j], a[count])
                 wanted = False
                 for t in range(tokens):
-                    g = a[count, t] + widen(gate_bias[j]) if gate_bias.size else a[count, t]
-                    a[count, t] = rounded(_activate(rounded(g, unit), code), unit)
+                    if gate.size:
+                        g = a[count, t] + widen(gate_bias[j]) if gate_bias.size else a[count, t]
+                        a[count, t] = rounded(_activate(rounded(g, unit), code), unit)
+                    else:
+                        a[count, t] = widen(given[t, j])
                     keeps[count, t] = not abs(a[count, t]) <= widen(threshold[j])
                     wanted |= keeps[count, t]
                 if wanted:
@@ -100,6 +106,20 @@ def _kernel(dtype: torch.dtype):
     return on_all_threads(body)
 
 
+def _run(x_TH, gate_IH, a_TI, up_IH, down_IH, threshold_I, code, gate_bias_I, up_bias_I, down_bias_H) -> Tensor:
+    tokens, hidden = x_TH.shape
+    x_TH = x_TH.float().contiguous()
+    tensors = [gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I, a_TI]
+    *tensors, a_TI = (None if t is None else t.contiguous() for t in tensors)
+    threads = threads_of()
+    partial_PTH = torch.zeros(threads, tokens, hidden)
+    addresses = [0 if t is None else t.data_ptr() for t in (x_TH, *tensors, partial_PTH)]
+    given = 0 if a_TI is None else a_TI.data_ptr()
+    _kernel(up_IH.dtype)([*addresses, VERSION, tokens, up_IH.shape[0], hidden, code, given], threads)
+    y_TH = partial_PTH.sum(0)
+    return y_TH if down_bias_H is None else y_TH + down_bias_H
+
+
 @sparse_mlp.register_kernel("cpu")
 def _(
     x_TH: Tensor,
@@ -112,14 +132,21 @@ def _(
     up_bias_I: Tensor | None = None,
     down_bias_H: Tensor | None = None,
 ) -> Tensor:
-    check_arguments(x_TH, gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I, down_bias_H)
-    tokens, hidden = x_TH.shape
-    x_TH = x_TH.float().contiguous()
-    tensors = [gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I]
-    tensors = [None if t is None else t.contiguous() for t in tensors]
-    threads = threads_of()
-    partial_PTH = torch.zeros(threads, tokens, hidden)
-    addresses = [0 if t is None else t.data_ptr() for t in (x_TH, *tensors, partial_PTH)]
-    _kernel(gate_IH.dtype)([*addresses, VERSION, tokens, gate_IH.shape[0], hidden, _CODES[activation]], threads)
-    y_TH = partial_PTH.sum(0)
-    return y_TH if down_bias_H is None else y_TH + down_bias_H
+    biases = (gate_bias_I, up_bias_I, down_bias_H)
+    check_arguments("sparse_mlp", x_TH, gate_IH, None, up_IH, down_IH, threshold_I, *biases)
+    return _run(x_TH, gate_IH, None, up_IH, down_IH, threshold_I, _CODES[activation], *biases)
+
+
+@sparse_up_down.register_kernel("cpu")
+def _(
+    x_TH: Tensor,
+    a_TI: Tensor,
+    up_IH: Tensor,
+    down_IH: Tensor,
+    threshold_I: Tensor,
+    up_bias_I: Tensor | None = None,
+    down_bias_H: Tensor | None = None,
+) -> Tensor:
+    biases = (None, up_bias_I, down_bias_H)
+    check_arguments("sparse_up_down", x_TH, None, a_TI, up_IH, down_IH, threshold_I, *biases)
+    return _run(x_TH, None, a_TI, up_IH, down_IH, threshold_I, 0, *biases)

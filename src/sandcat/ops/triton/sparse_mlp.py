@@ -22,6 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from sandcat.ops.sparse_mlp import ACTIVATIONS, check_arguments, sparse_mlp
 from sandcat.ops.triton.launch import dependent_launch, multiprocessors
 
+OPS = ("sparse_mlp",)
 CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 _SILU, _GELU, _GELU_TANH = (tl.constexpr(CODES[name]) for name in ("silu", "gelu", "gelu_tanh"))
 
@@ -256,7 +257,8 @@ def launch(
 ) -> Tensor:
     T, H = x_TH.shape
     I = gate_IH.shape[0]
-    check_arguments(x_TH, gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I, down_bias_H)
+    biases = (gate_bias_I, up_bias_I, down_bias_H)
+    check_arguments("sparse_mlp", x_TH, gate_IH, None, up_IH, down_IH, threshold_I, *biases)
     tensors = (x_TH, gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I)
     x, gate, up, down, threshold, gate_bias, up_bias = (None if t is None else t.contiguous() for t in tensors)
     code, itemsize, device = CODES[activation], gate.element_size(), x.device
