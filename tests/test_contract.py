@@ -319,7 +319,7 @@ def test_sites_that_the_family_does_not_have():
     with pytest.raises(NothingMatched, match=r"no site 'q'.*qkv, o, gate_up, down"):
         sandcat.sparsify(tiny("phi3"), None, "teal:sites=[q]", calibration=text())
     for recipe in ("teal:sites=up", "teal:sparsity=1"):
-        with pytest.raises(BadRecipe, match="neither|outside"):
+        with pytest.raises(BadRecipe, match=r"neither|outside"):
             sandcat.sparsify(tiny("llama"), None, recipe, calibration=text())
 
 
