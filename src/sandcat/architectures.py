@@ -7,7 +7,7 @@ This is the only file that knows the module names of Hugging Face models. To sup
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -150,19 +150,15 @@ class ModelView:
     def sites(self) -> Iterator[Site]:
         """Every place where a method can act, layer by layer, in the order in which a layer computes them."""
         for mlp in self.mlps():
-            for kind, path in self.linear_kinds.items():
-                if kind in ("up", "down", "gate_up"):
-                    continue
-                yield self._linear(mlp, kind, path)
+            name, layer = self.layer_name(mlp.layer), self.layers[mlp.layer]
+            linears = [
+                replace(mlp, name=f"{name}.{path}", kind=kind, module=layer.get_submodule(path))
+                for kind, path in self.linear_kinds.items()
+            ]
+            late = [site for site in linears if site.kind in ("up", "down", "gate_up")]
+            yield from (site for site in linears if site not in late)
             yield mlp
-            for kind, path in self.linear_kinds.items():
-                if kind in ("up", "down", "gate_up"):
-                    yield self._linear(mlp, kind, path)
-
-    def _linear(self, mlp: Site, kind: str, path: str) -> Site:
-        module = self.layers[mlp.layer].get_submodule(path)
-        name = f"{self.layer_name(mlp.layer)}.{path}"
-        return Site(name, kind, mlp.layer, module, mlp.activation, mlp.architecture)
+            yield from late
 
     def mlps(self) -> Iterator[Site]:
         """The gated MLP of every layer, in order."""
@@ -209,8 +205,9 @@ class ModelView:
         for layer, mlp in zip(self.layers, self.mlps(), strict=True):
             attention = layer.get_submodule(self.architecture.attention)
             window = getattr(self.text_config, "sliding_window", None)
+            row = self.architecture
             yield Block(
-                layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+                layer.input_layernorm, *(getattr(attention, name) for name in (row.q, row.k, row.v, row.o)),
                 getattr(attention, "q_norm", None), getattr(attention, "k_norm", None), attention.scaling,
                 getattr(attention, "sliding_window", window), layer.post_attention_layernorm, mlp,
             )  # fmt: skip
