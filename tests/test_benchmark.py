@@ -62,6 +62,17 @@ def test_nothing_is_timed_if_the_kernel_is_wrong(pair, monkeypatch):
         benchmark.benchmark(dense, sparse, torch.randint(4, 96, (1, 30)), steps=3, runs=2, compile=False)
 
 
+def test_nothing_is_timed_if_a_compiled_step_is_wrong(pair, monkeypatch):
+    right = benchmark.Decoder.step
+
+    def wrong(self, ids):
+        return right(self, ids) * (1 if self.compile is None else 1.1)
+
+    monkeypatch.setattr(benchmark.Decoder, "step", wrong)
+    with pytest.raises(ParityError, match="dense compiled step differs"):
+        benchmark.benchmark(*pair, torch.randint(4, 96, (1, 30)), steps=3, runs=2)
+
+
 def test_an_activation_on_its_threshold_is_no_error(pair, monkeypatch):
     """A kernel that decides it the other way is right too; the thresholds are back afterwards."""
     _, sparse = pair

@@ -186,6 +186,12 @@ class ModelView:
         row = site.architecture
         return {f"{site.name}.{part}": getattr(site.module, part) for part in (row.gate, row.up, row.down)}
 
+    def skipped_at(self, site: Site) -> list[str]:
+        """Names of the linear layers of which a site skips parts; of an MLP not the gate, unless it is fused."""
+        row = site.architecture
+        dense = f"{site.name}.{row.gate}" if row.gate != row.up else None
+        return [name for name in self.linears_of(site) if name != dense]
+
     def check_plain(self, site: Site) -> None:
         """
         Raises:

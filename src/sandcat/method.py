@@ -34,7 +34,7 @@ class Method(ABC):
     name: ClassVar[str]
     """The word on the command line, in the plan, and of the file."""
     slot: ClassVar[str]
-    """What it claims of the linear layers in `claims`; two methods on one slot conflict."""
+    """What it claims of the linear layers that its sites skip parts of; two methods on one slot conflict."""
     calibrated: ClassVar[bool]
     """Whether `decide` looks at calibration text."""
 
@@ -84,10 +84,6 @@ class Method(ABC):
     def kinds(self, view: ModelView) -> Collection[str]:
         """The kinds of sites that this method changes; by default whole MLPs."""
         return ("mlp",)
-
-    def claims(self, view: ModelView, site: Site) -> Collection[str]:
-        """Names of the linear layers whose `slot` it takes; by default all at the site."""
-        return view.linears_of(site)
 
     @abstractmethod
     def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:

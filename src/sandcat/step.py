@@ -60,7 +60,9 @@ class FusedStep:
     """
 
     def __init__(self, view: ModelView, blocks: list[Block], cache: Cache):
-        from sandcat.ops.triton import launch
+        from sandcat.ops.triton import launch, sparse_mlp, step  # here, as not every machine has Triton
+
+        self.mlp_kernels, self.kernels = sparse_mlp, step
 
         model, decoder = view.model, view.decoder
         self.table = model.get_input_embeddings().weight
@@ -90,9 +92,7 @@ class FusedStep:
         self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
 
     def __call__(self, ids_11: Tensor) -> Tensor:
-        from sandcat.ops.triton import sparse_mlp, step
-
-        H, dependent = self.H, self.dependent
+        H, dependent, sparse_mlp, step = self.H, self.dependent, self.mlp_kernels, self.kernels
         step.embed[(_tiles(H, 1024),)](ids_11, self.table, self.h, H, BLOCK=1024, **dependent)
         for block, cached in self.layers:
             self._project(block.input_norm, [block.q, block.k, block.v], self.qkv)
@@ -124,41 +124,33 @@ class FusedStep:
 
     def _whole_rows(self, weight: Tensor, matrices: int = 1) -> tuple[dict, tuple[int]]:
         """Shape and number of the programs that read the rows of a matrix (or of two alike) in turn."""
-        from sandcat.ops.triton.step import whole_rows_config
-
-        config = whole_rows_config(weight.shape[1], weight.element_size(), matrices)
+        config = self.kernels.whole_rows_config(weight.shape[1], weight.element_size(), matrices)
         return config, (self.multiprocessors * config.pop("per_multiprocessor"),)
 
     def _project(self, norm: nn.Module, linears: list[nn.Linear], out: Tensor, position: Tensor | None = None) -> None:
-        from sandcat.ops.triton import step
-
         weights, biases = [m.weight for m in linears], [m.bias for m in linears]
         sizes = [len(w) for w in weights] + [0] * (3 - len(weights))
         rest = 3 - len(weights)
         config, grid = self._whole_rows(weights[0])
-        step.project[grid](
+        self.kernels.project[grid](
             self.h, norm.weight, norm.variance_epsilon, *weights, *weights[:1] * rest, *biases, *biases[:1] * rest, out,
             position, *sizes, self.H, **config, **self.dependent,
         )  # fmt: skip
 
     def _attend(self, block: Block, keys: Tensor, values: Tensor) -> None:
-        from sandcat.ops.triton import step
-
         D, K, G = self.D, self.kv_heads * self.D, self.Q // (self.kv_heads * self.D)
         q, k, v = self.qkv.split([self.Q, K, K])
         norms = [None if norm is None else norm.weight for norm in (block.q_norm, block.k_norm)]
-        step.attend[(self.kv_heads, self.splits)](
+        self.kernels.attend[(self.kv_heads, self.splits)](
             q, k, v, *norms, 0.0 if block.q_norm is None else block.q_norm.variance_epsilon, self.cos, self.sin,
             self.position, keys, values, block.scaling, self.top, self.sum, self.acc, self.arrived, self.attended,
             self.max_length, G, D, block.window or self.max_length,
-            **step.attend_config(G, D, keys.element_size(), self.max_length, self.splits), **self.dependent,
+            **self.kernels.attend_config(G, D, keys.element_size(), self.max_length, self.splits), **self.dependent,
         )  # fmt: skip
 
     def _add(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        from sandcat.ops.triton import step
-
         config, grid = self._whole_rows(weight)
-        step.add_rows[grid](x, weight, bias, self.h, self.count, *weight.shape, **config, **self.dependent)
+        self.kernels.add_rows[grid](x, weight, bias, self.h, self.count, *weight.shape, **config, **self.dependent)
 
 
 def _tiles(size: int, block: int) -> int:

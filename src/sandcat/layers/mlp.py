@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sandcat.architectures import ModelView, Site
+from sandcat.architectures import Site
 from sandcat.layers.sparse import Sparse
 from sandcat.ops.sparse_mlp import ACTIVATIONS, reference, reference_up_down, sparse_mlp, sparse_up_down
 
@@ -98,10 +98,3 @@ class SparseMLP(Sparse):
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, {super().extra_repr()}"
-
-
-def skipped_linears(view: ModelView, site: Site) -> list[str]:
-    """The linear layers of which a `SparseMLP` at this site skips parts: up and down, and a gate that is fused."""
-    gate = f"{site.name}.{site.architecture.gate}"
-    fused = site.architecture.gate == site.architecture.up
-    return [name for name in view.linears_of(site) if fused or name != gate]

@@ -10,7 +10,6 @@ layer is calibrated on what the sparse layers before it give (theirs: all dense)
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sandcat.architectures import ModelView, Site
+from sandcat.architectures import Site
 from sandcat.errors import BadRecipe
-from sandcat.layers.mlp import SparseMLP, skipped_linears
+from sandcat.layers.mlp import SparseMLP
 from sandcat.method import Method, Spec, Tensors, option
 from sandcat.quantile import thresholds
 
@@ -53,9 +52,6 @@ class Cats(Method):
             weight_I = rms_I * mlp.down.weight.float().norm(dim=0)
         common, dropped, threshold_I = thresholds([mlp.scores(x) for x in x_TH], weight_I, self.sparsity)
         return {"threshold": common, "sparsity": dropped}, {"threshold": threshold_I}
-
-    def claims(self, view: ModelView, site: Site) -> Collection[str]:
-        return skipped_linears(view, site)
 
     def build(self, site: Site, spec: Spec) -> SparseMLP:
         return SparseMLP(site, dense_prompt=self.dense_prompt)

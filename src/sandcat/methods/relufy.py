@@ -7,13 +7,12 @@ Differs: nothing; the zeros are really skipped (threshold 0).
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from sandcat.architectures import ModelView, Site
-from sandcat.layers.mlp import SparseMLP, skipped_linears
+from sandcat.architectures import Site
+from sandcat.layers.mlp import SparseMLP
 from sandcat.method import Method, Spec, Tensors
 
 
@@ -27,9 +26,6 @@ class Relufy(Method):
 
     def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
         return {}, {}
-
-    def claims(self, view: ModelView, site: Site) -> Collection[str]:
-        return skipped_linears(view, site)
 
     def build(self, site: Site, spec: Spec) -> SparseMLP:
         return SparseMLP(site, activation="relu")

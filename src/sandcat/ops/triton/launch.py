@@ -14,6 +14,6 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def dependent_launch(device: torch.device) -> dict[str, bool]:
-    """Arguments that launch a kernel while the one before it runs, which compute capability 9.0 and later can."""
-    able = torch.cuda.get_device_capability(device) >= (9, 0)
+    """Arguments that launch a kernel while the one before it runs, which NVIDIA's from 9.0 on can."""
+    able = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}
