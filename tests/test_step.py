@@ -37,7 +37,9 @@ def pair(model, batch=1, length=70, steps=4):
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("heads", [(4, 4, 16), (10, 2, 40), (8, 1, 64)], ids=str)
-@pytest.mark.parametrize("recipe", [None, "cats", "cats:layers=1:"])
+@pytest.mark.parametrize(
+    "recipe", [None, "cats", "cats:layers=1:", "teal", "teal:sites=[k,o,up]", "teal:sites=[q,k,v,o,gate] cats"]
+)
 def test_equals_transformers(family, heads, recipe):
     query, groups, size = heads
     options = {"mlp_bias": False} if family == "llama" else {}
@@ -53,9 +55,12 @@ def test_equals_transformers(family, heads, recipe):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(dtype):
+@pytest.mark.parametrize("recipe", [None, "teal:sparsity=0.2"])
+def test_half_precision(dtype, recipe):
     """As near to the float32 model with the same weights as transformers is: it rounds at other places."""
     model = tiny("llama", dtype, mlp_bias=False, **SIZES).cuda()
+    if recipe:
+        sandcat.sparsify(model, None, recipe, calibration=text())
     torch.manual_seed(1)
     want, found, fused = pair(model)
     assert fused is not None

@@ -7,12 +7,15 @@ or not.
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from sandcat.architectures import Block, ModelView
 from sandcat.errors import UnsupportedModel
+from sandcat.layers.linear import SparseLinear
 from sandcat.layers.mlp import SparseMLP
 from sandcat.ops import kernel_name
 
@@ -46,11 +49,14 @@ def fused_step(model: nn.Module, cache: Cache) -> FusedStep | None:
 
 
 def _plain(block: Block) -> bool:
-    linears = [block.q, block.k, block.v, block.o]
-    mlp = [getattr(block.mlp.module, name) for name in _mlp_names(block)]
-    biases = {linear.bias is None for linear in linears[:3]}
-    down = getattr(block.mlp.module, block.mlp.architecture.down)
-    return all(type(linear) is nn.Linear for linear in linears + mlp) and len(biases) == 1 and down.bias is None
+    attention = [block.q, block.k, block.v]
+    *gate_up, down = mlp = _projections(block)
+    if isinstance(block.mlp.module, SparseMLP) and not all(type(linear) is nn.Linear for linear in mlp[1:]):
+        return False
+    alike = all(len({linear.bias is None for linear in linears}) == 1 for linears in (attention, gate_up))
+    return (
+        alike and down.bias is None and all(type(m) in (nn.Linear, SparseLinear) for m in [*attention, block.o, *mlp])
+    )
 
 
 class FusedStep:
@@ -60,10 +66,10 @@ class FusedStep:
     """
 
     def __init__(self, view: ModelView, blocks: list[Block], cache: Cache):
-        from sandcat.ops.triton import launch, sparse_mlp, step  # here, as not every machine has Triton
+        # here, as not every machine has Triton
+        from sandcat.ops.triton import launch, sparse_linear, sparse_mlp, step
 
-        self.mlp_kernels, self.kernels = sparse_mlp, step
-
+        self.linear_kernels, self.mlp_kernels, self.kernels = sparse_linear, sparse_mlp, step
         model, decoder = view.model, view.decoder
         self.table = model.get_input_embeddings().weight
         self.head, self.norm = model.get_output_embeddings(), decoder.norm
@@ -72,70 +78,93 @@ class FusedStep:
         self.dependent, self.multiprocessors = launch.dependent_launch(device), launch.multiprocessors(device)
         _, self.kv_heads, self.max_length, self.D = cache.layers[0].keys.shape
         self.H, self.Q = self.table.shape[1], blocks[0].q.out_features
-        neurons = max(getattr(b.mlp.module, b.mlp.architecture.down).in_features for b in blocks)
+        neurons = max(_projections(b)[2].in_features for b in blocks)
 
         def buffer(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         self.h, self.x_normed = buffer(self.H, dtype=torch.float32), buffer(self.H)
+        self.squares = buffer(sparse_linear.MOST_SQUARES.value, dtype=torch.float32)
         self.qkv, self.attended = buffer(self.Q + 2 * self.kv_heads * self.D), buffer(self.Q)
-        self.hidden, self.logits = buffer(neurons), buffer(self.head.out_features)
+        self.hidden, self.gate_up, self.logits = buffer(neurons), buffer(2 * neurons), buffer(self.head.out_features)
         self.count, self.list_n = buffer(1, dtype=torch.int32), buffer(neurons, dtype=torch.int32)
         self.a_n = buffer(neurons, dtype=torch.float32)
         heads = self.Q // self.D
         self.splits = max(1, min(32, 2 ** (self.multiprocessors // self.kv_heads).bit_length() // 2))
         self.top, self.sum = (buffer(heads, self.splits, dtype=torch.float32) for _ in range(2))
         self.acc = buffer(heads, self.splits, self.D, dtype=torch.float32)
-        self.arrived, self.position = buffer(self.kv_heads, dtype=torch.int32), buffer(1, dtype=torch.int32)
+        self.heads_arrived, self.position = buffer(self.kv_heads, dtype=torch.int32), buffer(1, dtype=torch.int32)
+        self.room: dict[str, Tensor] = {}
         positions = torch.arange(self.max_length, device=device)[None]
         cos, sin = decoder.rotary_emb(buffer(1, 1, self.H), position_ids=positions)
         self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
 
     def __call__(self, ids_11: Tensor) -> Tensor:
-        H, dependent, sparse_mlp, step = self.H, self.dependent, self.mlp_kernels, self.kernels
-        step.embed[(_tiles(H, 1024),)](ids_11, self.table, self.h, H, BLOCK=1024, **dependent)
+        grid = (_tiles(self.H, 1024),)
+        self.kernels.embed[grid](ids_11, self.table, self.h, self.squares, self.H, BLOCK=1024, **self.dependent)
+        self.n_squares = grid[0]
         for block, cached in self.layers:
             self._project(block.input_norm, [block.q, block.k, block.v], self.qkv)
             self._attend(block, cached.keys, cached.values)
-            self._add(self.attended, block.o.weight, block.o.bias)
-            norm, mlp = block.mlp_norm, block.mlp.module
-            if isinstance(mlp, SparseMLP):
-                (gate, gate_bias), (up, up_bias), down = mlp.gate(), mlp.up(), mlp.down.weight.t()
-                config = sparse_mlp.gate_config(H, gate.element_size())
-                sparse_mlp.gate_kernel[(_tiles(len(gate), config["ROWS"]),)](
-                    self.h, norm.weight, norm.variance_epsilon, gate, gate_bias, mlp.threshold, self.count, self.list_n,
-                    self.a_n, self.x_normed, len(gate), H, CODE=sparse_mlp.CODES[mlp.activation], **config, **dependent,
-                )  # fmt: skip
-                config = sparse_mlp.up_down_config(H, gate.element_size())
-                sparse_mlp.up_down_kernel[(self.multiprocessors * config.pop("per_multiprocessor"),)](
-                    self.x_normed, up, down, up_bias, self.count, self.list_n, self.a_n, self.h, len(up), H, **config,
-                    **dependent,
-                )  # fmt: skip
-            else:
-                gate, up, down = (getattr(mlp, name) for name in _mlp_names(block))
-                config, grid = self._whole_rows(gate.weight, matrices=2)
-                step.gate_up[grid](
-                    self.h, norm.weight, norm.variance_epsilon, gate.weight, up.weight, gate.bias, up.bias, self.hidden,
-                    gate.out_features, H, CODE=sparse_mlp.CODES[block.mlp.activation], **config, **dependent,
-                )  # fmt: skip
-                self._add(self.hidden, down.weight, None)
+            self._add(self.attended, block.o)
+            self._mlp(block)
         self._project(self.norm, [self.head], self.logits, self.position)
         return self.logits[None]
+
+    def _mlp(self, block: Block) -> None:
+        norm, (gate, up, down), code = block.mlp_norm, _projections(block), self.mlp_kernels.CODES[block.mlp.activation]
+        if isinstance(block.mlp.module, SparseMLP):
+            self._skip_neurons(norm, block.mlp.module, gate, code)
+        elif isinstance(gate, SparseLinear) or isinstance(up, SparseLinear):
+            self._project(norm, [gate, up], self.gate_up)
+            self._add(self.gate_up[gate.out_features :], down, gate=self.gate_up, code=code)
+        else:
+            config, grid = self._whole_rows(gate.weight, matrices=2)
+            self.kernels.gate_up[grid](
+                self.h, norm.weight, norm.variance_epsilon, gate.weight, up.weight, gate.bias, up.bias, None, None,
+                self.hidden, gate.out_features, self.H, CODE=code, **config, **self.dependent,
+            )  # fmt: skip
+            self._add(self.hidden, down)
+
+    def _skip_neurons(self, norm: nn.Module, mlp: SparseMLP, gate: nn.Linear | SparseLinear, code: int) -> None:
+        """gate, and the list of the neurons to keep; then their up and down."""
+        (up, up_bias), down, kernels = mlp.up(), mlp.down.weight.t(), self.mlp_kernels
+        if isinstance(gate, SparseLinear):
+            self._sparse_rows(self.h, [gate], norm=norm, neurons=mlp.threshold, code=code)
+        else:
+            config = kernels.gate_config(self.H, gate.weight.element_size())
+            kernels.gate_kernel[(_tiles(gate.out_features, config["ROWS"]),)](
+                self.h, norm.weight, norm.variance_epsilon, gate.weight, gate.bias, mlp.threshold, self.count,
+                self.list_n, self.a_n, self.x_normed, gate.out_features, self.H, CODE=code, **config, **self.dependent,
+            )  # fmt: skip
+        config = kernels.up_down_config(self.H, up.element_size())
+        kernels.up_down_kernel[(self.multiprocessors * config.pop("per_multiprocessor"),)](
+            self.x_normed, up, down, up_bias, self.count, self.list_n, self.a_n, self.h, len(up), self.H, **config,
+            **self.dependent,
+        )  # fmt: skip
+        self.n_squares = None  # of sums by many programs at once nobody knows the squares
 
     def _whole_rows(self, weight: Tensor, matrices: int = 1) -> tuple[dict, tuple[int]]:
         """Shape and number of the programs that read the rows of a matrix (or of two alike) in turn."""
         config = self.kernels.whole_rows_config(weight.shape[1], weight.element_size(), matrices)
         return config, (self.multiprocessors * config.pop("per_multiprocessor"),)
 
-    def _project(self, norm: nn.Module, linears: list[nn.Linear], out: Tensor, position: Tensor | None = None) -> None:
-        weights, biases = [m.weight for m in linears], [m.bias for m in linears]
-        sizes = [len(w) for w in weights] + [0] * (3 - len(weights))
-        rest = 3 - len(weights)
-        config, grid = self._whole_rows(weights[0])
-        self.kernels.project[grid](
-            self.h, norm.weight, norm.variance_epsilon, *weights, *weights[:1] * rest, *biases, *biases[:1] * rest, out,
-            position, *sizes, self.H, **config, **self.dependent,
-        )  # fmt: skip
+    def _project(self, norm: nn.Module, linears: list[nn.Module], out: Tensor, position: Tensor | None = None) -> None:
+        """out = the products of the layers with the normed h, one after another; neighbours of one kind at once."""
+        start = 0
+        for kind, alike in groupby(linears, type):
+            alike = list(alike)
+            y = out[start:]
+            start += sum(linear.out_features for linear in alike)
+            if kind is SparseLinear:
+                self._sparse_rows(self.h, alike, norm=norm, y=y)
+                continue
+            config, grid = self._whole_rows(alike[0].weight)
+            weights, biases, sizes = _three(alike)
+            self.kernels.project[grid](
+                self.h, norm.weight, norm.variance_epsilon, *weights, *biases, None, None, None, y, position, *sizes,
+                self.H, **config, **self.dependent,
+            )  # fmt: skip
 
     def _attend(self, block: Block, keys: Tensor, values: Tensor) -> None:
         D, K, G = self.D, self.kv_heads * self.D, self.Q // (self.kv_heads * self.D)
@@ -143,20 +172,81 @@ class FusedStep:
         norms = [None if norm is None else norm.weight for norm in (block.q_norm, block.k_norm)]
         self.kernels.attend[(self.kv_heads, self.splits)](
             q, k, v, *norms, 0.0 if block.q_norm is None else block.q_norm.variance_epsilon, self.cos, self.sin,
-            self.position, keys, values, block.scaling, self.top, self.sum, self.acc, self.arrived, self.attended,
+            self.position, keys, values, block.scaling, self.top, self.sum, self.acc, self.heads_arrived, self.attended,
             self.max_length, G, D, block.window or self.max_length,
             **self.kernels.attend_config(G, D, keys.element_size(), self.max_length, self.splits), **self.dependent,
         )  # fmt: skip
 
-    def _add(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        config, grid = self._whole_rows(weight)
-        self.kernels.add_rows[grid](x, weight, bias, self.h, self.count, *weight.shape, **config, **self.dependent)
+    def _add(self, x: Tensor, linear: nn.Module, *, gate: Tensor | None = None, code: int = 0) -> None:
+        """h += the layer's product with x, or with act(gate) * x."""
+        if isinstance(linear, SparseLinear):
+            self._sparse_rows(x, [linear], gate=gate, h=self.h, code=code)
+            return
+        config, grid = self._whole_rows(linear.weight)
+        self.kernels.add_rows[grid](
+            x, gate, linear.weight, linear.bias, None, self.h, self.squares, self.count, *linear.weight.shape, CODE=code,
+            **config, **self.dependent,
+        )  # fmt: skip
+        self.n_squares = grid[0]
+
+    def _sparse_rows(
+        self,
+        x: Tensor,
+        linears: list[SparseLinear],
+        *,
+        gate: Tensor | None = None,
+        norm: nn.Module | None = None,
+        y: Tensor | None = None,
+        h: Tensor | None = None,
+        neurons: Tensor | None = None,
+        code: int = 0,
+    ) -> None:
+        """The products with x, with act(gate) * x or with the normed x, to y, to h, or to the list of neurons."""
+        channels, itemsize = linears[0].in_features, linears[0].weight.element_size()
+        config, grid = self.linear_kernels.sparse_rows_config(
+            [linear.out_features for linear in linears], channels, itemsize, self.multiprocessors
+        )
+        weights, biases, sizes = _three(linears)
+        thresholds = [linear.threshold for linear in linears] + [linears[0].threshold] * (3 - len(linears))
+        programs = grid[0] * grid[1]
+        self.linear_kernels.sparse_rows[grid](
+            x, gate, None if norm is None else norm.weight, 0.0 if norm is None else norm.variance_epsilon,
+            None if self.n_squares is None and h is None else self.squares, self.n_squares or 0,
+            *weights, *thresholds, *biases, None, None, None,
+            self._room("list_i", programs * config["CHANNELS"], torch.int32),
+            self._room("list_x", programs * config["CHANNELS"], torch.float32),
+            self._room("parts", grid[1] * sum(sizes), torch.float32), self._room("arrived", grid[0], torch.int32),
+            y, h, self.count, neurons, self.list_n, self.a_n, None if neurons is None else self.x_normed, *sizes,
+            channels, CODE=code, **config, **self.dependent,
+        )  # fmt: skip
+        if h is not None:
+            self.n_squares = grid[0]
+
+    def _room(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
+        """A buffer that programs of one launch share, zero at first; it grows to the largest launch."""
+        if name not in self.room or len(self.room[name]) < size:
+            self.room[name] = torch.zeros(size, dtype=dtype, device=self.h.device)
+        return self.room[name]
 
 
 def _tiles(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _mlp_names(block: Block) -> tuple[str, str, str]:
+def _projections(block: Block) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """gate, up and down of the MLP, which may be a sparse one."""
     row = block.mlp.architecture
-    return row.gate, row.up, row.down
+    gate, up, down = (getattr(block.mlp.module, name) for name in (row.gate, row.up, row.down))
+    return gate, up, down
+
+
+def _three(linears: list[nn.Module]) -> tuple[list[Tensor], list[Tensor | None], list[int]]:
+    """Weights as the kernels read them, biases and output sizes of up to three layers, filled up to three."""
+    weights = [m.weight.t() if isinstance(m, SparseLinear) else m.weight for m in linears]
+    biases = [m.bias for m in linears]
+    rest = 3 - len(linears)
+    return (
+        weights + weights[:1] * rest,
+        biases + biases[:1] * rest,
+        [m.out_features for m in linears] + [0] * rest,
+    )

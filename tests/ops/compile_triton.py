@@ -12,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+import sandcat.ops.triton.sparse_linear as linear
 import sandcat.ops.triton.sparse_mlp as kernels
 import sandcat.ops.triton.step as step
 
@@ -24,7 +25,9 @@ TYPES = {
     "up_bias": "*{0}", "q": "*{0}", "k": "*{0}", "v": "*{0}", "q_norm": "*{0}", "k_norm": "*{0}", "cos": "*{0}",
     "sin": "*{0}", "position": "*i32", "keys": "*{0}", "values": "*{0}", "scale": "fp32", "top_ws": "*fp32",
     "sum_ws": "*fp32", "acc_ws": "*fp32", "arrived": "*i32", "out": "*{0}", "norm": "*{0}", "x_normed": "*{0}",
-    "eps": "fp32",
+    "eps": "fp32", "squares": "*fp32", "n_squares": "i32", "a_threshold": "*{0}", "b_threshold": "*{0}",
+    "c_threshold": "*{0}", "list_i": "*i32", "list_x": "*fp32", "parts": "*fp32", "neurons": "*{0}",
+    "a_scale": "*fp32", "b_scale": "*fp32", "c_scale": "*fp32", "gate_scale": "*fp32", "up_scale": "*fp32",
 }  # fmt: skip
 
 
@@ -34,7 +37,10 @@ def check(kernel, dtype: str, capability: int, **constants) -> str:
     constants.pop("per_multiprocessor", None)
     if "PDL" in kernel.arg_names:
         constants["PDL"] = capability >= 90
-    types = TYPES | ({"y": "*{0}"} if kernel in (step.project, step.gate_up) else {})
+    weights = constants.pop("weights", dtype)
+    types = TYPES | ({"y": "*{0}"} if kernel in (step.project, step.gate_up, linear.sparse_rows) else {})
+    if kernel is linear.sparse_rows:
+        types |= {name: f"*{weights}" for name in "abc"}
     types = {name: type for name, type in types.items() if name not in constants}
     signature = {name: types[name].format(dtype) if name in types else "constexpr" for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()})
@@ -69,12 +75,40 @@ def main(capability: int) -> None:
             extra |= {"SPLITS": 16} if kernel is kernels._down_tokens else {}
             print(check(kernel, dtype, capability, **config, **extra))
         for hidden in (4096, 8192):
-            none = dict.fromkeys(["a_bias", "b_bias", "c_bias", "position"])
+            none = dict.fromkeys(["a_bias", "b_bias", "c_bias", "a_scale", "b_scale", "c_scale", "position"])
             print(check(step.project, dtype, capability, **step.whole_rows_config(hidden, itemsize)))
             print(check(step.project, dtype, capability, **none, **step.whole_rows_config(hidden, itemsize)))
         for hidden in (4096, 14336):
-            print(check(step.add_rows, dtype, capability, **step.whole_rows_config(hidden, itemsize)))
-        print(check(step.gate_up, dtype, capability, CODE=0, **step.whole_rows_config(4096, itemsize, matrices=2)))
+            print(
+                check(
+                    step.add_rows,
+                    dtype,
+                    capability,
+                    CODE=0,
+                    gate=None,
+                    scale=None,
+                    **step.whole_rows_config(hidden, itemsize),
+                )
+            )
+        print(
+            check(
+                step.gate_up,
+                dtype,
+                capability,
+                CODE=0,
+                gate_scale=None,
+                up_scale=None,
+                **step.whole_rows_config(4096, itemsize, matrices=2),
+            )
+        )
+        none = dict.fromkeys(["a_scale", "b_scale", "c_scale", "a_bias", "b_bias", "c_bias", "gate", "neurons"])
+        for columns, channels in (([4096] * 3, 4096), ([4096], 11008), ([14336] * 2, 4096)):
+            config, _ = linear.sparse_rows_config(columns, channels, itemsize, 132)
+            extra = {"h": None, "CODE": 0}
+            print(check(linear.sparse_rows, dtype, capability, **none, **extra, **config))
+            config, _ = linear.sparse_rows_config(columns, channels, 1, 132)
+            extra |= {"weights": "i8", "h": None}
+            print(check(linear.sparse_rows, dtype, capability, **dict.fromkeys(["gate", "neurons"]), **extra, **config))
         none = dict.fromkeys(["q_norm", "k_norm"])
         print(check(step.attend, dtype, capability, **none, **step.attend_config(1, 128, itemsize, 521, 4)))
         print(check(step.attend, dtype, capability, **step.attend_config(1, 128, itemsize, 521, 4)))

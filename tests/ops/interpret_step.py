@@ -39,9 +39,16 @@ def logits(model, ids):
     return [decoder.step(ids[:, i : i + 1]) for i in range(20, 24)], decoder
 
 
+RECIPES = {
+    "llama": (None, "cats:layers=1:", "teal", "teal:sites=[k,up,down],layers=:1", "teal:sites=[q,k,v,o,gate] cats"),
+    "mistral": (None, "teal:sites=[o,gate]"),
+    "qwen2": ("cats", "teal"),
+    "qwen3": (None, "teal:sites=[q,k,v,o,gate] cats"),
+}
+steps = 0
 with torch.inference_mode():
-    for family in ("llama", "mistral", "qwen2", "qwen3"):
-        for recipe in (None, "cats", "cats:layers=1:"):
+    for family, recipes in RECIPES.items():
+        for recipe in recipes:
             options = {"mlp_bias": False} if family == "llama" else {}
             window = {"sliding_window": 4} if family == "mistral" else {}
             model = tiny(family, tie_word_embeddings=False, **options, **window)
@@ -56,6 +63,7 @@ with torch.inference_mode():
             for i, expected in enumerate(want):
                 torch.testing.assert_close(step(ids[:, 20 + i : 21 + i]), expected, rtol=1e-4, atol=1e-5)
             assert step.position == 24
+            steps += 1
             for (keys, values), layer in zip(cached, decoder.cache.layers, strict=True):
                 torch.testing.assert_close(layer.keys, keys, rtol=1e-4, atol=1e-5)
                 torch.testing.assert_close(layer.values, values, rtol=1e-4, atol=1e-5)
@@ -66,4 +74,4 @@ with torch.inference_mode():
     exact, _ = logits(model.float(), ids)
     for a, b, c in zip(found, want, exact, strict=True):
         assert (a - c).norm() <= 1.5 * (b - c).norm(), ((a - c).norm(), (b - c).norm())
-print("13 steps equal those of transformers")
+print(f"{steps + 1} steps equal those of transformers")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import DEVICES, assert_close
 
 from sandcat.ops import kernel_name
 from sandcat.ops.arguments import MAX_TOKENS
@@ -16,28 +16,38 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def arguments(tokens, channels, outputs, dtype, *, sparsity=0.5, bias=False, seed=0):
+def arguments(tokens, channels, outputs, dtype, device="cpu", *, sparsity=0.5, bias=False, seed=0):
     """Random inputs whose thresholds drop about `sparsity` of the channels."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, channels, generator=generator).to(dtype)
     weight = (torch.randn(channels, outputs, generator=generator) * channels**-0.5).to(dtype)
     level = x.float().abs().quantile(sparsity) * (0.5 + torch.rand(channels, generator=generator))
-    return [x, weight, level.to(dtype), torch.randn(outputs, generator=generator).to(dtype) if bias else None]
+    bias = torch.randn(outputs, generator=generator) if bias else None
+    return [None if t is None else t.to(device, dtype) for t in (x, weight, level, bias)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels, outputs", SHAPES)
 @pytest.mark.parametrize("tokens", [1, 3, MAX_TOKENS])
 @pytest.mark.parametrize("bias", [False, True])
-def test_equals_reference(dtype, channels, outputs, tokens, bias):
-    args = arguments(tokens, channels, outputs, dtype, bias=bias)
+@pytest.mark.parametrize("device", DEVICES)
+def test_equals_reference(dtype, channels, outputs, tokens, bias, device):
+    args = arguments(tokens, channels, outputs, dtype, device, bias=bias)
     assert_close(sparse_linear(*args), reference(*args), dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_runs_give_the_same_bits(device):
+    args = arguments(1, 4097, 650, torch.bfloat16, device)
+    assert torch.equal(sparse_linear(*args), sparse_linear(*args))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("threshold", [-1.0, float("inf")], ids=["all kept", "none kept"])
-def test_all_or_none(dtype, threshold):
-    args = arguments(2, 128, 300, dtype)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_all_or_none(dtype, threshold, device, tokens):
+    args = arguments(tokens, 128, 300, dtype, device)
     args[2] = torch.full_like(args[2], threshold)
     found = sparse_linear(*args)
     assert_close(found, reference(*args), dtype)

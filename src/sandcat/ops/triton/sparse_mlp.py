@@ -43,15 +43,27 @@ def activate(g, CODE: tl.constexpr):
 
 
 @triton.jit
-def _finish_gate(g, bias, rows, I, CODE: tl.constexpr, dtype: tl.constexpr):
-    """act(g + bias), rounded where the reference rounds."""
-    if bias is not None:
-        g += tl.load(bias + rows, mask=rows < I, other=0.0).to(tl.float32)
+def activated(g, dtype: tl.constexpr, CODE: tl.constexpr):
+    """act(g), rounded where the reference rounds."""
     return activate(g.to(dtype).to(tl.float32), CODE).to(dtype).to(tl.float32)
 
 
 @triton.jit
-def _append(list_n, count, rows, wanted):
+def gated(g, u, dtype: tl.constexpr, CODE: tl.constexpr):
+    """act(g) * u, rounded where the reference rounds."""
+    return (activated(g, dtype, CODE) * u).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _finish_gate(g, bias, rows, I, CODE: tl.constexpr, dtype: tl.constexpr):
+    """act(g + bias), rounded where the reference rounds."""
+    if bias is not None:
+        g += tl.load(bias + rows, mask=rows < I, other=0.0).to(tl.float32)
+    return activated(g, dtype, CODE)
+
+
+@triton.jit
+def append(list_n, count, rows, wanted):
     """Appends the wanted rows to the list; their places in it."""
     base = tl.atomic_add(count, tl.sum(wanted.to(tl.int32)), sem="relaxed")
     place = base + tl.cumsum(wanted.to(tl.int32)) - 1
@@ -75,7 +87,7 @@ def load_rows(w, rows, N, k, K):
     """Rows of a matrix of N rows and K columns; those beyond its end are zero. Nothing reads them again."""
     here = (rows < N)[:, None] & (k < K)[None, :]
     at = w + rows.to(tl.int64)[:, None] * K + k[None, :]
-    return tl.load(at, mask=here, other=0.0, eviction_policy="evict_first")
+    return tl.load(at, mask=here, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -114,7 +126,7 @@ def gate_kernel(
     a = _finish_gate(g, bias, rows, I, CODE, gate.dtype.element_ty)
     t = tl.load(threshold + rows, mask=rows < I, other=0.0).to(tl.float32)
     wanted = (rows < I) & ~(tl.abs(a) <= t)
-    place = _append(list_n, count, rows, wanted)
+    place = append(list_n, count, rows, wanted)
     tl.store(a_n + place, a, mask=wanted)
 
 
@@ -172,7 +184,7 @@ def _gate_tokens(
     keep = ~(tl.abs(a) <= limit[:, None]) & (t < T)[None, :] & (rows < I)[:, None]
     keep_bits = tl.sum(keep.to(tl.int32) << t[None, :], 1)
     wanted = keep_bits != 0
-    place = _append(list_n, count, rows, wanted)
+    place = append(list_n, count, rows, wanted)
     tl.store(keep_n + place, keep_bits, mask=wanted)
     tl.store(a_nT + place[:, None] * TOKENS + t[None, :], a, mask=wanted[:, None])
 

@@ -12,13 +12,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sandcat.ops.triton.sparse_mlp import activate, load_rows
+from sandcat.ops.triton.sparse_linear import which_of_three, widen
+from sandcat.ops.triton.sparse_mlp import gated, load_rows
 
 
 @triton.jit
-def load_x(x, norm, eps, k, K):
-    """A vector of K numbers, after an RMSNorm where there is one, rounded as transformers rounds it."""
+def load_x(x, gate, norm, eps, k, K, CODE: tl.constexpr):
+    """A vector of K numbers: x, act(gate) * x, or x after an RMSNorm, rounded as transformers rounds it."""
     x_k = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    if gate is not None:
+        x_k = gated(tl.load(gate + k, mask=k < K, other=0.0).to(tl.float32), x_k, x.dtype.element_ty, CODE)
     if norm is not None:
         dtype: tl.constexpr = norm.dtype.element_ty
         x_k = (x_k * tl.rsqrt(tl.sum(x_k * x_k) / K + eps)).to(dtype).to(tl.float32)
@@ -27,32 +30,21 @@ def load_x(x, norm, eps, k, K):
 
 
 @triton.jit
-def embed(ids, table, h, H, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """h = the row of the token."""
+def embed(ids, table, h, squares, H, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """h = the row of the token; and its sum of squares, in parts."""
     if PDL:
         gdc_wait()  # before the next kernel may start: that one reads weights, which must be written by now
         gdc_launch_dependents()
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(ids).to(tl.int64)
-    tl.store(h + k, tl.load(table + row * H + k, mask=k < H).to(tl.float32), mask=k < H)
-
-
-@triton.jit
-def _rows_of_three(tile, a, b, c, A, B, C, ROWS: tl.constexpr):
-    """Which matrix, of how many rows, a tile belongs to, its rows there, and rows of the matrices before."""
-    w, size, before = a, A, tile * 0
-    if tile >= tl.cdiv(A, ROWS):
-        tile -= tl.cdiv(A, ROWS)
-        w, size, before = b, B, A
-        if tile >= tl.cdiv(B, ROWS):
-            tile -= tl.cdiv(B, ROWS)
-            w, size, before = c, C, A + B
-    return w, size, tile * ROWS + tl.arange(0, ROWS), before
+    h_k = tl.load(table + row * H + k, mask=k < H, other=0.0).to(tl.float32)
+    tl.store(h + k, h_k, mask=k < H)
+    tl.store(squares + tl.program_id(0), tl.sum(h_k * h_k))
 
 
 @triton.jit
 def project(
-    h, norm, eps, a, b, c, a_bias, b_bias, c_bias, y, position, A, B, C, H,
+    h, norm, eps, a, b, c, a_bias, b_bias, c_bias, a_scale, b_scale, c_scale, y, position, A, B, C, H,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = the products of up to three matrices, of A, B and C rows, with the normed h, one after another.
@@ -61,20 +53,23 @@ def project(
     """
     k = tl.arange(0, BLOCK)
     tiles = tl.cdiv(A, ROWS) + tl.cdiv(B, ROWS) + tl.cdiv(C, ROWS)
-    at, size, rows, before = _rows_of_three(tl.program_id(0), a, b, c, A, B, C, ROWS)
+    at, size, rows, before = which_of_three(tl.program_id(0), a, b, c, A, B, C, ROWS)
     w = load_rows(at, rows, size, k, H)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    x_k = load_x(h, norm, eps, k, H)
+    x_k = load_x(h, None, norm, eps, k, H, 0)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        at, size_ahead, rows_ahead, before_ahead = _rows_of_three(
+        at, size_ahead, rows_ahead, before_ahead = which_of_three(
             tile + tl.num_programs(0), a, b, c, A, B, C, ROWS
         )  # fmt: skip
         w_ahead = load_rows(at, rows_ahead, size_ahead, k, H)
-        total = tl.sum(w.to(tl.float32) * x_k[None, :], 1)
+        total = tl.sum(widen(w) * x_k[None, :], 1)
+        if a_scale is not None:
+            scale = which_of_three(tile, a_scale, b_scale, c_scale, A, B, C, ROWS)[0]
+            total *= tl.load(scale + rows, mask=rows < size, other=0.0).to(tl.float32)
         if a_bias is not None:
-            bias = _rows_of_three(tile, a_bias, b_bias, c_bias, A, B, C, ROWS)[0]
+            bias = which_of_three(tile, a_bias, b_bias, c_bias, A, B, C, ROWS)[0]
             total += tl.load(bias + rows, mask=rows < size, other=0.0).to(tl.float32)
         tl.store(y + before + rows, total.to(y.dtype.element_ty), mask=rows < size)
         w, size, rows, before = w_ahead, size_ahead, rows_ahead, before_ahead
@@ -83,29 +78,39 @@ def project(
 
 
 @triton.jit
-def add_rows(x, w, bias, h, count, N, K, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """h += W x, W of N rows and K columns; and the counter of kept neurons is zero again."""
+def add_rows(
+    x, gate, w, bias, scale, h, squares, count, N, K,
+    CODE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """h += W x, W of N rows and K columns, x or act(gate) * x; its sum of squares, in parts; and the counter of kept
+    neurons is zero again."""
     k, r = tl.arange(0, BLOCK), tl.arange(0, ROWS)
     w_rk = load_rows(w, tl.program_id(0) * ROWS + r, N, k, K)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    x_k = load_x(x, None, 0.0, k, K)
+    x_k = load_x(x, gate, None, 0.0, k, K, CODE)
+    square = tl.zeros((ROWS,), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
         rows = tile * ROWS + r
         ahead = load_rows(w, rows + tl.num_programs(0) * ROWS, N, k, K)
         h_r = tl.load(h + rows, mask=rows < N, other=0.0)
-        total = tl.sum(w_rk.to(tl.float32) * x_k[None, :], 1)
+        total = tl.sum(widen(w_rk) * x_k[None, :], 1)
+        if scale is not None:
+            total *= tl.load(scale + rows, mask=rows < N, other=0.0).to(tl.float32)
         if bias is not None:
             total += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
-        tl.store(h + rows, h_r + total, mask=rows < N)
+        total += h_r
+        square += tl.where(rows < N, total * total, 0.0)
+        tl.store(h + rows, total, mask=rows < N)
         w_rk = ahead
+    tl.store(squares + tl.program_id(0), tl.sum(square))
     tl.store(count, 0, mask=tl.program_id(0) == 0)
 
 
 @triton.jit
 def gate_up(
-    h, norm, eps, gate, up, gate_bias, up_bias, y, I, H,
+    h, norm, eps, gate, up, gate_bias, up_bias, gate_scale, up_scale, y, I, H,
     CODE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = act(gate(x)) * up(x) of a dense MLP, x the normed h."""
@@ -116,18 +121,20 @@ def gate_up(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    x_k = load_x(h, norm, eps, k, H)
+    x_k = load_x(h, None, norm, eps, k, H, 0)
     for tile in range(tl.program_id(0), tl.cdiv(I, ROWS), tl.num_programs(0)):
         rows = tile * ROWS + r
         ahead = rows + tl.num_programs(0) * ROWS
         gate_ahead, up_ahead = load_rows(gate, ahead, I, k, H), load_rows(up, ahead, I, k, H)
-        g = tl.sum(w_gate.to(tl.float32) * x_k[None, :], 1)
-        u = tl.sum(w_up.to(tl.float32) * x_k[None, :], 1)
+        g = tl.sum(widen(w_gate) * x_k[None, :], 1)
+        u = tl.sum(widen(w_up) * x_k[None, :], 1)
+        if gate_scale is not None:
+            g *= tl.load(gate_scale + rows, mask=rows < I, other=0.0).to(tl.float32)
+            u *= tl.load(up_scale + rows, mask=rows < I, other=0.0).to(tl.float32)
         if gate_bias is not None:
             g += tl.load(gate_bias + rows, mask=rows < I, other=0.0).to(tl.float32)
             u += tl.load(up_bias + rows, mask=rows < I, other=0.0).to(tl.float32)
-        a = activate(g.to(dtype).to(tl.float32), CODE).to(dtype).to(tl.float32)
-        tl.store(y + rows, (a * u.to(dtype).to(tl.float32)).to(dtype), mask=rows < I)
+        tl.store(y + rows, gated(g, u.to(dtype).to(tl.float32), dtype, CODE).to(dtype), mask=rows < I)
         w_gate, w_up = gate_ahead, up_ahead
 
 
