@@ -6,7 +6,8 @@ This is the only file that knows the module names of Hugging Face models. To sup
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -218,7 +219,26 @@ class ModelView:
                 getattr(attention, "sliding_window", window), layer.post_attention_layernorm, mlp,
             )  # fmt: skip
 
+    @contextmanager
+    def only(self, layers: slice) -> Iterator[None]:
+        """Within this context the model has these of its layers only, and counts them from 0."""
+        every, count = self.decoder.layers, self.text_config.num_hidden_layers
+        chosen = every[layers]
+        before = [layer.get_submodule(self.architecture.attention).layer_idx for layer in chosen]
+
+        def number(indices: Iterable[int]) -> None:
+            for layer, index in zip(chosen, indices, strict=False):
+                layer.get_submodule(self.architecture.attention).layer_idx = index
+
+        self.decoder.layers, self.text_config.num_hidden_layers = chosen, len(chosen)
+        number(range(len(chosen)))
+        try:
+            yield
+        finally:
+            self.decoder.layers, self.text_config.num_hidden_layers = every, count
+            number(before)
+
     def replace(self, site: Site, module: nn.Module) -> None:
-        """Puts `module` where `site` is. The only assignment of modules in the library."""
+        """Puts `module` where `site` is. The only lasting assignment of modules in the library."""
         parent, _, child = site.name.rpartition(".")
         setattr(self.model.get_submodule(parent), child, module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import torch
@@ -85,6 +86,7 @@ class Decoder:
                 self.forward(self.ids_B1)
                 self.rewind(self.length)
         torch.cuda.current_stream().wait_stream(stream)
+        gc.collect()  # a graph of before that is freed while this one is captured would spoil it
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits = self.forward(self.ids_B1)

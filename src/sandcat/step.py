@@ -184,8 +184,8 @@ class FusedStep:
             return
         config, grid = self._whole_rows(linear.weight)
         self.kernels.add_rows[grid](
-            x, gate, linear.weight, linear.bias, None, self.h, self.squares, self.count, *linear.weight.shape, CODE=code,
-            **config, **self.dependent,
+            x, gate, linear.weight, linear.bias, None, self.h, self.squares, self.count, *linear.weight.shape,
+            CODE=code, **config, **self.dependent,
         )  # fmt: skip
         self.n_squares = grid[0]
 
