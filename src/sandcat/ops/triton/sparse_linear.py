@@ -47,7 +47,7 @@ def which_of_three(tile, a, b, c, A, B, C, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _split_of_x(x, gate, norm, eps, squares, n_squares, i, K, CODE: tl.constexpr, PAD: tl.constexpr):
+def _split_of_x(x, gate, norm, norm_i, eps, squares, n_squares, i, K, CODE: tl.constexpr, PAD: tl.constexpr):
     """Some elements of a layer's input: of x; of act(gate) * x; or of x after an RMSNorm, whose sum of squares either
     the kernels before have left in parts or is found here. Rounded as transformers rounds it."""
     x_i = tl.load(x + i, mask=i < K, other=0.0).to(tl.float32)
@@ -63,7 +63,7 @@ def _split_of_x(x, gate, norm, eps, squares, n_squares, i, K, CODE: tl.constexpr
             square = tl.sum(x_k * x_k)
         dtype: tl.constexpr = norm.dtype.element_ty
         x_i = (x_i * tl.rsqrt(square / K + eps)).to(dtype).to(tl.float32)
-        x_i = (x_i * tl.load(norm + i, mask=i < K, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+        x_i = (x_i * norm_i).to(dtype).to(tl.float32)
     return x_i
 
 
@@ -85,10 +85,12 @@ def sparse_rows(
     e, r = tl.arange(0, CHANNELS), tl.arange(0, ROWS)
     i = (e // 16 * SPLITS + split) * 16 + e % 16
     t = tl.load(threshold + i, mask=i < K, other=0.0).to(tl.float32)
+    norm_i = t
+    if norm is not None:
+        norm_i = tl.load(norm + i, mask=i < K, other=0.0).to(tl.float32)
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
-    x_i = _split_of_x(x, gate, norm, eps, squares, n_squares, i, K, CODE, PAD)
+    x_i = _split_of_x(x, gate, norm, norm_i, eps, squares, n_squares, i, K, CODE, PAD)
     if x_normed is not None:
         tl.store(x_normed + i, x_i.to(x_normed.dtype.element_ty), mask=(i < K) & (tile == 0))
     keep = (i < K) & ~(tl.abs(x_i) <= t)
@@ -106,6 +108,8 @@ def sparse_rows(
         at = w + row[:, None] * size + cols[None, :]
         w_rc = tl.load(at, mask=here[:, None] & (cols < size)[None, :], other=0, eviction_policy="evict_first")
         acc += widen(w_rc) * x_r[:, None]
+    if PDL:
+        gdc_launch_dependents()  # not before: programs that wait take from these the room to read ahead
     total = tl.sum(acc, 0)
     last = True
     if SPLITS > 1:
