@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from sandcat.architectures import ModelView
 from sandcat.errors import ParityError
 from sandcat.generate import Decoder
-from sandcat.layers.sparse import references, sparse_modules
-from sandcat.ops import kernel_name, most_tokens
+from sandcat.layers.kernel import Kernel, kernel_modules, references
+from sandcat.layers.sparse import Sparse, sparse_modules
 from sandcat.progress import track
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -123,9 +123,9 @@ def benchmark(
     Raises:
         ParityError: a kernel's output is not that of its reference.
     """
-    ops = {module.op for module in sparse_modules(sparse).values()}
-    pay = {op for op in ops if len(ids_BT) <= most_tokens(op, sparse.device, sparse.dtype)}
-    kernel = ", ".join(sorted({kernel_name(op, sparse.device) if op in pay else "reference" for op in ops}))
+    x_BH = torch.empty(len(ids_BT), 0, dtype=sparse.dtype, device=sparse.device)
+    modules = kernel_modules(sparse).values()
+    kernel = ", ".join(sorted({m.kernel(sparse.device) if m.pays(x_BH) else "reference" for m in modules}))
     prompt, fed = ids_BT[:, :-steps], ids_BT[:, -steps:].to(dense.device)
     error = parity_error(sparse, ids_BT)
     device = sparse.device
@@ -200,7 +200,7 @@ def parity_error(sparse: nn.Module, ids_BT: Tensor) -> float:
         ParityError: above `TOLERANCE` for the model's dtype, or not a number.
     """
     inputs: dict[nn.Module, Tensor] = {}
-    modules = sparse_modules(sparse).values()
+    modules = kernel_modules(sparse).values()
     decoder = Decoder(sparse, ids_BT.shape[1], batch=len(ids_BT))
     decoder.prefill(ids_BT[:, :-1])
     handles = [m.register_forward_pre_hook(lambda m, args: inputs.__setitem__(m, args[0])) for m in modules]
@@ -219,7 +219,7 @@ def parity_error(sparse: nn.Module, ids_BT: Tensor) -> float:
         worst = max(worst, error) if error == error else error
         if not error <= TOLERANCE[sparse.dtype]:
             raise ParityError(
-                f"the {kernel_name(module.op, sparse.device)} kernel of {module.op} differs from its reference by "
+                f"the {module.kernel(sparse.device)} kernel of {module.op} differs from its reference by "
                 f"{error:.1e} (relative RMS), and {TOLERANCE[sparse.dtype]:.0e} is allowed. Nothing is timed. Please "
                 "report model and machine."
             )
@@ -227,11 +227,14 @@ def parity_error(sparse: nn.Module, ids_BT: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _threshold_off_the_edge(module: nn.Module, x: Tensor) -> Iterator[None]:
+def _threshold_off_the_edge(module: Kernel, x: Tensor) -> Iterator[None]:
     """Keeps, within this context, the neurons whose activation is a rounding away from its threshold.
 
     There the order in which a kernel adds decides whether the neuron is kept, so two right answers differ by a neuron.
     """
+    if not isinstance(module, Sparse):
+        yield
+        return
     threshold = module.threshold
     near = (module.scores(x.flatten(0, -2)) - threshold).abs() <= 2 * torch.finfo(x.dtype).eps * threshold
     module.threshold = torch.where(near.any(0), -1, threshold)
@@ -248,7 +251,7 @@ def step_bytes(model: nn.Module, ids_BT: Tensor) -> int:
     A neuron counts if any sequence of the batch keeps it. Embedding rows are too few to count.
     """
     read = {}
-    modules = sparse_modules(model)
+    modules = kernel_modules(model)
     handles = [
         module.register_forward_pre_hook(lambda m, args: read.__setitem__(m, m.bytes_read(args[0].flatten(0, -2))))
         for module in modules.values()
@@ -260,16 +263,16 @@ def step_bytes(model: nn.Module, ids_BT: Tensor) -> int:
     finally:
         for handle in handles:
             handle.remove()
-    inside = {p for module in modules.values() for p in module.parameters()}
+    inside = {p for module in read for p in module.parameters()}
     cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in decoder.cache.layers)
     return read_bytes(model) - sum(p.nbytes for p in inside) + sum(read.values()) + cache
 
 
 def read_bytes(model: nn.Module) -> int:
     """Bytes of weights that a dense step reads: the text decoder's, but of an embedding only if it is the head too."""
-    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    decoder = sum(p.nbytes for p in ModelView(model).decoder.parameters() if p is not table and p is not head)
-    return decoder + head.nbytes
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    decoder = sum(p.nbytes for p in ModelView(model).decoder.parameters() if p is not table)
+    return decoder + sum(p.nbytes for p in head.parameters())
 
 
 def bytes_share(sparse: nn.Module, dropped: dict[str, float]) -> float:

@@ -100,7 +100,7 @@ class FusedStep:
             self._add(self.attended, block.o.weight, block.o.bias)
             norm, mlp = block.mlp_norm, block.mlp.module
             if isinstance(mlp, SparseMLP):
-                (gate, gate_bias), (up, up_bias), down = mlp.gate(), mlp.up(), mlp.down.weight.t()
+                (gate, gate_bias, _), (up, up_bias, _), down = mlp.gate(), mlp.up(), mlp.down.weight.t()
                 config = sparse_mlp.gate_config(H, gate.element_size())
                 sparse_mlp.gate_kernel[(_tiles(len(gate), config["ROWS"]),)](
                     self.h, norm.weight, norm.variance_epsilon, gate, gate_bias, mlp.threshold, self.count, self.list_n,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sandcat.architectures import ModelView, Site
 from sandcat.errors import BadRecipe, NothingMatched
+from sandcat.layers.int8 import float_weight
 from sandcat.layers.linear import SparseLinear
 from sandcat.method import Method, Spec, Tensors, option, suggest
 from sandcat.quantile import thresholds
@@ -61,10 +62,10 @@ class Teal(Method):
         return self.sites
 
     def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
-        weight = site.module.weight
-        weight_I = torch.ones(weight.shape[1], device=weight.device)
+        linear = site.module
+        weight_I = torch.ones(linear.in_features, device=linear.weight.device)
         if self.score == "output":
-            weight_I = weight.float().norm(dim=0)
+            weight_I = float_weight(linear).norm(dim=0)
         common, dropped, threshold_I = thresholds([x.abs() for x in x_TH], weight_I, self.sparsity)
         return {"threshold": common, "sparsity": dropped}, {"threshold": threshold_I}
 
