@@ -31,7 +31,6 @@ class Cats(Method):
 
     name = "cats"
     slot = "input"
-    calibrated = True
 
     sparsity: float = option(0.5, "fraction of each layer's neurons dropped on calibration text, in [0, 1)")
     score: Literal["activation", "output"] = option(
