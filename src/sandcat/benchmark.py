@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sandcat.architectures import ModelView
 from sandcat.errors import ParityError
 from sandcat.generate import Decoder
+from sandcat.layers.int8 import scale_of
 from sandcat.layers.kernel import Kernel, kernel_modules, references
 from sandcat.layers.sparse import Sparse, sparse_modules
 from sandcat.progress import track
@@ -100,6 +101,10 @@ class SpeedResult:
     """Worst relative RMS difference of a sparse module's output from that of its reference."""
     variants: dict[str, float] = field(default_factory=dict)
     """Seconds a step of every variant that was timed."""
+    int8_dense_seconds: float | None = None
+    """A step of the best variant with the int8 weights and nothing skipped, where the plan has both."""
+    int8_dense_bytes: int | None = None
+    gain_over_int8_dense: float | None = None
 
 
 @torch.inference_mode()
@@ -111,6 +116,7 @@ def benchmark(
     steps: int = 20,
     runs: int = 7,
     compile: bool = True,
+    int8_dense: nn.Module | None = None,
 ) -> SpeedResult:
     """Times decode steps of both models after the same prompt, which should be real text: it decides what is skipped.
 
@@ -119,6 +125,7 @@ def benchmark(
         runs: interleaved runs of `steps` steps; the median counts.
         compile: also time steps under `torch.compile`; the best variant of each model counts. On a GPU every step is
             captured in a CUDA graph, and the fused step of `sandcat.step` is a variant where it applies.
+        int8_dense: the model that has the int8 weights of the sparse one and skips nothing, as a second baseline.
 
     Raises:
         ParityError: a kernel's output is not that of its reference.
@@ -135,7 +142,8 @@ def benchmark(
     if compile:
         modes["compiled"] = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
     decoders: dict[str, Decoder] = {}
-    for which, model in (("dense", dense), ("sparse", sparse)):
+    models = {"dense": dense, "sparse": sparse} | ({} if int8_dense is None else {"int8-dense": int8_dense})
+    for which, model in models.items():
         for mode, compiled in track(modes.items(), f"preparing {which} steps", total=len(modes)):
             if mode == "compiled" and which == "sparse" and "sparse fused" in decoders:
                 continue  # it would compile for minutes
@@ -162,12 +170,14 @@ def benchmark(
         for name, decoder in decoders.items():
             seconds[name].append(run(decoder))
     medians = {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
-    best = {w: min((n for n in medians if n.startswith(w)), key=medians.__getitem__) for w in ("dense", "sparse")}
-    read = {"dense": step_bytes(dense, ids_BT), "sparse": step_bytes(sparse, ids_BT)}
+    best = {w: min((n for n in medians if n.startswith(w)), key=medians.__getitem__) for w in models}
+    read = {which: step_bytes(model, ids_BT) for which, model in models.items()}
+    int8 = medians[best["int8-dense"]] if int8_dense is not None else None
     return SpeedResult(
         prompt.shape[1], len(ids_BT), runs, medians[best["dense"]], best["dense"].split()[1], medians[best["sparse"]],
         best["sparse"].split()[1], medians[best["dense"]] / medians[best["sparse"]], read["dense"], read["sparse"],
-        read["dense"] / read["sparse"], read_bandwidth(device), kernel, error, medians,
+        read["dense"] / read["sparse"], read_bandwidth(device), kernel, error, medians, int8, read.get("int8-dense"),
+        None if int8 is None else int8 / medians[best["sparse"]],
     )  # fmt: skip
 
 
@@ -275,8 +285,14 @@ def read_bytes(model: nn.Module) -> int:
     return decoder + sum(p.nbytes for p in head.parameters())
 
 
+def dense_bytes(model: nn.Module) -> int:
+    """`read_bytes`, if its int8 weights were in the model's dtype."""
+    scaled = [(module.weight, module.weight_scale) for module in model.modules() if scale_of(module) is not None]
+    return read_bytes(model) + sum(w.numel() * (scale.itemsize - 1) - scale.nbytes for w, scale in scaled)
+
+
 def bytes_share(sparse: nn.Module, dropped: dict[str, float]) -> float:
     """Bytes of weights that a step of one token reads, dense = 1, if these shares of neurons are dropped."""
     modules = sparse_modules(sparse)
     saved = sum(modules[name].weight_bytes() - modules[name].weight_bytes(1 - share) for name, share in dropped.items())
-    return 1 - saved / read_bytes(sparse)
+    return (read_bytes(sparse) - saved) / dense_bytes(sparse)

@@ -14,6 +14,8 @@ from sandcat.methods import METHODS
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "sandcat"
+COMPRESSED = "compressed-tensors"
+"""The layout that plans of int8 weights alone are saved in: transformers and others read it without us."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,34 @@ class Plan:
             ],
             "calibration": None if self.calibration is None else asdict(self.calibration),
         }
+
+    def to_config(self) -> dict[str, Any]:
+        """The `quantization_config` of config.json: the plan, or what others read with the plan as one more key."""
+        if any(step.method.slot != "weight" for step in self.steps):
+            return self.to_json()
+        weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+        targets = [name for step in self.steps for name in step.sites]
+        layout = {"format": "int-quantized"}
+        return {
+            "quant_method": COMPRESSED,
+            **layout,
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": targets, "weights": weights, "input_activations": None, **layout}},
+            "ignore": [],
+            QUANT_METHOD: self.to_json(),
+        }
+
+    @classmethod
+    def from_config(cls, data: dict[str, Any] | None) -> Plan | None:
+        """The plan in a `quantization_config`; None if there is none.
+
+        Raises:
+            PlanError: as `from_json`.
+        """
+        data = data or {}
+        if data.get("quant_method") == COMPRESSED:
+            data = data.get(QUANT_METHOD) or {}
+        return cls.from_json(data) if data.get("quant_method") == QUANT_METHOD else None
 
     def summary(self) -> dict[str, Any]:
         """`to_json` without what was decided for each site."""

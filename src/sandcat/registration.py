@@ -21,7 +21,7 @@ class SandcatConfig(QuantizationConfigMixin):
         self.plan = Plan.from_json(data)
 
     def to_dict(self) -> dict:
-        return self.plan.to_json()
+        return self.plan.to_config()
 
     def __iter__(self):
         yield from self.to_dict().items()
