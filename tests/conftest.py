@@ -49,6 +49,6 @@ def poisoned(monkeypatch):
         if tensor.device.type == "meta":
             return tensor
         with torch.no_grad():
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**30)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 127 if tensor.itemsize == 1 else 2**30)
 
     monkeypatch.setattr(torch, "empty", full)

@@ -15,7 +15,7 @@ from tiny import FAMILIES, VOCABULARY, text, tiny, tokenizer
 
 import sandcat
 from sandcat.errors import BadRecipe, NothingMatched, PlanError, SandcatError, UnsupportedModel
-from sandcat.layers import sparse as sparse_layer
+from sandcat.layers import kernel as kernel_layer
 from sandcat.layers.sparse import sparse_modules
 from sandcat.methods import METHODS, Cats, Relufy, Teal
 
@@ -101,7 +101,7 @@ def test_equals_reference(family, recipe, dtype, monkeypatch):
     mask[0, :6], mask[1, :1] = 0, 0
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     check(input_ids=ids, attention_mask=mask, position_ids=position_ids)
-    monkeypatch.setattr(sparse_layer, "PROMPT_CHUNK", 7)
+    monkeypatch.setattr(kernel_layer, "PROMPT_CHUNK", 7)
     check(input_ids=ids)
     found, want = (  # three sequences of different lengths, one more token each
         model(

@@ -69,9 +69,9 @@ ACTIVATIONS = {
 class Site:
     """One place in a model where a method can act.
 
-    `name` is the module path in the model, `kind` what it is ("mlp" or the name of a linear layer in `linear_kinds`),
-    `layer` its layer's index, `module` what stands there now, `activation` that of the MLP as `ops.sparse_mlp` names
-    it, `architecture` the row of the family.
+    `name` is the module path in the model, `kind` what it is ("mlp", the name of a linear layer in `linear_kinds`, or
+    "head"), `layer` its layer's index (of the head: one past the last), `module` what stands there now, `activation`
+    that of the MLP as `ops.sparse_mlp` names it, `architecture` the row of the family.
     """
 
     name: str
@@ -133,6 +133,11 @@ class ModelView:
         """What holds the layers, the final norm and the embedding table: the text model, without a vision tower."""
         return self.model.get_submodule(self.architecture.layers.rpartition(".")[0])
 
+    @property
+    def stages(self) -> list[nn.Module]:
+        """What a token goes through, in order: the layers, then the final norm with the head."""
+        return [*self.layers, nn.Sequential(self.decoder.norm, self.model.get_output_embeddings())]
+
     def layer_name(self, layer: int) -> str:
         return f"{self.architecture.layers}.{layer}"
 
@@ -149,7 +154,7 @@ class ModelView:
         return kinds
 
     def sites(self) -> Iterator[Site]:
-        """Every place where a method can act, layer by layer, in the order in which a layer computes them."""
+        """Every place where a method can act, layer by layer, in the order in which a layer computes them; the head."""
         for mlp in self.mlps():
             name, layer = self.layer_name(mlp.layer), self.layers[mlp.layer]
             linears = [
@@ -160,6 +165,17 @@ class ModelView:
             yield from (site for site in linears if site not in late)
             yield mlp
             yield from late
+        head = self.model.get_output_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is head)
+        yield replace(mlp, name=name, kind="head", layer=len(self.layers), module=head)
+
+    def current(self, site: Site) -> Site:
+        """The site with what stands there now."""
+        return replace(site, module=self.model.get_submodule(site.name))
+
+    def untie(self) -> None:
+        """Tells transformers that the head has a weight of its own, beside the embedding table."""
+        self.config.tie_word_embeddings = self.text_config.tie_word_embeddings = False
 
     def mlps(self) -> Iterator[Site]:
         """The gated MLP of every layer, in order."""

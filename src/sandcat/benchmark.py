@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from sandcat.architectures import ModelView
 from sandcat.errors import ParityError
 from sandcat.generate import Decoder
-from sandcat.layers.sparse import references, sparse_modules
-from sandcat.ops import kernel_name, most_tokens
+from sandcat.layers.int8 import scale_of
+from sandcat.layers.kernel import Kernel, kernel_modules, references
+from sandcat.layers.sparse import Sparse, sparse_modules
 from sandcat.progress import track
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -100,6 +101,10 @@ class SpeedResult:
     """Worst relative RMS difference of a sparse module's output from that of its reference."""
     variants: dict[str, float] = field(default_factory=dict)
     """Seconds a step of every variant that was timed."""
+    int8_dense_seconds: float | None = None
+    """A step of the best variant with the int8 weights and nothing skipped, where the plan has both."""
+    int8_dense_bytes: int | None = None
+    gain_over_int8_dense: float | None = None
 
 
 @torch.inference_mode()
@@ -111,6 +116,7 @@ def benchmark(
     steps: int = 20,
     runs: int = 7,
     compile: bool = True,
+    int8_dense: nn.Module | None = None,
 ) -> SpeedResult:
     """Times decode steps of both models after the same prompt, which should be real text: it decides what is skipped.
 
@@ -119,13 +125,14 @@ def benchmark(
         runs: interleaved runs of `steps` steps; the median counts.
         compile: also time steps under `torch.compile`; the best variant of each model counts. On a GPU every step is
             captured in a CUDA graph, and the fused step of `sandcat.step` is a variant where it applies.
+        int8_dense: the model that has the int8 weights of the sparse one and skips nothing, as a second baseline.
 
     Raises:
         ParityError: a kernel's output is not that of its reference.
     """
-    ops = {module.op for module in sparse_modules(sparse).values()}
-    pay = {op for op in ops if len(ids_BT) <= most_tokens(op, sparse.device, sparse.dtype)}
-    kernel = ", ".join(sorted({kernel_name(op, sparse.device) if op in pay else "reference" for op in ops}))
+    x_BH = torch.empty(len(ids_BT), 0, dtype=sparse.dtype, device=sparse.device)
+    modules = kernel_modules(sparse).values()
+    kernel = ", ".join(sorted({m.kernel(sparse.device) if m.pays(x_BH) else "reference" for m in modules}))
     prompt, fed = ids_BT[:, :-steps], ids_BT[:, -steps:].to(dense.device)
     error = parity_error(sparse, ids_BT)
     device = sparse.device
@@ -135,7 +142,8 @@ def benchmark(
     if compile:
         modes["compiled"] = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
     decoders: dict[str, Decoder] = {}
-    for which, model in (("dense", dense), ("sparse", sparse)):
+    models = {"dense": dense, "sparse": sparse} | ({} if int8_dense is None else {"int8-dense": int8_dense})
+    for which, model in models.items():
         for mode, compiled in track(modes.items(), f"preparing {which} steps", total=len(modes)):
             if mode == "compiled" and which == "sparse" and "sparse fused" in decoders:
                 continue  # it would compile for minutes
@@ -165,12 +173,14 @@ def benchmark(
         for name, decoder in decoders.items():
             seconds[name].append(run(decoder))
     medians = {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
-    best = {w: min((n for n in medians if n.startswith(w)), key=medians.__getitem__) for w in ("dense", "sparse")}
-    read = {"dense": step_bytes(dense, ids_BT), "sparse": step_bytes(sparse, ids_BT)}
+    best = {w: min((n for n in medians if n.startswith(w)), key=medians.__getitem__) for w in models}
+    read = {which: step_bytes(model, ids_BT) for which, model in models.items()}
+    int8 = medians[best["int8-dense"]] if int8_dense is not None else None
     return SpeedResult(
         prompt.shape[1], len(ids_BT), runs, medians[best["dense"]], best["dense"].split()[1], medians[best["sparse"]],
         best["sparse"].split()[1], medians[best["dense"]] / medians[best["sparse"]], read["dense"], read["sparse"],
-        read["dense"] / read["sparse"], read_bandwidth(device), kernel, error, medians,
+        read["dense"] / read["sparse"], read_bandwidth(device), kernel, error, medians, int8, read.get("int8-dense"),
+        None if int8 is None else int8 / medians[best["sparse"]],
     )  # fmt: skip
 
 
@@ -226,7 +236,7 @@ def parity_error(sparse: nn.Module, ids_BT: Tensor) -> float:
         ParityError: above `TOLERANCE` for the model's dtype, or not a number.
     """
     inputs: dict[nn.Module, Tensor] = {}
-    modules = sparse_modules(sparse).values()
+    modules = kernel_modules(sparse).values()
     decoder = Decoder(sparse, ids_BT.shape[1], batch=len(ids_BT))
     decoder.prefill(ids_BT[:, :-1])
     handles = [m.register_forward_pre_hook(lambda m, args: inputs.__setitem__(m, args[0])) for m in modules]
@@ -245,7 +255,7 @@ def parity_error(sparse: nn.Module, ids_BT: Tensor) -> float:
         worst = max(worst, error) if error == error else error
         if not error <= TOLERANCE[sparse.dtype]:
             raise ParityError(
-                f"the {kernel_name(module.op, sparse.device)} kernel of {module.op} differs from its reference by "
+                f"the {module.kernel(sparse.device)} kernel of {module.op} differs from its reference by "
                 f"{error:.1e} (relative RMS), and {TOLERANCE[sparse.dtype]:.0e} is allowed. Nothing is timed. Please "
                 "report model and machine."
             )
@@ -253,11 +263,14 @@ def parity_error(sparse: nn.Module, ids_BT: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _threshold_off_the_edge(module: nn.Module, x: Tensor) -> Iterator[None]:
+def _threshold_off_the_edge(module: Kernel, x: Tensor) -> Iterator[None]:
     """Keeps, within this context, the neurons whose activation is a rounding away from its threshold.
 
     There the order in which a kernel adds decides whether the neuron is kept, so two right answers differ by a neuron.
     """
+    if not isinstance(module, Sparse):
+        yield
+        return
     threshold = module.threshold
     near = (module.scores(x.flatten(0, -2)) - threshold).abs() <= 2 * torch.finfo(x.dtype).eps * threshold
     module.threshold = torch.where(near.any(0), -1, threshold)
@@ -274,7 +287,7 @@ def step_bytes(model: nn.Module, ids_BT: Tensor) -> int:
     A neuron counts if any sequence of the batch keeps it. Embedding rows are too few to count.
     """
     read = {}
-    modules = sparse_modules(model)
+    modules = kernel_modules(model)
     handles = [
         module.register_forward_pre_hook(lambda m, args: read.__setitem__(m, m.bytes_read(args[0].flatten(0, -2))))
         for module in modules.values()
@@ -286,20 +299,26 @@ def step_bytes(model: nn.Module, ids_BT: Tensor) -> int:
     finally:
         for handle in handles:
             handle.remove()
-    inside = {p for module in modules.values() for p in module.parameters()}
+    inside = {p for module in read for p in module.parameters()}
     cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in decoder.cache.layers)
     return read_bytes(model) - sum(p.nbytes for p in inside) + sum(read.values()) + cache
 
 
 def read_bytes(model: nn.Module) -> int:
     """Bytes of weights that a dense step reads: the text decoder's, but of an embedding only if it is the head too."""
-    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    decoder = sum(p.nbytes for p in ModelView(model).decoder.parameters() if p is not table and p is not head)
-    return decoder + head.nbytes
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    decoder = sum(p.nbytes for p in ModelView(model).decoder.parameters() if p is not table)
+    return decoder + sum(p.nbytes for p in head.parameters())
+
+
+def dense_bytes(model: nn.Module) -> int:
+    """`read_bytes`, if its int8 weights were in the model's dtype."""
+    scaled = [(module.weight, module.weight_scale) for module in model.modules() if scale_of(module) is not None]
+    return read_bytes(model) + sum(w.numel() * (scale.itemsize - 1) - scale.nbytes for w, scale in scaled)
 
 
 def bytes_share(sparse: nn.Module, dropped: dict[str, float]) -> float:
     """Bytes of weights that a step of one token reads, dense = 1, if these shares of neurons are dropped."""
     modules = sparse_modules(sparse)
     saved = sum(modules[name].weight_bytes() - modules[name].weight_bytes(1 - share) for name, share in dropped.items())
-    return 1 - saved / read_bytes(sparse)
+    return (read_bytes(sparse) - saved) / dense_bytes(sparse)

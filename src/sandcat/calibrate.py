@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sandcat.architectures import ModelView, Site
 from sandcat.data import Text
-from sandcat.method import Method, Spec, Tensors
+from sandcat.method import SLOTS, Method, Spec, Tensors
 from sandcat.plan import Calibration, Plan, Step
 from sandcat.progress import track
 from sandcat.registration import fingerprint
@@ -28,51 +28,49 @@ class _Stop(Exception):
 @torch.no_grad()
 def decide(
     view: ModelView, methods: list[Method], text: Text | None, *, sequential: bool = True
-) -> tuple[Plan, dict[str, Tensors]]:
-    """Every method's decision for every one of its sites, and the buffers that go with it, by site name.
+) -> tuple[Plan, dict[tuple[Method, str], Tensors]]:
+    """Every method's decision for every one of its sites, and the tensors that go with it, by method and site name.
 
     Args:
         text: what to calibrate on; None if no method is `calibrated`.
-        sequential: show a layer what the layers before it give when they are sparse already; else what they give dense.
+        sequential: show a layer what the layers before it give when they are sparse already; else what they give when
+            nothing is skipped.
 
+    Within a layer the weights are changed first, so that everything else is decided on the weights that will be read.
     The model is left as it was found, whatever happens.
     """
-    by_layer: dict[int, list[tuple[Method, Site]]] = {}
+    by_stage: dict[int, list[tuple[Method, Site]]] = {}
     for method in methods:
         for site in method.select(view):
-            by_layer.setdefault(site.layer, []).append((method, site))
+            by_stage.setdefault(site.layer, []).append((method, site))
     order = {site.name: place for place, site in enumerate(view.sites())}
-    for here in by_layer.values():
-        here.sort(key=lambda pair: order[pair[1].name])  # as the layer computes them, whatever the recipe's order
-    specs: dict[str, dict[str, Spec]] = {method.name: {} for method in methods}
-    tensors: dict[str, Tensors] = {}
+    for here in by_stage.values():  # as they apply and as the layer computes them, whatever the recipe's order
+        here.sort(key=lambda pair: (SLOTS.index(pair[0].slot), order[pair[1].name]))
+    specs: dict[Method, dict[str, Spec]] = {method: {} for method in methods}
+    tensors: dict[tuple[Method, str], Tensors] = {}
 
-    def settle(method: Method, site: Site, x_TH: list[Tensor]) -> nn.Module:
-        spec, tensors[site.name] = method.decide(site, x_TH)
+    def settle(method: Method, site: Site, x_TH: list[Tensor]) -> None:
+        site = view.current(site)
+        spec, tensors[method, site.name] = method.decide(site, x_TH)
         module = method.build(site, spec)
-        method.fill(module, tensors[site.name])
-        specs[method.name][site.name] = {**spec, "fingerprint": fingerprint(module)}
-        return module
+        method.fill(module, tensors[method, site.name])
+        specs[method][site.name] = {**spec, "fingerprint": fingerprint(module)}
+        if sequential or method.slot == "weight":
+            view.replace(site, module)
 
-    if text is None:
-        for layer in sorted(by_layer):
-            for method, site in by_layer[layer]:
-                settle(method, site, [])
-    else:
-        states, kwargs = _first_states(view, text)
-        last = max(by_layer)
-        for index in track(range(last + 1), "calibrating layers"):
-            layer = view.layers[index]
-            with _restored(view, by_layer.get(index, [])):
-                for method, site in by_layer.get(index, []):
-                    x_TH = _inputs(layer, site.module, states, kwargs[index]) if method.calibrated else []
-                    module = settle(method, site, x_TH)
-                    if sequential:
-                        view.replace(site, module)
-                if index < last:
-                    states = [_run(layer, state, kwargs[index]) for state in states]
+    stages = view.stages
+    states, kwargs = _first_states(view, text) if text is not None else ([], [{}] * len(stages))
+    last = max(by_stage)
+    for index in track(range(last + 1), "calibrating layers" if text is not None else "deciding"):
+        stage = stages[index]
+        with _restored(view, by_stage.get(index, [])):
+            for method, site in by_stage.get(index, []):
+                inputs = _inputs(stage, view.current(site).module, states, kwargs[index]) if method.calibrated else []
+                settle(method, site, inputs)
+            if index < last:
+                states = [_run(stage, state, kwargs[index]) for state in states]
     calibration = text and Calibration(text.source, text.sha256, text.tokens, sequential)
-    return Plan([Step(method, specs[method.name]) for method in methods], calibration), tensors
+    return Plan([Step(method, specs[method]) for method in methods], calibration), tensors
 
 
 @contextmanager
@@ -105,7 +103,7 @@ def _first_states(view: ModelView, text: Text) -> tuple[list[Tensor], list[dict]
                 view.model(batch.to(view.model.device), use_cache=False)
             except _Stop:
                 continue
-    return states, [{k: v for k, v in kw.items() if k != "hidden_states"} for kw in kwargs]
+    return states, [*({k: v for k, v in kw.items() if k != "hidden_states"} for kw in kwargs), {}]
 
 
 def _inputs(layer: nn.Module, module: nn.Module, states: list[Tensor], kwargs: dict) -> list[Tensor]:

@@ -42,6 +42,12 @@ Tasks = Annotated[str, typer.Option(help="lm-eval tasks, or local files, by comm
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many examples of each task.")]
 Runs = Annotated[int, typer.Option(min=1, help="Interleaved timing runs; the median counts.")]
 Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Time steps under torch.compile too.")]
+Twin = Annotated[
+    str | None,
+    typer.Option(
+        "--dense", help="The dense model to compare with; default the one in the folder, if its files hold it."
+    ),
+]
 Report_ = Annotated[Path | None, typer.Option("--report", help="Folder to write report.json and report.html to.")]
 
 
@@ -118,8 +124,8 @@ def sparsify(
             print_json(plan.to_json()) if as_json else out.print(f"saved to {output}", soft_wrap=True)
             return
         report = _measure(
-            str(output), model, texts=texts, tokens=tokens, tasks=questions, limit=limit, curve=others,
-            curve_text=words, prompts=prompt, runs=runs, compile=compile, device=device, dtype=dtype, seed=seed,
+            str(output), model, model if plan.stored.steps else None, texts=texts, tokens=tokens, tasks=questions,
+            limit=limit, curve=others, curve_text=words, prompts=prompt, runs=runs, compile=compile, device=device, dtype=dtype, seed=seed,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
     report.write(output)
@@ -192,6 +198,7 @@ def evaluate(
     tokens: Tokens = EVALUATION_TOKENS,
     tasks: Tasks = "",
     limit: Limit = None,
+    dense: Twin = None,
     report: Report_ = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -204,8 +211,8 @@ def evaluate(
 
     with shown(not as_json):
         found = _measure(
-            folder, folder, texts=text, tokens=tokens, tasks=listed(tasks), limit=limit, speed=False, device=device,
-            dtype=dtype, seed=seed, trust_remote_code=trust_remote_code,
+            folder, folder, dense, texts=text, tokens=tokens, tasks=listed(tasks), limit=limit, speed=False,
+            device=device, dtype=dtype, seed=seed, trust_remote_code=trust_remote_code,
         )  # fmt: skip
     if report is not None:
         found.write(report)
@@ -220,6 +227,7 @@ def bench(
     steps: Annotated[int, typer.Option(min=2, help="Steps a run.")] = 20,
     runs: Runs = 7,
     compile: Compile = True,
+    dense: Twin = None,
     report: Report_ = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -232,7 +240,7 @@ def bench(
 
     with shown(not as_json):
         found = _measure(
-            folder, folder, texts=(), batches=whole_numbers(batch, "--batch"), context=context, steps=steps,
+            folder, folder, dense, texts=(), batches=whole_numbers(batch, "--batch"), context=context, steps=steps,
             runs=runs, compile=compile, device=device, dtype=dtype, seed=seed, trust_remote_code=trust_remote_code,
         )  # fmt: skip
     if report is not None:
@@ -278,14 +286,30 @@ def summary(method: type) -> str:
     return sys.modules[method.__module__].__doc__.splitlines()[0]
 
 
-def _measure(folder: str, name: str, *, device: str, dtype: str, trust_remote_code: bool = False, **options):
+def _measure(
+    folder: str, name: str, twin: str | None, *, device: str, dtype: str, trust_remote_code: bool = False, **options
+):
+    """Measures the model in a folder beside its dense twin, which the same files hold unless their weights are int8."""
     from sandcat import hub
+    from sandcat.errors import PlanError
     from sandcat.measure import measure
+    from sandcat.registration import plan_of
 
     where = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     sparse, tokenizer = hub.load(folder, require_plan=True, **where)
-    dense, _ = hub.load(folder, dense=True, **where)
-    return measure(dense, sparse, tokenizer, name=name, command=shlex.join(["sandcat", *sys.argv[1:]]), **options)
+    plan = plan_of(sparse)
+    if plan.stored.steps and twin is None:
+        raise PlanError(
+            f"the weights in {folder!r} are int8, so it does not hold the dense model. Say which one to compare with: "
+            "--dense MODEL, the folder or name that it was made from."
+        )
+    where["dtype"] = sparse.dtype
+    dense, _ = hub.load(twin or folder, dense=True, **where)
+    int8_dense = hub.load(folder, dense=True, **where)[0] if plan.stored.steps and plan.stored != plan else None
+    return measure(
+        dense, sparse, tokenizer, name=name, int8_dense=int8_dense,
+        command=shlex.join(["sandcat", *sys.argv[1:]]), **options,
+    )  # fmt: skip
 
 
 def _ask() -> str:

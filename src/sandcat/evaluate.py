@@ -156,6 +156,8 @@ def layer_sparsity(plan: Plan, realised: dict[str, float]) -> list[LayerSparsity
     rows = []
     for step in plan.steps:
         for site, spec in step.sites.items():
+            if site not in realised:  # nothing is skipped there
+                continue
             target = step.method.options().get("sparsity")
             rows.append(LayerSparsity(site, layer_of(site), target, spec.get("sparsity"), realised[site]))
     return sorted(rows, key=lambda row: row.layer)

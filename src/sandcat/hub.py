@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from sandcat.errors import CheckpointError, DeviceError, ParityError, PlanError, SandcatError
-from sandcat.plan import QUANT_METHOD, Plan
+from sandcat.plan import Plan
 from sandcat.registration import align
 from sandcat.saving import quiet, save
 
@@ -41,8 +41,7 @@ def read_plan(folder: str | Path) -> Plan | None:
 
 def plan_in(config: dict) -> Plan | None:
     """The plan in the content of a config.json; None if there is none."""
-    found = config.get("quantization_config") or {}
-    return Plan.from_json(found) if found.get("quant_method") == QUANT_METHOD else None
+    return Plan.from_config(config.get("quantization_config"))
 
 
 def resolve(name: str) -> str:
@@ -98,7 +97,7 @@ def load(
 
     Args:
         name: a folder, a hub id, or `EMBEDDED`.
-        dense: ignore the plan: the dense model that lies in the same files.
+        dense: ignore what the plan skips: the model that lies in the same files (with int8 weights if they are).
         device: "cpu", "cuda", "cuda:N"; default a GPU if there is one.
         dtype: a torch dtype or its name; default the checkpoint's.
         trust_remote_code: run Python code from the checkpoint.
@@ -132,8 +131,10 @@ def load(
         if require_plan and plan is None:
             raise PlanError(f"{source!r} is a dense model: no plan in its config.json. Make one with sandcat sparsify.")
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        if dense and plan is not None:
-            del config.quantization_config
+        if plan is not None:
+            config.quantization_config = (plan.stored if dense else plan).to_json()
+            if dense and not plan.stored.steps:
+                del config.quantization_config
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=kind, trust_remote_code=trust_remote_code, device_map={"": place}

@@ -16,9 +16,9 @@ from sandcat.data import Text, load_text, same_source
 from sandcat.errors import BadRecipe, DataError
 from sandcat.evaluate import WINDOW, TextResult, evaluate_text, histograms, layer_sparsity
 from sandcat.generate import generate
+from sandcat.layers.kernel import kernel_modules
 from sandcat.layers.sparse import sparse_modules
 from sandcat.method import Method
-from sandcat.ops import kernel_name
 from sandcat.plan import Calibration, Plan
 from sandcat.registration import plan_of
 from sandcat.report import CurvePoint, Report, Sample, machine
@@ -34,6 +34,7 @@ def measure(
     tokenizer,
     *,
     name: str,
+    int8_dense: nn.Module | None = None,
     texts: Sequence[str | Text] = (EVALUATION_TEXT,),
     tokens: int = EVALUATION_TOKENS,
     tasks: Sequence[str] | dict[str, dict] = (),
@@ -53,8 +54,9 @@ def measure(
     """A report of pairs; what is not asked for is left out of it.
 
     Args:
-        dense, sparse: the two models, loaded from one folder.
+        dense, sparse: the two models.
         name: the model's name in the report.
+        int8_dense: as in `benchmark`.
         texts: sources as in `data.load_text`; calibration text must not be among them.
         tokens: of each text.
         tasks, limit: names, or what `tasks.load_tasks` gave; as in `tasks.run_tasks`.
@@ -77,7 +79,9 @@ def measure(
             if flat.numel() < batch * (context + steps):
                 raise DataError(f"a batch of {batch} needs {batch * (context + steps)} tokens of text: ask for more.")
             ids_BT = flat[: batch * (context + steps)].view(batch, -1)
-            speeds.append(benchmark(dense, sparse, ids_BT, steps=steps, runs=runs, compile=compile))
+            speeds.append(
+                benchmark(dense, sparse, ids_BT, steps=steps, runs=runs, compile=compile, int8_dense=int8_dense)
+            )
     results, realised, points = [], {}, []
     for text in loaded:
         others = [] if results else _others(dense, sparse, plan, curve, curve_text)
@@ -87,9 +91,9 @@ def measure(
         own = [(plan.steps[0].method, sparse, result, realised_here)] if others else []
         swept = [(*other, *found) for other, found in zip(others, curve_results, strict=True)]
         points += sorted((_point(*row) for row in own + swept), key=lambda point: point.sparsity)
-    modules = sparse_modules(sparse)
-    sites = list(modules)
-    chosen = list(dict.fromkeys([sites[0], sites[len(sites) // 2], sites[-1]]))
+    modules = kernel_modules(sparse)
+    sites = list(sparse_modules(sparse))
+    chosen = list(dict.fromkeys([sites[0], sites[len(sites) // 2], sites[-1]] if sites else []))
     return Report(
         model={
             "name": name,
@@ -104,11 +108,11 @@ def measure(
         text=results,
         tasks=run_tasks(dense, [sparse], tokenizer, questions, limit=limit, seed=seed)[0] if questions else [],
         sparsity=layer_sparsity(plan, realised) if realised else [],
-        histograms=histograms(sparse, loaded[0].ids_NL[:2], chosen) if loaded else [],
+        histograms=histograms(sparse, loaded[0].ids_NL[:2], chosen) if loaded and chosen else [],
         speed=speeds,
         curve=points,
         samples=[write(dense, sparse, tokenizer, prompt) for prompt in prompts],
-        kernels={f"sandcat::{op}": kernel_name(op, sparse.device) for op in sorted({m.op for m in modules.values()})},
+        kernels=dict(sorted((f"sandcat::{m.op}", m.kernel(sparse.device)) for m in modules.values())),
         machine=machine(sparse.device),
         commands=[command] if command else [],
     )
@@ -159,7 +163,7 @@ def _others(
     for method in methods:
         _, tensors = calibrate.decide(ModelView(dense), [method], text, sequential=plan.calibration.sequential)
         model = copy.deepcopy(sparse, {id(parameter): parameter for parameter in sparse.parameters()})
-        for name, found in tensors.items():
+        for (_, name), found in tensors.items():
             method.fill(model.get_submodule(name), found)
         models.append((method, model))
     return models

@@ -22,6 +22,11 @@ Tensors = dict[str, Tensor]
 """The buffers of one site that `Spec` is too small for, by their name in the built module."""
 
 
+SLOTS = ("weight", "input")
+"""What a method can claim of a linear layer, in the order in which methods apply: how its weight is stored, and which
+input channels or neurons are skipped, which is decided on the weights as stored."""
+
+
 def option(default: Any, help: str) -> Any:
     """A field of a method: written once, here; the command line, the JSON and the docs are made from it."""
     return field(default=default, metadata={"help": help})
@@ -34,11 +39,14 @@ class Method(ABC):
     name: ClassVar[str]
     """The word on the command line, in the plan, and of the file."""
     slot: ClassVar[str]
-    """What it claims of the linear layers that its sites skip parts of; two methods on one slot conflict."""
-    calibrated: ClassVar[bool]
-    """Whether `decide` looks at calibration text."""
+    """What it claims of its linear layers, one of `SLOTS`; two methods on one slot of one layer conflict."""
 
     layers: str | tuple[int, ...] = option("all", 'decoder layers to change: "all", a slice "4:28", or a list [0,2,5]')
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether `decide` looks at calibration text."""
+        return True
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -79,6 +87,7 @@ class Method(ABC):
                 f"0 to {count - 1}."
             )
         kinds = self.kinds(view)
+        chosen |= {count}  # the head is in no layer: its kind alone decides
         return [site for site in view.sites() if site.layer in chosen and site.kind in kinds]
 
     def kinds(self, view: ModelView) -> Collection[str]:
@@ -96,7 +105,8 @@ class Method(ABC):
     def fill(self, module: nn.Module, tensors: Tensors) -> None:
         """Puts what `decide` found into what `build` laid out. Never runs when loading."""
         for name, tensor in tensors.items():
-            module.get_buffer(name).copy_(tensor)
+            target = getattr(module, name)
+            target.data = tensor.to(target)
 
     def options(self) -> dict[str, Any]:
         return {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in fields(self)}
@@ -134,6 +144,31 @@ class Method(ABC):
             }
             for f in fields(cls)
         ]
+
+
+def pick_kinds(method: str, sites: str | tuple[str, ...], known: list[str], family: str) -> Collection[str]:
+    """The kinds of sites that an option `sites` asks for: "all", or a list of them.
+
+    Raises:
+        NothingMatched: the family has no such site.
+    """
+    if sites == "all":
+        return known
+    for site in sites:
+        if site not in known:
+            raise NothingMatched(
+                f"{method}: a {family} model has no site {site!r}{suggest(site, known)} It has {', '.join(known)}."
+            )
+    return sites
+
+
+def check_sites(method: str, sites: str | tuple[str, ...]) -> None:
+    """
+    Raises:
+        BadRecipe: an option `sites` that is a word other than "all".
+    """
+    if isinstance(sites, str) and sites != "all":
+        raise BadRecipe(f'{method}: sites={sites!r} is neither "all" nor a list such as [q,k,v,o].')
 
 
 def field_type(cls: type, name: str) -> Any:

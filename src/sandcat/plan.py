@@ -9,11 +9,13 @@ from typing import Any
 
 from sandcat.architectures import ModelView, Site
 from sandcat.errors import BadRecipe, PlanConflict, PlanError
-from sandcat.method import Method, Spec, suggest
+from sandcat.method import SLOTS, Method, Spec, suggest
 from sandcat.methods import METHODS
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "sandcat"
+COMPRESSED = "compressed-tensors"
+"""The layout that plans of int8 weights alone are saved in: transformers and others read it without us."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,34 @@ class Plan:
             "calibration": None if self.calibration is None else asdict(self.calibration),
         }
 
+    def to_config(self) -> dict[str, Any]:
+        """The `quantization_config` of config.json: the plan, or what others read with the plan as one more key."""
+        if any(step.method.slot != "weight" for step in self.steps):
+            return self.to_json()
+        weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+        targets = [name for step in self.steps for name in step.sites]
+        layout = {"format": "int-quantized"}
+        return {
+            "quant_method": COMPRESSED,
+            **layout,
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": targets, "weights": weights, "input_activations": None, **layout}},
+            "ignore": [],
+            QUANT_METHOD: self.to_json(),
+        }
+
+    @classmethod
+    def from_config(cls, data: dict[str, Any] | None) -> Plan | None:
+        """The plan in a `quantization_config`; None if there is none.
+
+        Raises:
+            PlanError: as `from_json`.
+        """
+        data = data or {}
+        if data.get("quant_method") == COMPRESSED:
+            data = data.get(QUANT_METHOD) or {}
+        return cls.from_json(data) if data.get("quant_method") == QUANT_METHOD else None
+
     def summary(self) -> dict[str, Any]:
         """`to_json` without what was decided for each site."""
         data = self.to_json()
@@ -80,17 +110,18 @@ class Plan:
             steps = [
                 Step(
                     method_class(m["name"]).from_options(m["options"]),
-                    dict(sorted(m["sites"].items(), key=lambda item: layer_of(item[0]))),  # saved in alphabetical order
+                    dict(sorted(m["sites"].items(), key=lambda item: place_of(item[0]))),  # saved in alphabetical order
                 )
                 for m in data["methods"]
             ]
             calibration = data["calibration"] and Calibration(**data["calibration"])
-        except (KeyError, TypeError, AttributeError, StopIteration, BadRecipe) as error:
+        except (KeyError, TypeError, AttributeError, BadRecipe) as error:
             raise PlanError(f"the plan in config.json cannot be read: {error}") from error
         return cls(steps, calibration)
 
     def match(self, view: ModelView) -> list[tuple[Method, Site, Spec]]:
-        """Every decision with its site in this model.
+        """Every decision with its site in this model, in the order in which they apply. What stands at a site then may
+        be what a decision before it put there: see `ModelView.current`.
 
         Raises:
             PlanError: the plan names a site that the model does not have.
@@ -102,12 +133,24 @@ class Plan:
                 f"the plan does not fit the model: of {sum(len(step.sites) for step in self.steps)} sites it names, "
                 f"the model lacks {len(unknown)}, such as {unknown[0]!r}; it has {len(view.layers)} layers."
             )
-        return [(step.method, sites[name], spec) for step in self.steps for name, spec in step.sites.items()]
+        steps = sorted(self.steps, key=lambda step: SLOTS.index(step.method.slot))
+        return [(step.method, sites[name], spec) for step in steps for name, spec in step.sites.items()]
+
+    @property
+    def stored(self) -> Plan:
+        """What the weights in the files went through, without what is skipped of them."""
+        return Plan([step for step in self.steps if step.method.slot == "weight"], self.calibration)
 
 
-def layer_of(site: str) -> int:
-    """The layer's index in a site's name, "model.layers.3.mlp"."""
-    return next(int(part) for part in site.split(".") if part.isdigit())
+def layer_of(site: str) -> int | None:
+    """The layer's index in a site's name, "model.layers.3.mlp"; None for the head."""
+    return next((int(part) for part in site.split(".") if part.isdigit()), None)
+
+
+def place_of(site: str) -> float:
+    """Where a site stands in the order of layers: the head after all."""
+    layer = layer_of(site)
+    return float("inf") if layer is None else layer
 
 
 def method_class(name: str) -> type[Method]:

@@ -8,7 +8,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sandcat.architectures import ModelView
 from sandcat.errors import PlanError
-from sandcat.method import Spec
 from sandcat.plan import QUANT_METHOD, Plan
 
 
@@ -22,7 +21,7 @@ class SandcatConfig(QuantizationConfigMixin):
         self.plan = Plan.from_json(data)
 
     def to_dict(self) -> dict:
-        return self.plan.to_json()
+        return self.plan.to_config()
 
     def __iter__(self):
         yield from self.to_dict().items()
@@ -43,25 +42,40 @@ class SandcatQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, **kwargs):
         view = ModelView(model)
         for method, site, spec in self.quantization_config.plan.match(view):
-            view.replace(site, method.build(site, spec))
+            view.replace(site, method.build(view.current(site), spec))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        for _, site, spec in self.quantization_config.plan.match(ModelView(model)):
-            check_loaded(site.name, site.module, spec)
+        view, marks = ModelView(model), {}
+        for _, site, spec in self.quantization_config.plan.match(view):
+            marks.setdefault(site.name, {}).update(spec.get("fingerprint", {}))
+        for name, expected in marks.items():
+            check_loaded(name, model.get_submodule(name), expected)
         pack(model)
         model.is_quantized = False  # its weights are not: .float(), .half() and .to() work
         return model
 
 
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a module of ours has beyond those of the dense one at its place: thresholds, codes, scales."""
+    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    return {n: t.detach() for n, t in tensors.items() if n not in ("weight", "bias") or not t.is_floating_point()}
+
+
 def fingerprint(module: nn.Module) -> dict[str, float]:
-    """The mean of each buffer of a sparse module over its finite entries: enough to tell it from memory left over."""
-    return {name: float(b[b.isfinite()].double().mean().nan_to_num()) for name, b in module.named_buffers()}
+    """The mean of each such tensor over its finite entries: enough to tell it from memory left over."""
+    return {
+        name: float(t[t.isfinite()].double().mean().nan_to_num()) if t.is_floating_point() else int(t.sum()) / t.numel()
+        for name, t in own_tensors(module).items()
+    }
 
 
-def check_loaded(name: str, module: nn.Module, spec: Spec) -> None:
+def check_loaded(name: str, module: nn.Module, expected: dict[str, float]) -> None:
     """
+    Args:
+        expected: the module's `fingerprint` when its plan was made.
+
     Raises:
-        PlanError: a sparse module's weights lie elsewhere (offloaded), or its thresholds are not those of the plan.
+        PlanError: a module's weights lie elsewhere (offloaded), or its tensors are not those of the plan.
     """
     if any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
         raise PlanError(
@@ -70,9 +84,8 @@ def check_loaded(name: str, module: nn.Module, spec: Spec) -> None:
         )
     flagged = any(_was_read(parameter) for parameter in module.parameters())
     for key, mean in fingerprint(module).items():
-        expected = spec.get("fingerprint", {}).get(key)
-        missing = flagged and not _was_read(module.get_buffer(key))
-        if missing or expected is None or not abs(mean - expected) <= 0.02 * abs(expected) + 1e-6:
+        missing = key not in expected or (flagged and not _was_read(getattr(module, key)))
+        if missing or not abs(mean - expected[key]) <= 0.02 * abs(expected[key]) + 1e-6:
             raise PlanError(
                 f"the tensor {name}.{key} is missing from the checkpoint, or not the one that its plan was made with. "
                 "Sparsify again; a folder that was saved without sandcat keeps the plan but loses such tensors."

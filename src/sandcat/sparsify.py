@@ -59,11 +59,14 @@ def sparsify(
     return plan
 
 
-def apply(view: ModelView, plan: Plan, tensors: dict[str, Tensors]) -> None:
+def apply(view: ModelView, plan: Plan, tensors: dict[tuple[Method, str], Tensors]) -> None:
     """Builds, fills and puts in place what the plan says: the only step that changes the model."""
     for method, site, spec in plan.match(view):
+        site = view.current(site)
         module = method.build(site, spec)
-        method.fill(module, tensors[site.name])
+        method.fill(module, tensors[method, site.name])
         module.train(site.module.training)
         view.replace(site, module)
+        if site.kind == "head":
+            view.untie()
     pack(view.model)

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from sandcat.architectures import Block, ModelView
 from sandcat.errors import UnsupportedModel
+from sandcat.layers.int8 import scale_of
 from sandcat.layers.linear import SparseLinear
 from sandcat.layers.mlp import SparseMLP
 from sandcat.ops import kernel_name
@@ -53,6 +54,8 @@ def _plain(block: Block) -> bool:
     *gate_up, down = mlp = _projections(block)
     if isinstance(block.mlp.module, SparseMLP) and not all(type(linear) is nn.Linear for linear in mlp[1:]):
         return False
+    if any(scale_of(linear) is not None for linear in [*attention, block.o, *mlp]):
+        return False  # int8, which these kernels read but nobody has measured
     alike = all(len({linear.bias is None for linear in linears}) == 1 for linears in (attention, gate_up))
     return (
         alike and down.bias is None and all(type(m) in (nn.Linear, SparseLinear) for m in [*attention, block.o, *mlp])
@@ -128,7 +131,7 @@ class FusedStep:
 
     def _skip_neurons(self, norm: nn.Module, mlp: SparseMLP, gate: nn.Linear | SparseLinear, code: int) -> None:
         """gate, and the list of the neurons to keep; then their up and down."""
-        (up, up_bias), down, kernels = mlp.up(), mlp.down.weight.t(), self.mlp_kernels
+        (up, up_bias, _), down, kernels = mlp.up(), mlp.down.weight.t(), self.mlp_kernels
         if isinstance(gate, SparseLinear):
             self._sparse_rows(self.h, [gate], norm=norm, neurons=mlp.threshold, code=code)
         else:

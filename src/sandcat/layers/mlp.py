@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sandcat.architectures import Site
+from sandcat.layers.int8 import Int8Linear, dtype_like, scale_of
 from sandcat.layers.sparse import Sparse
+from sandcat.ops.int8_linear import product
 from sandcat.ops.sparse_mlp import ACTIVATIONS, reference, reference_up_down, sparse_mlp, sparse_up_down
 
 
@@ -16,8 +17,8 @@ class SparseMLP(Sparse):
     """Takes over the projections of a dense gated MLP, under their checkpoint names, and adds one threshold a neuron.
 
     Args:
-        site: the dense MLP. Its linear layers are shared, not copied; on the meta device too. Its gate projection may
-            be a `SparseLinear`.
+        site: the dense MLP. Its linear layers are shared, not copied; on the meta device too. They may be
+            `Int8Linear`s, and its gate projection a `SparseLinear`.
         activation: a name of `ops.sparse_mlp.ACTIVATIONS`; default the model's own.
         dense_prompt: see `Sparse`.
     """
@@ -29,27 +30,30 @@ class SparseMLP(Sparse):
         for name in dict.fromkeys((row.gate, row.up, row.down)):
             self.add_module(name, getattr(site.module, name))
         self.activation = activation or site.activation
-        self.set_threshold(self.down.weight.shape[1], self.down.weight)
+        self.set_threshold(self.down.in_features, dtype_like(self.down))
 
     @property
-    def down(self) -> nn.Linear:
+    def down(self) -> nn.Linear | Int8Linear:
         return self.get_submodule(self.down_name)
 
-    def _half(self, name: str, half: int) -> tuple[Tensor, Tensor | None]:
+    def _half(self, name: str, half: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         linear = self.get_submodule(name)
-        weight, bias = linear.weight, linear.bias
+        tensors = (linear.weight, linear.bias, scale_of(linear))
         if self.gate_name == self.up_name:  # one fused matrix: gate rows, then up rows
-            weight = weight.chunk(2)[half]
-            bias = None if bias is None else bias.chunk(2)[half]
-        return weight, bias
+            tensors = tuple(t if t is None else t.chunk(2)[half] for t in tensors)
+        return tensors
 
-    def gate(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [I, H] and bias [I] of the gate projection, views where it is fused."""
+    def gate(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weight [I, H], bias [I] and scales [I] (if int8) of the gate projection, views where it is fused."""
         return self._half(self.gate_name, 0)
 
-    def up(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [I, H] and bias [I] of the up projection."""
+    def up(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weight [I, H], bias [I] and scales [I] (if int8) of the up projection."""
         return self._half(self.up_name, 1)
+
+    @property
+    def int8(self) -> bool:
+        return any(scale_of(linear) is not None for linear in self.children())
 
     def pack(self) -> None:
         """Stores the down projection neuron-major, once; its shape [H, I] and its values stay, as a transposed view."""
@@ -71,30 +75,28 @@ class SparseMLP(Sparse):
         return self._run(x_TH, threshold_U, reference, reference_up_down)
 
     def _run(self, x_TH: Tensor, threshold_I: Tensor, whole: Callable, second_half: Callable) -> Tensor:
-        (up, up_bias), down_HI, down_bias = self.up(), self.down.weight, self.down.bias
+        (up, up_bias, up_scale), down_HI, down_bias = self.up(), self.down.weight, self.down.bias
+        biases, scales = (up_bias, down_bias), (up_scale, scale_of(self.down))
         if self._gate_skips():
-            a_TI = self.activations(x_TH)
-            return second_half(x_TH, a_TI, up, down_HI.t(), threshold_I, up_bias, down_bias)
-        gate, gate_bias = self.gate()
-        return whole(x_TH, gate, up, down_HI.t(), threshold_I, self.activation, gate_bias, up_bias, down_bias)
+            return second_half(x_TH, self.activations(x_TH), up, down_HI.t(), threshold_I, *biases, *scales)
+        gate, gate_bias, gate_scale = self.gate()
+        return whole(x_TH, gate, up, down_HI.t(), threshold_I, self.activation, gate_bias, *biases, gate_scale, *scales)
 
     def activations(self, x_TH: Tensor) -> Tensor:
         """a = activation(gate(x)), [T, I]."""
         gate = self.get_submodule(self.gate_name)
-        g_TI = gate(x_TH) if self._gate_skips() else F.linear(x_TH, *self.gate())
+        g_TI = gate(x_TH) if self._gate_skips() else product(x_TH, *self.gate())
         return ACTIVATIONS[self.activation](g_TI)
 
     def scores(self, x_TH: Tensor) -> Tensor:
         return self.activations(x_TH).abs()
 
     def weight_bytes(self, kept: float = 1.0) -> int:
-        (up, up_bias), down = self.up(), self.down
-        small = [self.threshold, up_bias, down.bias]
-        dense = []
+        (up, *up_small), down = self.up(), self.down
+        always = [self.threshold, *up_small, down.bias, scale_of(down)]
         if not self._gate_skips():  # else it counts its own
-            dense = list(self.gate())
-        always = sum(t.nbytes for t in small + dense if t is not None)
-        return always + round(kept * (up.nbytes + down.weight.nbytes))
+            always += self.gate()
+        return sum(t.nbytes for t in always if t is not None) + round(kept * (up.nbytes + down.weight.nbytes))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, {super().extra_repr()}"

@@ -1,19 +1,16 @@
-"""What modules that skip weights have in common: all that evaluation, benchmarks and reports know of them."""
+"""What modules that skip weights have in common."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import ClassVar
+from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
 
-from sandcat.ops import PROMPT_CHUNK, most_tokens
+from sandcat.layers.kernel import Kernel
 
 
-class Sparse(nn.Module, ABC):
+class Sparse(Kernel):
     """Reads, for each token, only the weights of the units (neurons, input channels) whose score is above a threshold.
 
     Subclasses call `set_threshold` once they have their weights. Shapes: T tokens, H numbers a token, U units.
@@ -22,13 +19,9 @@ class Sparse(nn.Module, ABC):
         dense_prompt: a forward with more than one token a sequence (a prompt) drops nothing.
     """
 
-    op: ClassVar[str]
-    """The op that runs it."""
-
     def __init__(self, *, dense_prompt: bool):
         super().__init__()
         self.dense_prompt = dense_prompt
-        self.by_reference = False
 
     def set_threshold(self, units: int, like: Tensor) -> None:
         self.register_buffer("threshold", torch.zeros(units, dtype=like.dtype, device=like.device))
@@ -38,31 +31,13 @@ class Sparse(nn.Module, ABC):
         """What the thresholds are compared with, at least 0, [T, U]."""
 
     @abstractmethod
-    def by_kernel(self, x_TH: Tensor, threshold_U: Tensor) -> Tensor:
-        """The op on a few tokens."""
-
-    @abstractmethod
-    def by_definition(self, x_TH: Tensor, threshold_U: Tensor) -> Tensor:
-        """The same by dense products, for any number of tokens."""
-
-    @abstractmethod
-    def weight_bytes(self, kept: float = 1.0) -> int:
-        """Bytes of weights and thresholds that are read if a share `kept` of the units is."""
-
-    @abstractmethod
     def pack(self) -> None:
         """Lays the weights out for the kernels; shapes and values stay."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        threshold = self.threshold
+    def settings(self, x: Tensor) -> tuple[Tensor]:
         if self.dense_prompt and x.shape[-2] > 1:
-            threshold = torch.full_like(threshold, -1)
-        x_TH = x.reshape(-1, x.shape[-1])
-        if x_TH.shape[0] <= most_tokens(self.op, x.device, x.dtype) and not self.by_reference:
-            y_TH = self.by_kernel(x_TH, threshold).to(x.dtype)
-        else:
-            y_TH = torch.cat([self.by_definition(part, threshold).to(x.dtype) for part in x_TH.split(PROMPT_CHUNK)])
-        return y_TH.view(*x.shape[:-1], y_TH.shape[-1])
+            return (torch.full_like(self.threshold, -1),)
+        return (self.threshold,)
 
     def kept(self, x_TH: Tensor) -> Tensor:
         """Which units each token keeps, bool [T, U]. A NaN is kept: it comes out, as it would of the dense module."""
@@ -74,18 +49,6 @@ class Sparse(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"dense_prompt={self.dense_prompt}"
-
-
-@contextmanager
-def references(model: nn.Module) -> Iterator[None]:
-    """Within this context the sparse modules run their definition instead of the kernels."""
-    for module in sparse_modules(model).values():
-        module.by_reference = True
-    try:
-        yield
-    finally:
-        for module in sparse_modules(model).values():
-            module.by_reference = False
 
 
 def sparse_modules(model: nn.Module) -> dict[str, Sparse]:

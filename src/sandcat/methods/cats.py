@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sandcat.architectures import Site
 from sandcat.errors import BadRecipe
+from sandcat.layers.int8 import float_weight
 from sandcat.layers.mlp import SparseMLP
 from sandcat.method import Method, Spec, Tensors, option
+from sandcat.ops.int8_linear import product
 from sandcat.quantile import thresholds
 
 
@@ -30,7 +31,6 @@ class Cats(Method):
 
     name = "cats"
     slot = "input"
-    calibrated = True
 
     sparsity: float = option(0.5, "fraction of each layer's neurons dropped on calibration text, in [0, 1)")
     score: Literal["activation", "output"] = option(
@@ -47,9 +47,9 @@ class Cats(Method):
         mlp = SparseMLP(site)
         weight_I = torch.ones_like(mlp.threshold, dtype=torch.float32)
         if self.score == "output":
-            square_I = sum(F.linear(x, *mlp.up()).float().square().sum(0) for x in x_TH)
+            square_I = sum(product(x, *mlp.up()).float().square().sum(0) for x in x_TH)
             rms_I = (square_I / sum(len(x) for x in x_TH)).sqrt()
-            weight_I = rms_I * mlp.down.weight.float().norm(dim=0)
+            weight_I = rms_I * float_weight(mlp.down).norm(dim=0)
         common, dropped, threshold_I = thresholds([mlp.scores(x) for x in x_TH], weight_I, self.sparsity)
         return {"threshold": common, "sparsity": dropped}, {"threshold": threshold_I}
 

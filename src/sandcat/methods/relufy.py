@@ -22,7 +22,10 @@ class Relufy(Method):
 
     name = "relufy"
     slot = "input"
-    calibrated = False
+
+    @property
+    def calibrated(self) -> bool:
+        return False
 
     def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
         return {}, {}

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from sandcat.architectures import ModelView, Site
-from sandcat.errors import BadRecipe, NothingMatched
+from sandcat.errors import BadRecipe
+from sandcat.layers.int8 import float_weight
 from sandcat.layers.linear import SparseLinear
-from sandcat.method import Method, Spec, Tensors, option, suggest
+from sandcat.method import Method, Spec, Tensors, check_sites, option, pick_kinds
 from sandcat.quantile import thresholds
 
 
@@ -30,7 +31,6 @@ class Teal(Method):
 
     name = "teal"
     slot = "input"
-    calibrated = True
 
     sparsity: float = option(0.4, "fraction of each site's input channels dropped on calibration text, in [0, 1)")
     score: Literal["input", "output"] = option(
@@ -45,26 +45,16 @@ class Teal(Method):
             raise BadRecipe(
                 f"teal: sparsity={self.sparsity} is outside [0, 1): it is the fraction of channels dropped."
             )
-        if isinstance(self.sites, str) and self.sites != "all":
-            raise BadRecipe(f'teal: sites={self.sites!r} is neither "all" nor a list such as [q,k,v,o].')
+        check_sites(self.name, self.sites)
 
     def kinds(self, view: ModelView) -> Collection[str]:
-        known = list(view.linear_kinds)
-        if self.sites == "all":
-            return known
-        for site in self.sites:
-            if site not in known:
-                raise NothingMatched(
-                    f"teal: a {view.config.model_type} model has no site {site!r}{suggest(site, known)} It has "
-                    f"{', '.join(known)}."
-                )
-        return self.sites
+        return pick_kinds(self.name, self.sites, list(view.linear_kinds), view.config.model_type)
 
     def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
-        weight = site.module.weight
-        weight_I = torch.ones(weight.shape[1], device=weight.device)
+        linear = site.module
+        weight_I = torch.ones(linear.in_features, device=linear.weight.device)
         if self.score == "output":
-            weight_I = weight.float().norm(dim=0)
+            weight_I = float_weight(linear).norm(dim=0)
         common, dropped, threshold_I = thresholds([x.abs() for x in x_TH], weight_I, self.sparsity)
         return {"threshold": common, "sparsity": dropped}, {"threshold": threshold_I}
 

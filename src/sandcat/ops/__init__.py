@@ -10,25 +10,28 @@ import importlib
 import torch
 
 from sandcat.ops.arguments import MAX_TOKENS, PROMPT_CHUNK
+from sandcat.ops.int8_linear import int8_linear
 from sandcat.ops.sparse_linear import sparse_linear
 from sandcat.ops.sparse_mlp import sparse_mlp, sparse_up_down
 
 __all__ = [
-    "MAX_TOKENS", "PROMPT_CHUNK", "kernel_name", "most_tokens", "sparse_linear", "sparse_mlp", "sparse_up_down",
+    "MAX_TOKENS", "PROMPT_CHUNK", "int8_linear", "kernel_name", "most_tokens", "sparse_linear", "sparse_mlp",
+    "sparse_up_down",
 ]  # fmt: skip
 
-_KERNELS: dict[tuple[str, str], str] = {}
+_KERNELS: dict[tuple[str, str, bool], str] = {}
+"""(op, device, whether the weights are int8) -> the library that has the kernel."""
 
 
 def _register(device: str, library: str) -> None:
     """Imports the kernels of a library, where it is installed and has them; else the references run."""
-    for name in ("sparse_linear", "sparse_mlp"):
+    for name in ("int8_linear", "sparse_linear", "sparse_mlp"):
         try:
             kernels = importlib.import_module(f"sandcat.ops.{library}.{name}")
         except ImportError:
             continue
-        for op in kernels.OPS:
-            _KERNELS[op, device] = library
+        _KERNELS.update({(op, device, False): library for op in kernels.OPS})
+        _KERNELS.update({(op, device, True): library for op in kernels.INT8_OPS})
 
 
 _register("cpu", "numba")
@@ -38,21 +41,26 @@ if torch.cuda.is_available():
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_TOKENS = {
-    **{(op, "cpu", dtype): 2 for op in ("sparse_mlp", "sparse_up_down") for dtype in _FLOATS[1:]},
-    **{("sparse_linear", "cpu", dtype): 1 for dtype in _FLOATS},
-    **{(op, "cuda", dtype): 1 for op in ("sparse_linear", "sparse_mlp", "sparse_up_down") for dtype in _FLOATS},
+    **{(op, "cpu", dtype, False): 2 for op in ("sparse_mlp", "sparse_up_down") for dtype in _FLOATS[1:]},
+    **{("sparse_linear", "cpu", dtype, False): 1 for dtype in _FLOATS},
+    **{(op, "cuda", dtype, False): 1 for op in ("sparse_linear", "sparse_mlp", "sparse_up_down") for dtype in _FLOATS},
 }
 """Tokens at once up to which a kernel beats dense matrix products on its device, where that is fewer than it can take.
 Measured: docs/performance.md."""
 
 
-def kernel_name(op: str, device: torch.device | str) -> str:
+def kernel_name(op: str, device: torch.device | str, int8: bool = False) -> str:
     """Which implementation runs an op on this device: "numba", "triton" or "reference"."""
-    return _KERNELS.get((op, torch.device(device).type), "reference")
+    return _KERNELS.get((op, torch.device(device).type, int8), "reference")
 
 
-def most_tokens(op: str, device: torch.device | str, dtype: torch.dtype) -> int:
-    """Tokens at once up to which skipping pays here; more run as dense products with the mask applied."""
-    if dtype not in _FLOATS:
+def most_tokens(op: str, device: torch.device | str, dtype: torch.dtype, int8: bool = False) -> int:
+    """Tokens at once up to which skipping pays here; more run as dense products with the mask applied.
+
+    Args:
+        dtype: of the activations.
+        int8: whether the weights are int8.
+    """
+    if dtype not in _FLOATS or (int8 and kernel_name(op, device, int8) == "reference"):
         return 0
-    return _MOST_TOKENS.get((op, torch.device(device).type, dtype), MAX_TOKENS)
+    return _MOST_TOKENS.get((op, torch.device(device).type, dtype, int8), MAX_TOKENS)

@@ -1,4 +1,5 @@
-"""bfloat16 and float16, which Numba's CPU target lacks, as 16-bit integers that are widened when they are read."""
+"""What is stored in fewer bits than float32 and widened when it is read: int8, and bfloat16 and float16, which Numba's
+CPU target lacks and which are 16-bit integers here."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-STORAGE = {torch.float32: np.dtype(np.float32), torch.bfloat16: np.dtype(np.uint16), torch.float16: np.dtype(np.int16)}
+STORAGE = {
+    torch.float32: np.dtype(np.float32), torch.bfloat16: np.dtype(np.uint16), torch.float16: np.dtype(np.int16),
+    torch.int8: np.dtype(np.int8),
+}  # fmt: skip
 """How a kernel sees each dtype: the two 16-bit ones are told apart by their sign."""
 
 _f32, _i32, _i16 = ir.FloatType(), ir.IntType(32), ir.IntType(16)
@@ -24,6 +28,8 @@ def widen(typing, stored):
             return builder.bitcast(builder.shl(builder.zext(value, _i32), _i32(16)), _f32)
         if stored == types.int16:
             return builder.fpext(builder.bitcast(value, ir.HalfType()), _f32)
+        if stored == types.int8:
+            return builder.sitofp(value, _f32)
         return value
 
     return types.float32(stored), generate

@@ -20,23 +20,22 @@ from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of, versi
 from sandcat.ops.numba.vectors import add, add4
 from sandcat.ops.sparse_linear import check_arguments, sparse_linear
 
-OPS = ("sparse_linear",)
+OPS = INT8_OPS = ("sparse_linear",)
 VERSION = version_of(floats, threads, vectors, sys.modules["sandcat.ops.sparse_linear"])
 """A digest of the sources, besides this file, that the compiled kernel depends on."""
 
 
 @cache
-def _kernel(dtype: torch.dtype):
-    """The kernel for one dtype, compiled on first use (and then cached on disk)."""
-    storage = STORAGE[dtype]
-    version = VERSION
+def _kernel(weight_dtype: torch.dtype, dtype: torch.dtype):
+    """The kernel for weights and thresholds of these dtypes, compiled on first use (and then cached on disk)."""
+    weight_storage, storage, version = STORAGE[weight_dtype], STORAGE[dtype], VERSION
 
     def body(args, thread, threads):
         if args[4] != version:  # never: it ties the code that Numba caches to all sources it was made from
             return
         tokens, channels, outputs = args[5], args[6], args[7]
         x = carray(pointer(args[0]), (tokens, channels), np.float32)
-        weight = carray(pointer(args[1]), (channels, outputs), storage)
+        weight = carray(pointer(args[1]), (channels, outputs), weight_storage)
         threshold = carray(pointer(args[2]), (channels,), storage)
         y = carray(pointer(args[3]), (threads, tokens, outputs), np.float32)[thread]
         kept = np.empty(channels, np.int64)
@@ -61,13 +60,19 @@ def _kernel(dtype: torch.dtype):
 
 
 @sparse_linear.register_kernel("cpu")
-def _(x_TI: Tensor, weight_IO: Tensor, threshold_I: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    check_arguments(x_TI, weight_IO, threshold_I, bias_O)
+def _(
+    x_TI: Tensor,
+    weight_IO: Tensor,
+    threshold_I: Tensor,
+    bias_O: Tensor | None = None,
+    scale_O: Tensor | None = None,
+) -> Tensor:
+    check_arguments(x_TI, weight_IO, threshold_I, bias_O, scale_O)
     (tokens, channels), outputs = x_TI.shape, weight_IO.shape[1]
     tensors = [x_TI.float().contiguous(), weight_IO.contiguous(), threshold_I.contiguous()]
     threads = threads_of()
     partial_PTO = torch.zeros(threads, tokens, outputs)
     addresses = [tensor.data_ptr() for tensor in (*tensors, partial_PTO)]
-    _kernel(weight_IO.dtype)([*addresses, VERSION, tokens, channels, outputs], threads)
-    y_TO = partial_PTO.sum(0)
+    _kernel(weight_IO.dtype, x_TI.dtype)([*addresses, VERSION, tokens, channels, outputs], threads)
+    y_TO = partial_PTO.sum(0) if scale_O is None else partial_PTO.sum(0) * scale_O
     return y_TO if bias_O is None else y_TO + bias_O

@@ -23,7 +23,7 @@ from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of, versi
 from sandcat.ops.numba.vectors import add, add4, dot4, dots
 from sandcat.ops.sparse_mlp import ACTIVATIONS, check_arguments, sparse_mlp, sparse_up_down
 
-OPS = ("sparse_mlp", "sparse_up_down")
+OPS = INT8_OPS = ("sparse_mlp", "sparse_up_down")
 BLOCK = 64
 VERSION = version_of(floats, threads, vectors, sys.modules["sandcat.ops.sparse_mlp"])
 """A digest of the sources, besides this file, that the compiled kernel depends on."""
@@ -45,9 +45,9 @@ def _activate(g, code):
 
 
 @cache
-def _kernel(dtype: torch.dtype):
-    """The kernel for one dtype, compiled on first use (and then cached on disk)."""
-    storage = STORAGE[dtype]
+def _kernel(dtype: torch.dtype, gate_dtype: torch.dtype, up_dtype: torch.dtype, down_dtype: torch.dtype):
+    """The kernel for the model's dtype and the weights', compiled on first use (and then cached on disk)."""
+    storage, gate_storage, up_storage, down_storage = (STORAGE[t] for t in (dtype, gate_dtype, up_dtype, down_dtype))
     unit, version = storage.type(0), VERSION
 
     def body(args, thread, threads):
@@ -55,13 +55,15 @@ def _kernel(dtype: torch.dtype):
             return
         tokens, neurons, hidden, code = args[9], args[10], args[11], args[12]
         x = carray(pointer(args[0]), (tokens, hidden), np.float32)
-        gate = carray(pointer(args[1]), (neurons if args[1] else 0, hidden), storage)
+        gate = carray(pointer(args[1]), (neurons if args[1] else 0, hidden), gate_storage)
         given = carray(pointer(args[13]), (tokens if args[13] else 0, neurons), storage)
-        up = carray(pointer(args[2]), (neurons, hidden), storage)
-        down = carray(pointer(args[3]), (neurons, hidden), storage)
+        up = carray(pointer(args[2]), (neurons, hidden), up_storage)
+        down = carray(pointer(args[3]), (neurons, hidden), down_storage)
         threshold = carray(pointer(args[4]), (neurons,), storage)
         gate_bias = carray(pointer(args[5]), (neurons if args[5] else 0,), storage)
         up_bias = carray(pointer(args[6]), (neurons if args[6] else 0,), storage)
+        gate_scale = carray(pointer(args[14]), (neurons if args[14] else 0,), storage)
+        up_scale = carray(pointer(args[15]), (neurons if args[15] else 0,), storage)
         y = carray(pointer(args[7]), (threads, tokens, hidden), np.float32)[thread]
         kept = np.empty(BLOCK, np.int64)
         keeps = np.empty((BLOCK, tokens), np.bool_)
@@ -76,7 +78,8 @@ def _kernel(dtype: torch.dtype):
                 wanted = False
                 for t in range(tokens):
                     if gate.size:
-                        g = a[count, t] + widen(gate_bias[j]) if gate_bias.size else a[count, t]
+                        g = a[count, t] * widen(gate_scale[j]) if gate_scale.size else a[count, t]
+                        g = g + widen(gate_bias[j]) if gate_bias.size else g
                         a[count, t] = rounded(_activate(rounded(g, unit), code), unit)
                     else:
                         a[count, t] = widen(given[t, j])
@@ -94,7 +97,8 @@ def _kernel(dtype: torch.dtype):
                 dots(x, up[kept[c]], h[c])
             for c in range(count):
                 for t in range(tokens):
-                    u = h[c, t] + widen(up_bias[kept[c]]) if up_bias.size else h[c, t]
+                    u = h[c, t] * widen(up_scale[kept[c]]) if up_scale.size else h[c, t]
+                    u = u + widen(up_bias[kept[c]]) if up_bias.size else u
                     h[c, t] = rounded(a[c, t] * rounded(u, unit), unit) if keeps[c, t] else np.float32(0)
             for c in range(0, fours, 4):
                 for t in range(tokens):
@@ -106,17 +110,21 @@ def _kernel(dtype: torch.dtype):
     return on_all_threads(body)
 
 
-def _run(x_TH, gate_IH, a_TI, up_IH, down_IH, threshold_I, code, gate_bias_I, up_bias_I, down_bias_H) -> Tensor:
-    tokens, hidden = x_TH.shape
-    x_TH = x_TH.float().contiguous()
-    tensors = [gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I, a_TI]
-    *tensors, a_TI = (None if t is None else t.contiguous() for t in tensors)
+def _run(
+    x_TH, gate_IH, a_TI, up_IH, down_IH, threshold_I, code,
+    gate_bias_I, up_bias_I, down_bias_H, gate_scale_I, up_scale_I, down_scale_H,
+) -> Tensor:  # fmt: skip
+    (tokens, hidden), dtype = x_TH.shape, x_TH.dtype
+    tensors = [gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I, a_TI, gate_scale_I, up_scale_I]
+    tensors = [x_TH.float().contiguous(), *(None if t is None else t.contiguous() for t in tensors)]
     threads = threads_of()
     partial_PTH = torch.zeros(threads, tokens, hidden)
-    addresses = [0 if t is None else t.data_ptr() for t in (x_TH, *tensors, partial_PTH)]
-    given = 0 if a_TI is None else a_TI.data_ptr()
-    _kernel(up_IH.dtype)([*addresses, VERSION, tokens, up_IH.shape[0], hidden, code, given], threads)
-    y_TH = partial_PTH.sum(0)
+    x, gate, up, down, threshold, gate_bias, up_bias, a, *scales = (0 if t is None else t.data_ptr() for t in tensors)
+    _kernel(dtype, dtype if gate_IH is None else gate_IH.dtype, up_IH.dtype, down_IH.dtype)(
+        [x, gate, up, down, threshold, gate_bias, up_bias, partial_PTH.data_ptr(), VERSION, tokens, up_IH.shape[0],
+         hidden, code, a, *scales], threads
+    )  # fmt: skip
+    y_TH = partial_PTH.sum(0) if down_scale_H is None else partial_PTH.sum(0) * down_scale_H
     return y_TH if down_bias_H is None else y_TH + down_bias_H
 
 
@@ -131,10 +139,13 @@ def _(
     gate_bias_I: Tensor | None = None,
     up_bias_I: Tensor | None = None,
     down_bias_H: Tensor | None = None,
+    gate_scale_I: Tensor | None = None,
+    up_scale_I: Tensor | None = None,
+    down_scale_H: Tensor | None = None,
 ) -> Tensor:
-    biases = (gate_bias_I, up_bias_I, down_bias_H)
-    check_arguments("sparse_mlp", x_TH, gate_IH, None, up_IH, down_IH, threshold_I, *biases)
-    return _run(x_TH, gate_IH, None, up_IH, down_IH, threshold_I, _CODES[activation], *biases)
+    rest = (gate_bias_I, up_bias_I, down_bias_H, gate_scale_I, up_scale_I, down_scale_H)
+    check_arguments("sparse_mlp", x_TH, gate_IH, None, up_IH, down_IH, threshold_I, *rest)
+    return _run(x_TH, gate_IH, None, up_IH, down_IH, threshold_I, _CODES[activation], *rest)
 
 
 @sparse_up_down.register_kernel("cpu")
@@ -146,7 +157,9 @@ def _(
     threshold_I: Tensor,
     up_bias_I: Tensor | None = None,
     down_bias_H: Tensor | None = None,
+    up_scale_I: Tensor | None = None,
+    down_scale_H: Tensor | None = None,
 ) -> Tensor:
-    biases = (None, up_bias_I, down_bias_H)
-    check_arguments("sparse_up_down", x_TH, None, a_TI, up_IH, down_IH, threshold_I, *biases)
-    return _run(x_TH, None, a_TI, up_IH, down_IH, threshold_I, 0, *biases)
+    rest = (None, up_bias_I, down_bias_H, None, up_scale_I, down_scale_H)
+    check_arguments("sparse_up_down", x_TH, None, a_TI, up_IH, down_IH, threshold_I, *rest)
+    return _run(x_TH, None, a_TI, up_IH, down_IH, threshold_I, 0, *rest)

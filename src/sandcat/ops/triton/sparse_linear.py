@@ -18,7 +18,7 @@ from sandcat.ops.sparse_linear import check_arguments, reference, sparse_linear
 from sandcat.ops.triton.launch import dependent_launch, multiprocessors
 from sandcat.ops.triton.sparse_mlp import activated, append, gated
 
-OPS = ("sparse_linear",)
+OPS = INT8_OPS = ("sparse_linear",)
 
 MOST_SQUARES = tl.constexpr(1024)
 """Most partial sums of squares that a kernel may leave for the norm of the next one."""
@@ -168,12 +168,18 @@ def sparse_rows_config(columns: list[int], channels: int, itemsize: int, multipr
 
 
 @sparse_linear.register_kernel("cuda")
-def launch(x_TI: Tensor, weight_IO: Tensor, threshold_I: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    check_arguments(x_TI, weight_IO, threshold_I, bias_O)
+def launch(
+    x_TI: Tensor,
+    weight_IO: Tensor,
+    threshold_I: Tensor,
+    bias_O: Tensor | None = None,
+    scale_O: Tensor | None = None,
+) -> Tensor:
+    check_arguments(x_TI, weight_IO, threshold_I, bias_O, scale_O)
     if len(x_TI) > 1:
-        return reference(x_TI, weight_IO, threshold_I, bias_O)
+        return reference(x_TI, weight_IO, threshold_I, bias_O, scale_O)
     x, weight, threshold = x_TI.contiguous(), weight_IO.contiguous(), threshold_I.contiguous()
-    bias = None if bias_O is None else bias_O.contiguous()
+    bias, scale = (None if t is None else t.contiguous() for t in (bias_O, scale_O))
     I, O = weight.shape
     config, (tiles, splits) = sparse_rows_config([O], I, weight.element_size(), multiprocessors(x.device))
     room = tiles * splits * config["CHANNELS"]
@@ -184,7 +190,7 @@ def launch(x_TI: Tensor, weight_IO: Tensor, threshold_I: Tensor, bias_O: Tensor 
     y_TO = torch.empty(1, O, dtype=torch.float32, device=x.device)
     with torch.cuda.device(x.device):
         sparse_rows[(tiles, splits)](
-            x, None, None, 0.0, None, 0, *[weight] * 3, *[threshold] * 3, *[bias] * 3, *[None] * 3, list_i, list_x,
+            x, None, None, 0.0, None, 0, *[weight] * 3, *[threshold] * 3, *[bias] * 3, *[scale] * 3, list_i, list_x,
             parts, arrived, y_TO, None, None, None, None, None, None, O, 0, 0, I, CODE=0, **config,
             **dependent_launch(x.device),
         )  # fmt: skip

@@ -19,10 +19,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sandcat.ops.sparse_mlp import ACTIVATIONS, check_arguments, sparse_mlp
+from sandcat.ops.sparse_mlp import ACTIVATIONS, check_arguments, reference, sparse_mlp
 from sandcat.ops.triton.launch import dependent_launch, multiprocessors
 
-OPS = ("sparse_mlp",)
+OPS, INT8_OPS = ("sparse_mlp",), ()
 CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 _SILU, _GELU, _GELU_TANH = (tl.constexpr(CODES[name]) for name in ("silu", "gelu", "gelu_tanh"))
 
@@ -266,11 +266,17 @@ def launch(
     gate_bias_I: Tensor | None = None,
     up_bias_I: Tensor | None = None,
     down_bias_H: Tensor | None = None,
+    gate_scale_I: Tensor | None = None,
+    up_scale_I: Tensor | None = None,
+    down_scale_H: Tensor | None = None,
 ) -> Tensor:
     T, H = x_TH.shape
     I = gate_IH.shape[0]
     biases = (gate_bias_I, up_bias_I, down_bias_H)
-    check_arguments("sparse_mlp", x_TH, gate_IH, None, up_IH, down_IH, threshold_I, *biases)
+    scales = (gate_scale_I, up_scale_I, down_scale_H)
+    check_arguments("sparse_mlp", x_TH, gate_IH, None, up_IH, down_IH, threshold_I, *biases, *scales)
+    if any(scale is not None for scale in scales):
+        return reference(x_TH, gate_IH, up_IH, down_IH, threshold_I, activation, *biases, *scales)
     tensors = (x_TH, gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I)
     x, gate, up, down, threshold, gate_bias, up_bias = (None if t is None else t.contiguous() for t in tensors)
     code, itemsize, device = CODES[activation], gate.element_size(), x.device

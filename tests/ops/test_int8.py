@@ -1,0 +1,169 @@
+"""Int8 weights: the kernels of `int8_linear`, and of the sparse ops with scales, against references and exact sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import assert_close
+
+from sandcat.ops import int8_linear, kernel_name, sparse_linear, sparse_mlp, sparse_up_down
+from sandcat.ops.arguments import MAX_TOKENS
+from sandcat.ops.int8_linear import reference
+from sandcat.ops.sparse_mlp import ACTIVATIONS
+
+SHAPES = [(1, 1), (63, 1), (1, 63), (576, 1536), (4097, 65), (65, 4097)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def codes(rows, columns, generator):
+    """Every int8 value but -128, which a symmetric scale does not use."""
+    return torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8)
+
+
+def arguments(tokens, channels, outputs, dtype, *, bias=True, seed=0):
+    """x, weight, scale, bias; scales differ a hundredfold, so that one at the wrong place shows."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, channels, generator=generator).to(dtype)
+    scale = 10 ** (2 * torch.rand(outputs, generator=generator)) * 1e-4 * channels**-0.5
+    made = torch.randn(outputs, generator=generator).to(dtype) if bias else None
+    return [x, codes(outputs, channels, generator), scale.to(dtype), made]
+
+
+def exact(x, weight, scale, bias=None):
+    """In float64, written out."""
+    y = (x.double() @ weight.double().t()) * scale.double()
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels, outputs", SHAPES)
+@pytest.mark.parametrize("tokens", [1, 3, MAX_TOKENS])
+@pytest.mark.parametrize("bias", [False, True])
+def test_int8_linear(dtype, channels, outputs, tokens, bias):
+    args = arguments(tokens, channels, outputs, dtype, bias=bias)
+    found = int8_linear(*args)
+    assert found.dtype == torch.float32
+    assert_close(found, exact(*args), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels, outputs", SHAPES)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_sparse_linear(dtype, channels, outputs, tokens):
+    x, weight, scale, bias = arguments(tokens, channels, outputs, dtype)
+    threshold = x.float().abs().quantile(0.5).expand(channels).to(dtype).contiguous()
+    want = exact(torch.where(x.abs() <= threshold, 0, x), weight, scale, bias)
+    assert_close(sparse_linear(x, weight.t().contiguous(), threshold, bias, scale), want, torch.float32)
+
+
+def mlp_arguments(tokens, hidden, neurons, dtype, activation="silu", seed=0):
+    """Those of sparse_mlp, all three matrices in int8, and all biases."""
+    x, gate, gate_scale, gate_bias = arguments(tokens, hidden, neurons, dtype, seed=seed)
+    _, up, up_scale, up_bias = arguments(1, hidden, neurons, dtype, seed=seed + 1)
+    _, down, down_scale, down_bias = arguments(1, neurons, hidden, dtype, seed=seed + 2)
+    gate_scale, up_scale = gate_scale * 30, up_scale * 30
+    a = ACTIVATIONS[activation](exact(x, gate, gate_scale, gate_bias).to(dtype))
+    threshold = a.float().abs().quantile(0.5).expand(neurons).to(dtype).contiguous()
+    near = (a.float().abs() - threshold.float()).abs() <= 0.02 * threshold.float()  # where roundings decide: keep
+    threshold[near.any(0)] = -1
+    biases, scales = (gate_bias, up_bias, down_bias), (gate_scale, up_scale, down_scale)
+    return [x, gate, up, down.t().contiguous(), threshold, activation, *biases, *scales]
+
+
+def exact_mlp(args):
+    x, gate, up, down, threshold, activation, gate_bias, up_bias, down_bias, *scales = args
+    a = ACTIVATIONS[activation](exact(x, gate, scales[0], gate_bias))
+    h = torch.where(a.abs() <= threshold, 0, a * exact(x, up, scales[1], up_bias))
+    return exact(h, down.t(), scales[2], down_bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden, neurons", [(1, 1), (63, 65), (64, 1), (576, 1536)])
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_sparse_mlp(dtype, hidden, neurons, tokens, activation):
+    args = mlp_arguments(tokens, hidden, neurons, dtype, activation)
+    assert_close(sparse_mlp(*args), exact_mlp(args), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sparse_up_down(dtype):
+    args = mlp_arguments(2, 63, 130, dtype)
+    x, gate, up, down, threshold, activation, gate_bias, *biases, gate_scale, up_scale, down_scale = args
+    a = ACTIVATIONS[activation](exact(x, gate, gate_scale, gate_bias)).to(dtype)
+    found = sparse_up_down(x, a, up, down, threshold, *biases, up_scale, down_scale)
+    assert_close(found, exact_mlp(args), dtype)
+
+
+@pytest.mark.parametrize("which", range(3), ids=["gate", "up", "down"])
+def test_one_matrix_alone_in_int8(which):
+    """Each of the three has its own storage."""
+    args = mlp_arguments(2, 63, 130, torch.float32)
+    want = exact_mlp(args)
+    for other in {0, 1, 2} - {which}:
+        scale = args[9 + other]
+        args[1 + other] = args[1 + other].float() * (scale if other == 2 else scale[:, None])
+        args[9 + other] = None
+    assert_close(sparse_mlp(*args), want, torch.float32)
+
+
+def test_sums_beyond_float16():
+    """Sums of codes pass 65504 long before the outputs do."""
+    x = torch.full((1, 576), 40.0, dtype=torch.float16)
+    weight, scale = torch.full((3, 576), 127, dtype=torch.int8), torch.full((3,), 1e-3, dtype=torch.float16)
+    for op in (int8_linear, reference):
+        assert_close(op(x, weight, scale), exact(x, weight, scale), torch.float16)
+
+
+def test_not_finite():
+    """It comes out where the definition has it, and the other tokens don't see it."""
+    args = arguments(3, 64, 96, torch.float32)
+    for bad in (float("nan"), float("inf")):
+        args[0][0, 7] = bad
+        args[1][:, 7] = 1
+        assert_close(int8_linear(*args), exact(*args), torch.float32)
+
+
+def test_not_contiguous():
+    args = arguments(2, 64, 96, torch.float32)
+    strided = [torch.stack([t, t], -1)[..., 0] for t in args]
+    assert not any(t.is_contiguous() for t in strided)
+    assert_close(int8_linear(*strided), exact(*args), torch.float32)
+
+
+def test_opcheck_and_one_graph():
+    args = arguments(2, 64, 96, torch.float32)
+    torch.library.opcheck(int8_linear, tuple(args))
+    step = torch.compile(lambda x: int8_linear(x * 2, *args[1:]) + 1, fullgraph=True)
+    assert_close(step(args[0]), exact(args[0] * 2, *args[1:]) + 1, torch.float32)
+    mlp = mlp_arguments(2, 64, 96, torch.float32)
+    torch.library.opcheck(sparse_mlp, tuple(mlp), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads(threads):
+    before = torch.get_num_threads()
+    args = arguments(1, 65, 11, torch.float32)
+    try:
+        torch.set_num_threads(threads)
+        assert_close(int8_linear(*args), exact(*args), torch.float32)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_arguments_that_do_not_fit():
+    good = arguments(2, 64, 96, torch.float32)
+    bad = {0: arguments(MAX_TOKENS + 1, 64, 96, torch.float32)[0], 1: good[1].float(), 2: good[2][:, None]}
+    bad |= {3: good[3].bfloat16()}
+    for place, tensor in bad.items():
+        with pytest.raises(ValueError, match=r"1 to 8 tokens|must be"):
+            int8_linear(*good[:place], tensor, *good[place + 1 :])
+    x, weight, _, bias = good
+    with pytest.raises(ValueError, match="int8 iff they have scales"):
+        sparse_linear(x, weight.t(), torch.zeros(64), bias)  # int8 without its scales
+
+
+def test_kernels_run_here():
+    assert {kernel_name(op, "cpu", int8=True) for op in ("int8_linear", "sparse_linear", "sparse_mlp")} == {"numba"}
