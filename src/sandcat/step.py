@@ -26,11 +26,12 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 def fused_step(model: nn.Module, cache: Cache) -> FusedStep | None:
     """The fused step of a model over a static cache that holds a prompt; None where it does not apply.
 
-    It applies to one sequence, on CUDA with Triton, to families with `Architecture.fused_step` whose weights have one
-    dtype and lie on one device, whose down projections have no bias, and whose modules are plain: without hooks and
-    adapters, which it would pass over.
+    It applies to one sequence, on CUDA with Triton or on a CPU with OpenMP, to families with `Architecture.fused_step`
+    whose weights have one dtype and lie on one device, and whose modules are without hooks and adapters, which it would
+    pass over. On CUDA down projections have no bias, and linear layers do not skip their inputs.
     """
-    if kernel_name("sparse_mlp", model.device) != "triton" or cache.layers[0].keys.shape[0] != 1:
+    kernels = kernel_name("sparse_mlp", model.device)
+    if kernels not in ("triton", "numba") or cache.layers[0].keys.shape[0] != 1:
         return None
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return None
@@ -43,9 +44,13 @@ def fused_step(model: nn.Module, cache: Cache) -> FusedStep | None:
         return None
     if len({(p.dtype, p.device) for p in model.parameters()}) != 1:
         return None
-    if not all(_plain(block) for block in blocks) or type(model.get_output_embeddings()) is not nn.Linear:
+    if type(model.get_output_embeddings()) is not nn.Linear:
         return None
-    return FusedStep(view, blocks, cache)
+    if kernels == "numba":
+        from sandcat import cpu_step  # here, as not every machine has Numba's kernels
+
+        return cpu_step.CpuStep(view, blocks, cache) if cpu_step.applies(view, blocks) else None
+    return FusedStep(view, blocks, cache) if all(_plain(block) for block in blocks) else None
 
 
 def _plain(block: Block) -> bool:

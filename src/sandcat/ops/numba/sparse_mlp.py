@@ -28,12 +28,12 @@ BLOCK = 64
 VERSION = version_of(floats, threads, vectors, sys.modules["sandcat.ops.sparse_mlp"])
 """A digest of the sources, besides this file, that the compiled kernel depends on."""
 
-_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
-_SILU, _GELU, _GELU_TANH = _CODES["silu"], _CODES["gelu"], _CODES["gelu_tanh"]
+CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+_SILU, _GELU, _GELU_TANH = CODES["silu"], CODES["gelu"], CODES["gelu_tanh"]
 
 
 @njit(inline="always")
-def _activate(g, code):
+def activate(g, code):
     if code == _SILU:
         return g / (np.float32(1) + np.float32(math.exp(-g)))
     if code == _GELU:
@@ -77,7 +77,7 @@ def _kernel(dtype: torch.dtype):
                 for t in range(tokens):
                     if gate.size:
                         g = a[count, t] + widen(gate_bias[j]) if gate_bias.size else a[count, t]
-                        a[count, t] = rounded(_activate(rounded(g, unit), code), unit)
+                        a[count, t] = rounded(activate(rounded(g, unit), code), unit)
                     else:
                         a[count, t] = widen(given[t, j])
                     keeps[count, t] = not abs(a[count, t]) <= widen(threshold[j])
@@ -134,7 +134,7 @@ def _(
 ) -> Tensor:
     biases = (gate_bias_I, up_bias_I, down_bias_H)
     check_arguments("sparse_mlp", x_TH, gate_IH, None, up_IH, down_IH, threshold_I, *biases)
-    return _run(x_TH, gate_IH, None, up_IH, down_IH, threshold_I, _CODES[activation], *biases)
+    return _run(x_TH, gate_IH, None, up_IH, down_IH, threshold_I, CODES[activation], *biases)
 
 
 @sparse_up_down.register_kernel("cpu")

@@ -34,7 +34,7 @@ def _torch_openmp() -> ctypes.CDLL | None:
         library = ctypes.CDLL("libgomp.so.1")  # by now PyTorch's own, if it brought one
     except OSError:
         return None
-    for name in ("omp_get_thread_num", "omp_get_num_threads"):
+    for name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
         binding.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
     library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     library.GOMP_parallel.restype = None
@@ -42,6 +42,8 @@ def _torch_openmp() -> ctypes.CDLL | None:
 
 
 _openmp = _torch_openmp()
+HAS_BARRIER = _openmp is not None
+"""Whether a kernel may call `GOMP_barrier`, which waits for all threads."""
 _thread = types.ExternalFunction("omp_get_thread_num", types.int32())
 _threads = types.ExternalFunction("omp_get_num_threads", types.int32())
 
