@@ -3,10 +3,10 @@
     python benchmarks/decode.py                                 # bfloat16
     python benchmarks/decode.py --recipe teal:sparsity=0.25     # and a sparse model
 
-transformers eager and compiled with a static cache, `sandcat.step`, and llama.cpp, if llama-cpp-python is installed, with
-a BF16 GGUF file made from the embedded one. Each engine reads a prompt and is then fed the text that follows, from the
-reference that comes with Python; runs are interleaved, and medians count. "Agrees": how often the likeliest next token
-is that of transformers eager.
+transformers eager and compiled with a static cache, `sandcat.step`, and llama.cpp, if llama-cpp-python is installed,
+with a BF16 GGUF file made from the embedded one. Each engine reads a prompt and is then fed the text that follows, from
+the reference that comes with Python; runs are interleaved, and medians count. "Agrees": how often the likeliest next
+token is that of transformers eager.
 """
 
 from __future__ import annotations

@@ -38,17 +38,11 @@ def _rows(block: Block, name: str) -> Tensor:
 
 
 class CpuStep:
-    """Called with ids [1, 1]: the logits [1, vocabulary] that follow; the token is added to the cache.
-
-    The logits are overwritten by the next call. `position`, int32 [1], says how many positions of the cache are taken.
-    """
+    """The step on a CPU; see `sandcat.step.Step`."""
 
     def __init__(self, view: ModelView, blocks: list[Block], cache: Cache):
-        decoder, table, head = (
-            view.decoder,
-            view.model.get_input_embeddings().weight,
-            view.model.get_output_embeddings(),
-        )
+        model, decoder = view.model, view.decoder
+        table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
         self.dtype, self.vocabulary = table.dtype, len(table)
         self.held: list[Tensor] = []
         _, groups, length, size = cache.layers[0].keys.shape

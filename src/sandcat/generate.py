@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from sandcat.data import stop_tokens
 from sandcat.errors import DataError
-from sandcat.step import FusedStep, fused_step
+from sandcat.step import Step, fused_step
 
 
 class Decoder:
@@ -34,7 +34,7 @@ class Decoder:
         self.forward = self._forward
         self.compile = compile
         self.prepared = False
-        self.fused: FusedStep | None = None
+        self.fused: Step | None = None
         if compile not in (None, "fused"):
             self.forward = torch.compile(self._forward, mode=None if compile == "default" else compile, fullgraph=True)
         self.graph: torch.cuda.CUDAGraph | None = None

@@ -1,4 +1,5 @@
-"""A decode step of one sequence on a GPU in five kernels a layer, instead of a compiler's dozen.
+"""A decode step of one sequence in few kernels: on a GPU five a layer, instead of a compiler's dozen; on a CPU one for
+all layers (cpu_step.py).
 
 Once skipping has made the large kernels short, the small ones and the time between them are what is left of a step. The
 fused step applies to the families whose row in architectures.py says so; others run the step of transformers, compiled
@@ -8,6 +9,7 @@ or not.
 from __future__ import annotations
 
 from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +25,27 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles do not depend on how long the sequence is."""
 
 
-def fused_step(model: nn.Module, cache: Cache) -> FusedStep | None:
+class Step(Protocol):
+    """Called with ids [1, 1]: the logits [1, vocabulary] that follow; the token is added to the cache.
+
+    The logits are overwritten by the next call.
+    """
+
+    position: Tensor
+    """int32 [1]: how many positions of the cache are taken."""
+
+    def __call__(self, ids_11: Tensor) -> Tensor: ...
+
+
+def fused_step(model: nn.Module, cache: Cache) -> Step | None:
     """The fused step of a model over a static cache that holds a prompt; None where it does not apply.
 
     It applies to one sequence, on CUDA with Triton or on a CPU with OpenMP, to families with `Architecture.fused_step`
     whose weights have one dtype and lie on one device, and whose modules are without hooks and adapters, which it would
-    pass over. On CUDA down projections have no bias, and linear layers do not skip their inputs.
+    pass over. On CUDA down projections have no bias.
     """
     kernels = kernel_name("sparse_mlp", model.device)
-    if kernels not in ("triton", "numba") or cache.layers[0].keys.shape[0] != 1:
-        return None
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+    if kernels not in ("triton", "numba"):
         return None
     try:
         view = ModelView(model)
@@ -41,6 +53,10 @@ def fused_step(model: nn.Module, cache: Cache) -> FusedStep | None:
             return None
         blocks = list(view.blocks())
     except UnsupportedModel:
+        return None
+    if cache.layers[0].keys.shape[0] != 1:
+        return None
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return None
     if len({(p.dtype, p.device) for p in model.parameters()}) != 1:
         return None
@@ -65,10 +81,7 @@ def _plain(block: Block) -> bool:
 
 
 class FusedStep:
-    """Called with ids [1, 1]: the logits [1, vocabulary] that follow; the token is added to the cache.
-
-    The logits are overwritten by the next call. `position`, int32 [1], says how many positions of the cache are taken.
-    """
+    """The step on CUDA; see `Step`."""
 
     def __init__(self, view: ModelView, blocks: list[Block], cache: Cache):
         # here, as not every machine has Triton

@@ -37,7 +37,7 @@ each input, below which that is skipped, [inputs, outputs]."""
 LAYER = _record(
     "input_norm q_norm k_norm mlp_norm keys values window activation skips neurons neuron_threshold",
     "input_eps head_eps mlp_eps scaling",
-    **dict.fromkeys("q k v o gate up down".split(), LINEAR),
+    **dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), LINEAR),
 )
 """`skips`: the down projection is stored [I, H], and neurons with |activation| <= neuron_threshold are skipped."""
 MODEL = _record(

@@ -72,9 +72,11 @@ def on_all_threads(body) -> Callable[[list[int], int], None]:
 
         return run
 
-    @cfunc(types.void(types.CPointer(types.int64)))  # not cached: a change in what the body calls would go unseen
+    body_at = _at_its_address(body)
+
+    @cfunc(types.void(types.CPointer(types.int64)))
     def entry(args):
-        body(carray(args, (SLOTS,)), _thread(), _threads())
+        body_at(carray(args, (SLOTS,)), _thread(), _threads())
 
     address = entry.address
     pack = ctypes.c_int64 * SLOTS
@@ -84,6 +86,26 @@ def on_all_threads(body) -> Callable[[list[int], int], None]:
         _openmp.GOMP_parallel(address, ctypes.addressof(packed), threads, 0)
 
     return run
+
+
+def _at_its_address(body):
+    """The compiled body, to be called by its address: else what calls it would compile it again in every process."""
+    signature = (types.Array(types.int64, 1, "C"), types.int32, types.int32)
+    body.compile(signature)
+    compiled = body.overloads[signature]
+    address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+
+    @intrinsic
+    def call(typing, args, thread, threads):
+        def generate(context, builder, call_signature, values):
+            kind = context.call_conv.get_function_type(types.none, signature)
+            function = builder.inttoptr(ir.IntType(64)(address), kind.as_pointer())
+            context.call_conv.call_function(builder, function, types.none, signature, values)
+            return context.get_dummy_value()
+
+        return types.none(*signature), generate
+
+    return call
 
 
 def version_of(*modules) -> int:
