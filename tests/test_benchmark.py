@@ -47,7 +47,7 @@ def test_pairs(pair):
     dense, sparse = pair
     found = benchmark.benchmark(dense, sparse, torch.randint(4, 96, (1, 30)), steps=3, runs=2, compile=False)
     assert found.context == 27 and found.kernel == "numba" and found.parity_error < 1e-5
-    assert set(found.variants) == {"dense eager", "sparse eager"}
+    assert set(found.variants) == {"dense eager", "dense fused", "sparse eager", "sparse fused"}
     assert found.gain == found.dense_seconds / found.sparse_seconds
     assert found.allowed_gain == found.dense_bytes / found.sparse_bytes > 1
 
@@ -62,14 +62,15 @@ def test_nothing_is_timed_if_the_kernel_is_wrong(pair, monkeypatch):
         benchmark.benchmark(dense, sparse, torch.randint(4, 96, (1, 30)), steps=3, runs=2, compile=False)
 
 
-def test_nothing_is_timed_if_a_compiled_step_is_wrong(pair, monkeypatch):
+@pytest.mark.parametrize("mode, name", [("default", "dense compiled step"), ("fused", "dense fused .* step")])
+def test_nothing_is_timed_if_a_step_is_wrong(pair, monkeypatch, mode, name):
     right = benchmark.Decoder.step
 
     def wrong(self, ids):
-        return right(self, ids) * (1 if self.compile is None else 1.1)
+        return right(self, ids) * (1.1 if self.compile == mode else 1)
 
     monkeypatch.setattr(benchmark.Decoder, "step", wrong)
-    with pytest.raises(ParityError, match="dense compiled step differs"):
+    with pytest.raises(ParityError, match=f"{name} differs"):
         benchmark.benchmark(*pair, torch.randint(4, 96, (1, 30)), steps=3, runs=2)
 
 

@@ -1,25 +1,16 @@
-"""The fused decode step. What it computes is checked without a GPU by ops/test_triton_interpreted.py."""
+"""The fused decode step. What it computes on a GPU is checked without one by ops/test_triton_interpreted.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import DEVICES, assert_close
 from tiny import VOCABULARY, text, tiny
 
 import sandcat
 from sandcat.generate import Decoder
-from sandcat.step import fused_step
 
 SIZES = {"hidden_size": 320, "intermediate_size": 711, "tie_word_embeddings": False}
-
-
-def test_not_on_a_cpu():
-    decoder = Decoder(tiny("llama"), 8)
-    with torch.inference_mode():
-        decoder.prefill(torch.randint(4, VOCABULARY, (1, 4)))
-        assert fused_step(decoder.model, decoder.cache) is None
-        decoder.step(torch.tensor([[5]]))
 
 
 @torch.inference_mode()
@@ -30,21 +21,21 @@ def pair(model, batch=1, length=70, steps=4):
     for mode in (None, "fused"):
         decoder = Decoder(model, length + steps, batch=batch, compile=mode)
         decoder.prefill(ids[:, :length])
-        found.append([decoder.step(ids[:, length + i :][:, :1].cuda()).clone() for i in range(steps)])
+        found.append([decoder.step(ids[:, length + i :][:, :1].to(model.device)).clone() for i in range(steps)])
     return *found, decoder.fused
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("heads", [(4, 4, 16), (10, 2, 40), (8, 1, 64)], ids=str)
 @pytest.mark.parametrize(
     "recipe", [None, "cats", "cats:layers=1:", "teal", "teal:sites=[k,o,up]", "teal:sites=[q,k,v,o,gate] cats"]
 )
-def test_equals_transformers(family, heads, recipe):
+def test_equals_transformers(device, family, heads, recipe):
     query, groups, size = heads
     options = {"mlp_bias": False} if family == "llama" else {}
     heads = {"num_attention_heads": query, "num_key_value_heads": groups, "head_dim": size}
-    model = tiny(family, **SIZES, **options, **heads).cuda()
+    model = tiny(family, **SIZES, **options, **heads).to(device)
     if recipe:
         sandcat.sparsify(model, None, recipe, calibration=text())
     want, found, fused = pair(model)
@@ -53,12 +44,12 @@ def test_equals_transformers(family, heads, recipe):
         assert_close(a, b.cpu(), torch.float32)
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("recipe", [None, "teal:sparsity=0.2"])
-def test_half_precision(dtype, recipe):
+def test_half_precision(device, dtype, recipe):
     """As near to the float32 model with the same weights as transformers is: it rounds at other places."""
-    model = tiny("llama", dtype, mlp_bias=False, **SIZES).cuda()
+    model = tiny("llama", dtype, mlp_bias=False, **SIZES).to(device)
     if recipe:
         sandcat.sparsify(model, None, recipe, calibration=text())
     torch.manual_seed(1)
@@ -70,22 +61,49 @@ def test_half_precision(dtype, recipe):
         assert (a - c).norm() <= 1.5 * (b - c).norm()
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "family, options, batch",
     [("gemma2", {}, 1), ("llama", {"mlp_bias": True}, 1), ("llama", {"mlp_bias": False}, 2)],
 )
-def test_where_it_does_not_apply(family, options, batch):
-    want, found, fused = pair(tiny(family, **options).cuda(), batch=batch)
+def test_where_it_does_not_apply(device, family, options, batch):
+    if device == "cpu" and options.get("mlp_bias"):
+        pytest.skip("on a CPU it does")
+    want, found, fused = pair(tiny(family, **options).to(device), batch=batch)
     assert fused is None
     assert torch.equal(torch.stack(found), torch.stack(want))
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("recipe", [None, "cats", "teal"])
+def test_threads_and_biases_on_a_cpu(threads, recipe):
+    model = tiny("llama", mlp_bias=True, attention_bias=True, **SIZES)
+    if recipe:
+        sandcat.sparsify(model, None, recipe, calibration=text())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        want, found, fused = pair(model, length=300)  # past what attention looks at in one go
+    finally:
+        torch.set_num_threads(before)
+    assert fused is not None
+    for a, b in zip(found, want, strict=True):
+        assert_close(a, b, torch.float32)
+
+
 @torch.inference_mode()
-def test_rewinds():
-    model = tiny("llama", mlp_bias=False, **SIZES).cuda()
-    ids = torch.randint(4, VOCABULARY, (1, 20)).cuda()
+def test_a_token_outside_the_vocabulary():
+    decoder = Decoder(tiny("llama"), 8)
+    decoder.prefill(torch.tensor([[5, 6]]))
+    with pytest.raises(IndexError, match=f"{VOCABULARY}"):
+        decoder.step(torch.tensor([[VOCABULARY]]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.inference_mode()
+def test_rewinds(device):
+    model = tiny("llama", mlp_bias=False, **SIZES).to(device)
+    ids = torch.randint(4, VOCABULARY, (1, 20)).to(device)
     decoder = Decoder(model, 20)
     decoder.prefill(ids[:, :10])
     want = [decoder.step(ids[:, i : i + 1]).clone() for i in range(10, 20)]

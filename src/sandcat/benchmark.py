@@ -123,8 +123,8 @@ def benchmark(
     Args:
         ids_BT: the prompt, and after its last `steps` tokens are taken off, what the steps are fed.
         runs: interleaved runs of `steps` steps; the median counts.
-        compile: also time steps under `torch.compile`; the best variant of each model counts. On a GPU every step is
-            captured in a CUDA graph, and the fused step of `sandcat.step` is a variant where it applies.
+        compile: also time steps under `torch.compile`; the best variant of each model counts. The fused step of
+            `sandcat.step` is a variant where it applies. On a GPU every step is captured in a CUDA graph.
         int8_dense: the model that has the int8 weights of the sparse one and skips nothing, as a second baseline.
 
     Raises:
@@ -136,9 +136,7 @@ def benchmark(
     prompt, fed = ids_BT[:, :-steps], ids_BT[:, -steps:].to(dense.device)
     error = parity_error(sparse, ids_BT)
     device = sparse.device
-    modes = {"eager": None}
-    if device.type == "cuda":
-        modes["fused"] = "fused"
+    modes = {"eager": None, "fused": "fused"}
     if compile:
         modes["compiled"] = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
     decoders: dict[str, Decoder] = {}

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from sandcat.data import stop_tokens
 from sandcat.errors import DataError
-from sandcat.step import FusedStep, fused_step
+from sandcat.step import Step, fused_step
 
 
 class Decoder:
@@ -33,7 +33,8 @@ class Decoder:
         self.cache = Cache(layers=[StaticLayer(max_cache_len=max_length) for _ in range(count)])
         self.forward = self._forward
         self.compile = compile
-        self.fused: FusedStep | None = None
+        self.prepared = False
+        self.fused: Step | None = None
         if compile not in (None, "fused"):
             self.forward = torch.compile(self._forward, mode=None if compile == "default" else compile, fullgraph=True)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -61,6 +62,8 @@ class Decoder:
         """Adds one token to each sequence; the logits [B, vocabulary] that follow (overwritten by the next step)."""
         if self.length >= self.max_length:
             raise DataError(f"the cache of {self.max_length} tokens is full.")
+        if self.compile == "fused" and not self.prepared:
+            self._fuse()
         if self.model.device.type == "cuda":
             if self.graph is None:
                 self._capture(ids_B1)
@@ -72,12 +75,15 @@ class Decoder:
         self.length += 1
         return logits
 
+    def _fuse(self) -> None:
+        """Takes the fused step where it applies; the cache must hold a prompt."""
+        self.prepared = True
+        self.fused = fused_step(self.model, self.cache)
+        self.forward = self.fused or self.forward
+        self.rewind(self.length)
+
     def _capture(self, ids_B1: Tensor) -> None:
         """Compiles and warms the step up, captures it, and sets the cache back to where it was."""
-        if self.compile == "fused":
-            self.fused = fused_step(self.model, self.cache)
-            self.forward = self.fused or self.forward
-            self.rewind(self.length)
         self.ids_B1 = ids_B1.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

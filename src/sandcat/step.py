@@ -1,4 +1,5 @@
-"""A decode step of one sequence on a GPU in five kernels a layer, instead of a compiler's dozen.
+"""A decode step of one sequence in few kernels: on a GPU five a layer, instead of a compiler's dozen; on a CPU one for
+all layers (cpu_step.py).
 
 Once skipping has made the large kernels short, the small ones and the time between them are what is left of a step. The
 fused step applies to the families whose row in architectures.py says so; others run the step of transformers, compiled
@@ -8,6 +9,7 @@ or not.
 from __future__ import annotations
 
 from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +26,27 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles do not depend on how long the sequence is."""
 
 
-def fused_step(model: nn.Module, cache: Cache) -> FusedStep | None:
+class Step(Protocol):
+    """Called with ids [1, 1]: the logits [1, vocabulary] that follow; the token is added to the cache.
+
+    The logits are overwritten by the next call.
+    """
+
+    position: Tensor
+    """int32 [1]: how many positions of the cache are taken."""
+
+    def __call__(self, ids_11: Tensor) -> Tensor: ...
+
+
+def fused_step(model: nn.Module, cache: Cache) -> Step | None:
     """The fused step of a model over a static cache that holds a prompt; None where it does not apply.
 
-    It applies to one sequence, on CUDA with Triton, to families with `Architecture.fused_step` whose weights have one
-    dtype and lie on one device, whose down projections have no bias, and whose modules are plain: without hooks and
-    adapters, which it would pass over.
+    It applies to one sequence, on CUDA with Triton or on a CPU with OpenMP, to families with `Architecture.fused_step`
+    whose weights have one dtype, not int8, and lie on one device, and whose modules are without hooks and adapters, which it would
+    pass over. On CUDA down projections have no bias.
     """
-    if kernel_name("sparse_mlp", model.device) != "triton" or cache.layers[0].keys.shape[0] != 1:
-        return None
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+    kernels = kernel_name("sparse_mlp", model.device)
+    if kernels not in ("triton", "numba"):
         return None
     try:
         view = ModelView(model)
@@ -42,11 +55,19 @@ def fused_step(model: nn.Module, cache: Cache) -> FusedStep | None:
         blocks = list(view.blocks())
     except UnsupportedModel:
         return None
+    if cache.layers[0].keys.shape[0] != 1:
+        return None
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return None
     if len({(p.dtype, p.device) for p in model.parameters()}) != 1:
         return None
-    if not all(_plain(block) for block in blocks) or type(model.get_output_embeddings()) is not nn.Linear:
+    if type(model.get_output_embeddings()) is not nn.Linear or any(scale_of(m) is not None for m in model.modules()):
         return None
-    return FusedStep(view, blocks, cache)
+    if kernels == "numba":
+        from sandcat import cpu_step  # here, as not every machine has Numba's kernels
+
+        return cpu_step.CpuStep(view, blocks, cache) if cpu_step.applies(view, blocks) else None
+    return FusedStep(view, blocks, cache) if all(_plain(block) for block in blocks) else None
 
 
 def _plain(block: Block) -> bool:
@@ -54,8 +75,6 @@ def _plain(block: Block) -> bool:
     *gate_up, down = mlp = _projections(block)
     if isinstance(block.mlp.module, SparseMLP) and not all(type(linear) is nn.Linear for linear in mlp[1:]):
         return False
-    if any(scale_of(linear) is not None for linear in [*attention, block.o, *mlp]):
-        return False  # int8, which these kernels read but nobody has measured
     alike = all(len({linear.bias is None for linear in linears}) == 1 for linears in (attention, gate_up))
     return (
         alike and down.bias is None and all(type(m) in (nn.Linear, SparseLinear) for m in [*attention, block.o, *mlp])
@@ -63,10 +82,7 @@ def _plain(block: Block) -> bool:
 
 
 class FusedStep:
-    """Called with ids [1, 1]: the logits [1, vocabulary] that follow; the token is added to the cache.
-
-    The logits are overwritten by the next call. `position`, int32 [1], says how many positions of the cache are taken.
-    """
+    """The step on CUDA; see `Step`."""
 
     def __init__(self, view: ModelView, blocks: list[Block], cache: Cache):
         # here, as not every machine has Triton

@@ -35,6 +35,15 @@ def widen(typing, stored):
     return types.float32(stored), generate
 
 
+def _near(builder, number):
+    """The bfloat16 next to a float32, as float32."""
+    bits = builder.bitcast(number, _i32)
+    odd = builder.and_(builder.lshr(bits, _i32(16)), _i32(1))
+    near = builder.and_(builder.add(builder.add(bits, _i32(0x7FFF)), odd), _i32(0xFFFF0000))
+    nan = builder.fcmp_unordered("uno", number, number)
+    return builder.select(nan, number, builder.bitcast(near, _f32))
+
+
 @intrinsic
 def rounded(typing, value, like):
     """A float32 rounded to the dtype that `like` is stored in (to nearest, ties to even), as float32 again."""
@@ -42,13 +51,24 @@ def rounded(typing, value, like):
     def generate(context, builder, signature, args):
         number = args[0]
         if like == types.uint16:
-            bits = builder.bitcast(number, _i32)
-            odd = builder.and_(builder.lshr(bits, _i32(16)), _i32(1))
-            near = builder.and_(builder.add(builder.add(bits, _i32(0x7FFF)), odd), _i32(0xFFFF0000))
-            nan = builder.fcmp_unordered("uno", number, number)
-            return builder.select(nan, number, builder.bitcast(near, _f32))
+            return _near(builder, number)
         if like == types.int16:
             return builder.fpext(builder.fptrunc(number, ir.HalfType()), _f32)
         return number
 
     return types.float32(types.float32, like), generate
+
+
+@intrinsic
+def narrow(typing, value, like):
+    """A float32 as `like` is stored, rounded as `rounded` does."""
+
+    def generate(context, builder, signature, args):
+        number = args[0]
+        if like == types.uint16:
+            return builder.trunc(builder.lshr(builder.bitcast(_near(builder, number), _i32), _i32(16)), _i16)
+        if like == types.int16:
+            return builder.bitcast(builder.fptrunc(number, ir.HalfType()), _i16)
+        return number
+
+    return like(types.float32, like), generate

@@ -34,7 +34,7 @@ def _torch_openmp() -> ctypes.CDLL | None:
         library = ctypes.CDLL("libgomp.so.1")  # by now PyTorch's own, if it brought one
     except OSError:
         return None
-    for name in ("omp_get_thread_num", "omp_get_num_threads"):
+    for name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
         binding.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
     library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     library.GOMP_parallel.restype = None
@@ -42,6 +42,8 @@ def _torch_openmp() -> ctypes.CDLL | None:
 
 
 _openmp = _torch_openmp()
+HAS_BARRIER = _openmp is not None
+"""Whether a kernel may call `GOMP_barrier`, which waits for all threads."""
 _thread = types.ExternalFunction("omp_get_thread_num", types.int32())
 _threads = types.ExternalFunction("omp_get_num_threads", types.int32())
 
@@ -70,9 +72,11 @@ def on_all_threads(body) -> Callable[[list[int], int], None]:
 
         return run
 
-    @cfunc(types.void(types.CPointer(types.int64)))  # not cached: a change in what the body calls would go unseen
+    body_at = _at_its_address(body)
+
+    @cfunc(types.void(types.CPointer(types.int64)))
     def entry(args):
-        body(carray(args, (SLOTS,)), _thread(), _threads())
+        body_at(carray(args, (SLOTS,)), _thread(), _threads())
 
     address = entry.address
     pack = ctypes.c_int64 * SLOTS
@@ -82,6 +86,26 @@ def on_all_threads(body) -> Callable[[list[int], int], None]:
         _openmp.GOMP_parallel(address, ctypes.addressof(packed), threads, 0)
 
     return run
+
+
+def _at_its_address(body):
+    """The compiled body, to be called by its address: else what calls it would compile it again in every process."""
+    signature = (types.Array(types.int64, 1, "C"), types.int32, types.int32)
+    body.compile(signature)
+    compiled = body.overloads[signature]
+    address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+
+    @intrinsic
+    def call(typing, args, thread, threads):
+        def generate(context, builder, call_signature, values):
+            kind = context.call_conv.get_function_type(types.none, signature)
+            function = builder.inttoptr(ir.IntType(64)(address), kind.as_pointer())
+            context.call_conv.call_function(builder, function, types.none, signature, values)
+            return context.get_dummy_value()
+
+        return types.none(*signature), generate
+
+    return call
 
 
 def version_of(*modules) -> int:

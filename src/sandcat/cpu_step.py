@@ -1,0 +1,111 @@
+"""The fused step on a CPU: tables of addresses and sizes, made once, from which one compiled call runs all layers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from sandcat.architectures import Block, ModelView
+from sandcat.layers.linear import SparseLinear
+from sandcat.layers.mlp import SparseMLP
+from sandcat.layers.sparse import Sparse
+from sandcat.ops.numba import step
+from sandcat.ops.numba.sparse_mlp import CODES
+from sandcat.ops.numba.threads import HAS_BARRIER, threads_of
+
+
+def applies(view: ModelView, blocks: list[Block]) -> bool:
+    """Whether the kernel can run this model: matrices are plain or sparse linear layers, stored as it reads them."""
+    if not HAS_BARRIER or view.model.dtype not in step.STORAGE:
+        return False
+    linears = [(linear, _rows(block, name)) for block in blocks for name, linear in _linears(block).items()]
+    return all(type(linear) in (nn.Linear, SparseLinear) and rows.is_contiguous() for linear, rows in linears)
+
+
+def _linears(block: Block) -> dict[str, nn.Module]:
+    row, mlp = block.mlp.architecture, block.mlp.module
+    names = {"gate": row.gate, "up": row.up, "down": row.down}
+    return {"q": block.q, "k": block.k, "v": block.v, "o": block.o} | {k: getattr(mlp, n) for k, n in names.items()}
+
+
+def _rows(block: Block, name: str) -> Tensor:
+    """The weight [O, I] of a linear layer, or [I, O] where inputs are skipped."""
+    linear = _linears(block)[name]
+    inputs_skipped = isinstance(linear, Sparse) or (name == "down" and isinstance(block.mlp.module, SparseMLP))
+    return linear.weight.t() if inputs_skipped else linear.weight
+
+
+class CpuStep:
+    """The step on a CPU; see `sandcat.step.Step`."""
+
+    def __init__(self, view: ModelView, blocks: list[Block], cache: Cache):
+        model, decoder = view.model, view.decoder
+        table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+        self.dtype, self.vocabulary = table.dtype, len(table)
+        self.held: list[Tensor] = []
+        _, groups, length, size = cache.layers[0].keys.shape
+        heads, hidden = blocks[0].q.out_features // size, table.shape[1]
+        neurons = max(_linears(block)["down"].in_features for block in blocks)
+        most = max(heads * size, hidden, neurons)
+        self.threads = threads_of()
+        parts = step.parts_of(self.threads, groups)
+        positions = torch.arange(length)[None]
+        cos, sin = decoder.rotary_emb(torch.zeros(1, 1, hidden, dtype=self.dtype), position_ids=positions)
+        self.position = torch.zeros(1, dtype=torch.int32)
+        self.logits = torch.zeros(head.out_features, dtype=self.dtype)
+
+        self.model = np.zeros(1, step.MODEL)
+        self._fill(
+            self.model[0], table=table, position=self.position, cos=cos[0], sin=sin[0], h=torch.zeros(hidden),
+            qkv=torch.zeros((heads + 2 * groups) * size), partial=torch.zeros(heads, parts, size + 2), parts=parts,
+            hidden=torch.zeros(neurons), scores=torch.zeros(head.out_features), logits=self.logits,
+            norm=decoder.norm.weight, eps=decoder.norm.variance_epsilon, layers=len(blocks), heads=heads,
+            groups=groups, D=size, H=hidden, L=length, most=most,
+        )  # fmt: skip
+        self._fill_linear(self.model[0]["head"], head, head.weight)
+        self.layers = np.zeros(len(blocks), step.LAYER)
+        for entry, block, cached in zip(self.layers, blocks, cache.layers, strict=True):
+            self._fill_layer(entry, block, cached.keys, cached.values)
+        self.kernel = step.kernel(self.dtype)
+        self.arguments = [self.model.ctypes.data, self.layers.ctypes.data, step.VERSION]
+
+    def _fill(self, entry: np.void, **fields: Tensor | float | None) -> None:
+        """Writes numbers as they are, tensors as their addresses (and keeps them), None as 0."""
+        for name, value in fields.items():
+            if isinstance(value, Tensor):
+                value = value.contiguous()
+                self.held.append(value)
+                value = value.data_ptr()
+            entry[name] = 0 if value is None else value
+
+    def _fill_linear(self, entry: np.void, linear: nn.Module, rows: Tensor) -> None:
+        self._fill(
+            entry, weight=rows, bias=linear.bias, threshold=getattr(linear, "threshold", None),
+            outputs=linear.out_features, inputs=linear.in_features,
+        )  # fmt: skip
+
+    def _fill_layer(self, entry: np.void, block: Block, keys: Tensor, values: Tensor) -> None:
+        mlp = block.mlp.module
+        skips = isinstance(mlp, SparseMLP)
+        linears = _linears(block)
+        for name, linear in linears.items():
+            self._fill_linear(entry[name], linear, _rows(block, name))
+        q_norm, k_norm = (None if norm is None else norm.weight for norm in (block.q_norm, block.k_norm))
+        self._fill(
+            entry, input_norm=block.input_norm.weight, q_norm=q_norm, k_norm=k_norm, mlp_norm=block.mlp_norm.weight,
+            keys=keys, values=values, window=block.window or keys.shape[2], skips=skips,
+            activation=CODES[mlp.activation if skips else block.mlp.activation], neurons=linears["down"].in_features,
+            neuron_threshold=mlp.threshold if skips else None, input_eps=block.input_norm.variance_epsilon,
+            head_eps=0 if block.q_norm is None else block.q_norm.variance_epsilon,
+            mlp_eps=block.mlp_norm.variance_epsilon, scaling=block.scaling,
+        )  # fmt: skip
+
+    def __call__(self, ids_11: Tensor) -> Tensor:
+        token = int(ids_11)
+        if not 0 <= token < self.vocabulary:
+            raise IndexError(f"token {token} is outside the vocabulary of {self.vocabulary}.")
+        self.model["token"] = token
+        self.kernel(self.arguments, self.threads)
+        return self.logits[None]

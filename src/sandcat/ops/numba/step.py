@@ -1,0 +1,394 @@
+"""CPU kernel of a whole decode step of one sequence: one call for all layers, on all threads, with barriers between its
+phases. `sandcat.cpu_step` fills its tables.
+
+Shapes: H hidden size, I intermediate size, D size of a head, G query heads a key-value head, L positions of the cache.
+The residual state h is float32; what transformers rounds to the model's dtype inside a layer is rounded here too. Each
+thread computes its share of a matrix's outputs, so no sums are joined but those of attention over parts of the cache.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from functools import cache
+
+import numpy as np
+import torch
+from numba import carray, njit, types
+
+from sandcat.ops.numba import floats, sparse_mlp, threads, vectors
+from sandcat.ops.numba.floats import STORAGE, narrow, rounded, widen
+from sandcat.ops.numba.sparse_mlp import activate
+from sandcat.ops.numba.threads import on_all_threads, pointer, version_of
+from sandcat.ops.numba.vectors import REORDER, add, add4, dot, dot4
+
+VERSION = version_of(floats, sparse_mlp, threads, vectors, sys.modules["sandcat.ops.sparse_mlp"])
+"""A digest of the sources, besides this file, that the compiled kernel depends on."""
+
+
+def _record(integers: str, reals: str = "", **nested: np.dtype) -> np.dtype:
+    fields = [(name, np.int64) for name in integers.split()] + [(name, np.float64) for name in reals.split()]
+    return np.dtype(fields + list(nested.items()))
+
+
+LINEAR = _record("weight bias threshold outputs inputs")
+"""A matrix by its addresses and sizes, 0 for what it lacks. It is stored [outputs, inputs], and with a threshold for
+each input, below which that is skipped, [inputs, outputs]."""
+LAYER = _record(
+    "input_norm q_norm k_norm mlp_norm keys values window activation skips neurons neuron_threshold",
+    "input_eps head_eps mlp_eps scaling",
+    **dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), LINEAR),
+)
+"""`skips`: the down projection is stored [I, H], and neurons with |activation| <= neuron_threshold are skipped."""
+MODEL = _record(
+    "token position table cos sin h qkv partial hidden scores logits norm layers heads groups parts D H L most",
+    "eps",
+    head=LINEAR,
+)
+"""`groups`: key-value heads; `parts`: see `parts_of`; `most`: the most inputs that a matrix has."""
+
+UNIT = 16
+"""Outputs that no two threads share: a cache line of float32."""
+POSITIONS = 256
+"""Positions that all query heads of a group look at before the next ones, so that these stay in the cache."""
+BLOCK = 64
+"""Neurons whose gates are computed before the rows of those that are kept."""
+
+_barrier = types.ExternalFunction("GOMP_barrier", types.void())
+
+
+def parts_of(threads: int, groups: int) -> int:
+    """Parts that the cache of each key-value head is cut into, so that all threads have as many."""
+    return threads // math.gcd(threads, groups)
+
+
+@njit
+def _numbers(address, shape, like):
+    return carray(pointer(address), shape, like.dtype)
+
+
+@njit
+def _floats(address, shape):
+    return carray(pointer(address), shape, np.float32)
+
+
+@njit
+def _share(size, thread, threads):
+    """Which outputs are this thread's."""
+    units = -(-size // UNIT)
+    return min(size, units * thread // threads * UNIT), min(size, units * (thread + 1) // threads * UNIT)
+
+
+@njit(fastmath=REORDER)
+def _norm(h, weight, eps, x):
+    """x = RMSNorm(h), rounded as transformers rounds it."""
+    total = np.float32(0)
+    for k in range(h.size):
+        total += h[k] * h[k]
+    scale = np.float32(1 / math.sqrt(total / h.size + eps))
+    for k in range(h.size):
+        x[k] = rounded(rounded(h[k] * scale, weight[k]) * widen(weight[k]), weight[k])
+
+
+@njit
+def _rows(x, weight, y):
+    """y = W x, all of W read."""
+    fours = len(weight) // 4 * 4
+    for r in range(0, fours, 4):
+        y[r], y[r + 1], y[r + 2], y[r + 3] = dot4(x, weight[r], weight[r + 1], weight[r + 2], weight[r + 3])
+    for r in range(fours, len(weight)):
+        y[r] = dot(x, weight[r])
+
+
+@njit
+def _columns(kept, values, weight, first, end, y):
+    """y = the sum of values[c] * weight[kept[c], first:end]."""
+    for r in range(y.size):
+        y[r] = 0
+    fours = kept.size // 4 * 4
+    for c in range(0, fours, 4):
+        add4(
+            y, values[c : c + 4], weight[kept[c], first:end], weight[kept[c + 1], first:end],
+            weight[kept[c + 2], first:end], weight[kept[c + 3], first:end],
+        )  # fmt: skip
+    for c in range(fours, kept.size):
+        add(y, values[c], weight[kept[c], first:end])
+
+
+@njit
+def _above(x, threshold, kept, values):
+    """How many inputs are kept, after listing them; a NaN is kept."""
+    count = 0
+    for k in range(x.size):
+        kept[count] = k
+        values[count] = x[k]
+        count += not abs(x[k]) <= widen(threshold[k])
+    return count
+
+
+@njit
+def _linear(site, x, kept, values, first, end, y, like):
+    """y[first:end] = those outputs of a linear layer."""
+    if first >= end:
+        return
+    x = x[: site.inputs]
+    if site.threshold:
+        count = _above(x, _numbers(site.threshold, (site.inputs,), like), kept, values)
+        weight = _numbers(site.weight, (site.inputs, site.outputs), like)
+        _columns(kept[:count], values[:count], weight, first, end, y[first:end])
+    else:
+        _rows(x, _numbers(site.weight, (site.outputs, site.inputs), like)[first:end], y[first:end])
+    if site.bias:
+        bias = _numbers(site.bias, (site.outputs,), like)
+        for r in range(first, end):
+            y[r] += widen(bias[r])
+
+
+@njit
+def _round(y, like):
+    for r in range(y.size):
+        y[r] = rounded(y[r], like)
+
+
+@njit
+def _rotate(x, cos, sin):
+    """The rotary embedding of one head, in place."""
+    half = x.size // 2
+    for d in range(half):
+        low, high = x[d], x[half + d]
+        x[d] = _sum_of_products(low, cos[d], -high, sin[d])
+        x[half + d] = _sum_of_products(high, cos[half + d], low, sin[half + d])
+
+
+@njit
+def _sum_of_products(a, b, c, d):
+    return rounded(rounded(a * widen(b), b) + rounded(c * widen(d), d), b)
+
+
+@njit
+def _head(values, norm, eps, cos, sin, out, like):
+    """A query or key head: RMSNorm where there is one, then the rotary embedding, rounded as transformers rounds."""
+    if norm:
+        _norm(values, _numbers(norm, (values.size,), like), eps, out)
+    else:
+        for d in range(out.size):
+            out[d] = values[d]
+    _rotate(out, cos, sin)
+
+
+@njit
+def _attend(model, layer, position, parts, item, q, weights, like):
+    """One part of the cache of one key-value head: maximum, sum and weighted values of each of its query heads."""
+    D, G = model.D, model.heads // model.groups
+    group, part = item // parts, item % parts
+    qkv = _floats(model.qkv, ((model.heads + 2 * model.groups) * D,))
+    cos = _numbers(model.cos, (model.L, D), like)[position]
+    sin = _numbers(model.sin, (model.L, D), like)[position]
+    keys = _numbers(layer.keys, (model.groups, model.L, D), like)[group]
+    values = _numbers(layer.values, (model.groups, model.L, D), like)[group]
+    start = max(0, position + 1 - layer.window)
+    seen = position + 1 - start
+    first, end = start + seen * part // parts, start + seen * (part + 1) // parts
+    if end == position + 1:
+        k_at = (model.heads + group) * D
+        v_at = k_at + model.groups * D
+        _head(qkv[k_at : k_at + D], layer.k_norm, layer.head_eps, cos, sin, q[0], like)
+        for d in range(D):
+            keys[position, d] = narrow(q[0, d], like[0])
+            values[position, d] = narrow(qkv[v_at + d], like[0])
+    for g in range(G):
+        at = (group * G + g) * D
+        _head(qkv[at : at + D], layer.q_norm, layer.head_eps, cos, sin, q[g], like)
+    results = _floats(model.partial, (model.heads * parts, D + 2))
+    for g in range(G):
+        result = results[(group * G + g) * parts + part]
+        for d in range(D + 2):
+            result[d] = 0
+        result[D] = -np.inf
+    for at in range(first, end, POSITIONS):
+        to = min(end, at + POSITIONS)
+        here = weights[: to - at]
+        for g in range(G):
+            acc = results[(group * G + g) * parts + part]
+            _rows(q[g], keys[at:to], here)
+            top = acc[D]
+            for p in range(here.size):
+                here[p] *= np.float32(layer.scaling)
+                top = max(top, here[p])
+            fade = np.float32(math.exp(acc[D] - top))
+            total = acc[D + 1] * fade
+            for p in range(here.size):
+                here[p] = np.float32(math.exp(here[p] - top))
+                total += here[p]
+            acc[D], acc[D + 1] = top, total
+            acc = acc[:D]
+            for d in range(D):
+                acc[d] *= fade
+            fours = here.size // 4 * 4
+            for p in range(0, fours, 4):
+                s = at + p
+                add4(acc, here[p : p + 4], values[s], values[s + 1], values[s + 2], values[s + 3])
+            for p in range(fours, here.size):
+                add(acc, here[p], values[at + p])
+
+
+@njit
+def _attended(model, parts, x, like):
+    """x = the heads' outputs, joined from the parts of the cache."""
+    D = model.D
+    results = _floats(model.partial, (model.heads, parts, D + 2))
+    for head in range(model.heads):
+        out = x[head * D : (head + 1) * D]
+        top = results[head, 0, D]
+        for part in range(1, parts):
+            top = max(top, results[head, part, D])
+        total = np.float32(0)
+        for d in range(D):
+            out[d] = 0
+        for part in range(parts):
+            weight = np.float32(math.exp(results[head, part, D] - top))
+            total += weight * results[head, part, D + 1]
+            for d in range(D):
+                out[d] += weight * results[head, part, d]
+        for d in range(D):
+            out[d] = rounded(out[d] / total, like)
+
+
+@njit
+def _activations(g, code, like):
+    for j in range(g.size):
+        g[j] = rounded(activate(rounded(g[j], like), code), like)
+
+
+@njit
+def _kept_neurons(layer, x, a, threshold, kept, first, end, hidden, like):
+    """hidden[first:end] = a * up(x), where |a| is above the threshold; else 0, and the row is not read."""
+    up = _numbers(layer.up.weight, (layer.neurons, layer.up.inputs), like)
+    count = 0
+    for j in range(first, end):
+        hidden[j] = 0
+        kept[count] = j
+        count += not abs(a[j]) <= widen(threshold[j])
+    fours = count // 4 * 4
+    for c in range(0, fours, 4):
+        j0, j1, j2, j3 = kept[c], kept[c + 1], kept[c + 2], kept[c + 3]
+        hidden[j0], hidden[j1], hidden[j2], hidden[j3] = dot4(x, up[j0], up[j1], up[j2], up[j3])
+    for c in range(fours, count):
+        hidden[kept[c]] = dot(x, up[kept[c]])
+    bias = _numbers(layer.up.bias, (layer.neurons if layer.up.bias else 0,), like)
+    for c in range(count):
+        j = kept[c]
+        if bias.size:
+            hidden[j] += widen(bias[j])
+        hidden[j] = rounded(a[j] * rounded(hidden[j], like[0]), like[0])
+
+
+@njit
+def _neurons(layer, x, a, kept, values, first, end, hidden, like):
+    """hidden[first:end] = activation(gate(x)) * up(x)."""
+    if not layer.skips:
+        _linear(layer.gate, x, kept, values, first, end, a, like)
+        _activations(a[first:end], layer.activation, like[0])
+        _linear(layer.up, x, kept, values, first, end, hidden, like)
+        for j in range(first, end):
+            hidden[j] = rounded(a[j] * rounded(hidden[j], like[0]), like[0])
+        return
+    threshold = _numbers(layer.neuron_threshold, (layer.neurons,), like)
+    step = end - first if layer.gate.threshold else BLOCK  # the gate's columns are read whole
+    for at in range(first, end, max(step, 1)):
+        to = min(end, at + step)
+        _linear(layer.gate, x, kept, values, at, to, a, like)
+        _activations(a[at:to], layer.activation, like[0])
+        _kept_neurons(layer, x[: layer.up.inputs], a, threshold, kept, at, to, hidden, like)
+
+
+@njit
+def _down(layer, hidden, kept, values, first, end, y, like):
+    """y[first:end] = the down projection; of skipped neurons, whose hidden is 0, nothing is read."""
+    if not layer.skips:
+        _linear(layer.down, hidden, kept, values, first, end, y, like)
+        return
+    count = 0
+    for j in range(layer.neurons):
+        kept[count] = j
+        values[count] = hidden[j]
+        count += hidden[j] != 0
+    weight = _numbers(layer.down.weight, (layer.neurons, layer.down.outputs), like)
+    _columns(kept[:count], values[:count], weight, first, end, y[first:end])
+    if layer.down.bias:
+        bias = _numbers(layer.down.bias, (layer.down.outputs,), like)
+        for r in range(first, end):
+            y[r] += widen(bias[r])
+
+
+@njit
+def _step(model, layers, thread, threads, like):
+    position, token = carray(pointer(model.position), (1,), np.int32), model.token
+    D, H, parts = model.D, model.H, model.parts
+    Q, K = model.heads * D, model.groups * D
+    h, qkv = _floats(model.h, (H,)), _floats(model.qkv, (Q + 2 * K,))
+    hidden, logits = _floats(model.hidden, (model.most,)), _numbers(model.logits, (model.head.outputs,), like)
+    x, y, values = np.empty(model.most, np.float32), np.empty(model.most, np.float32), np.empty(model.most, np.float32)
+    kept, weights = np.empty(model.most, np.int64), np.empty(POSITIONS, np.float32)
+    q = np.empty((model.heads // model.groups, D), np.float32)
+    first, end = _share(H, thread, threads)
+    row = _numbers(model.table + token * H * like.itemsize, (H,), like)
+    for k in range(first, end):
+        h[k] = widen(row[k])
+    _barrier()
+    for i in range(model.layers):
+        layer = layers[i]
+        _norm(h, _numbers(layer.input_norm, (H,), like), layer.input_eps, x)
+        at, to = _share(Q, thread, threads)
+        _linear(layer.q, x, kept, values, at, to, qkv[:Q], like)
+        _round(qkv[at:to], like[0])
+        at, to = _share(K, thread, threads)
+        _linear(layer.k, x, kept, values, at, to, qkv[Q : Q + K], like)
+        _linear(layer.v, x, kept, values, at, to, qkv[Q + K :], like)
+        _round(qkv[Q + at : Q + to], like[0])
+        _round(qkv[Q + K + at : Q + K + to], like[0])
+        _barrier()
+        items = model.groups * parts
+        for item in range(items * thread // threads, items * (thread + 1) // threads):
+            _attend(model, layer, position[0], parts, item, q, weights, like)
+        _barrier()
+        _attended(model, parts, x, like[0])
+        _linear(layer.o, x, kept, values, first, end, y, like)
+        for k in range(first, end):
+            h[k] += y[k]
+        _barrier()
+        _norm(h, _numbers(layer.mlp_norm, (H,), like), layer.mlp_eps, x)
+        at, to = _share(layer.neurons, thread, threads)
+        _neurons(layer, x, y, kept, values, at, to, hidden, like)
+        _barrier()
+        _down(layer, hidden, kept, values, first, end, y, like)
+        for k in range(first, end):
+            h[k] += y[k]
+        _barrier()
+    _norm(h, _numbers(model.norm, (H,), like), model.eps, x)
+    scores = _floats(model.scores, (model.head.outputs,))
+    at, to = _share(model.head.outputs, thread, threads)
+    _linear(model.head, x, kept, values, at, to, scores, like)
+    for r in range(at, to):
+        logits[r] = narrow(scores[r], like[0])
+    if thread == 0:
+        position[0] += 1
+
+
+@cache
+def kernel(dtype: torch.dtype):
+    """The step for one dtype, compiled on first use (and then cached on disk).
+
+    Called with the addresses of a `MODEL` and of its `LAYER`s, the `VERSION`, and how many threads it may run on.
+    """
+    storage, version = STORAGE[dtype], VERSION
+
+    def body(args, thread, threads):
+        if args[2] != version:  # never: it ties the code that Numba caches to all sources it was made from
+            return
+        model = carray(pointer(args[0]), (1,), MODEL)[0]
+        layers = carray(pointer(args[1]), (model.layers,), LAYER)
+        like = np.zeros(1, storage)
+        _step(model, layers, thread, threads, like)
+
+    return on_all_threads(body)
