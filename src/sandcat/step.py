@@ -42,8 +42,8 @@ def fused_step(model: nn.Module, cache: Cache) -> Step | None:
     """The fused step of a model over a static cache that holds a prompt; None where it does not apply.
 
     It applies to one sequence, on CUDA with Triton or on a CPU with OpenMP, to families with `Architecture.fused_step`
-    whose weights have one dtype, not int8, and lie on one device, and whose modules are without hooks and adapters, which it would
-    pass over. On CUDA down projections have no bias.
+    whose weights have one dtype, not int8, and lie on one device, and whose modules are without hooks and adapters,
+    which it would pass over. On CUDA down projections have no bias.
     """
     kernels = kernel_name("sparse_mlp", model.device)
     if kernels not in ("triton", "numba"):
