@@ -28,12 +28,12 @@ BLOCK = 64
 VERSION = version_of(floats, threads, vectors, sys.modules["sandcat.ops.sparse_mlp"])
 """A digest of the sources, besides this file, that the compiled kernel depends on."""
 
-_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
-_SILU, _GELU, _GELU_TANH = _CODES["silu"], _CODES["gelu"], _CODES["gelu_tanh"]
+CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+_SILU, _GELU, _GELU_TANH = CODES["silu"], CODES["gelu"], CODES["gelu_tanh"]
 
 
 @njit(inline="always")
-def _activate(g, code):
+def activate(g, code):
     if code == _SILU:
         return g / (np.float32(1) + np.float32(math.exp(-g)))
     if code == _GELU:
@@ -80,7 +80,7 @@ def _kernel(dtype: torch.dtype, gate_dtype: torch.dtype, up_dtype: torch.dtype, 
                     if gate.size:
                         g = a[count, t] * widen(gate_scale[j]) if gate_scale.size else a[count, t]
                         g = g + widen(gate_bias[j]) if gate_bias.size else g
-                        a[count, t] = rounded(_activate(rounded(g, unit), code), unit)
+                        a[count, t] = rounded(activate(rounded(g, unit), code), unit)
                     else:
                         a[count, t] = widen(given[t, j])
                     keeps[count, t] = not abs(a[count, t]) <= widen(threshold[j])
@@ -145,7 +145,7 @@ def _(
 ) -> Tensor:
     rest = (gate_bias_I, up_bias_I, down_bias_H, gate_scale_I, up_scale_I, down_scale_H)
     check_arguments("sparse_mlp", x_TH, gate_IH, None, up_IH, down_IH, threshold_I, *rest)
-    return _run(x_TH, gate_IH, None, up_IH, down_IH, threshold_I, _CODES[activation], *rest)
+    return _run(x_TH, gate_IH, None, up_IH, down_IH, threshold_I, CODES[activation], *rest)
 
 
 @sparse_up_down.register_kernel("cpu")
