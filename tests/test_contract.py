@@ -17,7 +17,7 @@ import sandcat
 from sandcat.errors import BadRecipe, NothingMatched, PlanError, SandcatError, UnsupportedModel
 from sandcat.layers import kernel as kernel_layer
 from sandcat.layers.sparse import sparse_modules
-from sandcat.methods import METHODS, Cats, Relufy, Teal
+from sandcat.methods import METHODS, Cats, Coreinfer, Relufy, Rsparse, Teal
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -32,6 +32,13 @@ RECIPES = {
     "relufy": ([Relufy()], torch.relu, lambda a, threshold: a),
     "teal": ([Teal(sparsity=0.3)], None, None),
     "teal-output": ([Teal(sparsity=0.3, score="output")], None, None),
+    "rsparse": ([Rsparse(sparsity=0.3, alpha=[0.7])], None, None),
+    "rsparse-weight": ([Rsparse(sparsity=0.3, alpha=[0.7], factors="weight")], None, None),
+    "rsparse-search": ([Rsparse(sparsity=0.3)], None, None),
+    "coreinfer": ([Coreinfer(sparsity=0.5)], None, None),
+    "coreinfer-similarity": ([Coreinfer(sparsity=0.5, rule="similarity", clusters=3)], None, None),
+    "coreinfer-teal": ([Coreinfer(sparsity=0.5), Teal(sparsity=0.3, sites=("o",))], None, None),
+    "cats-rsparse": ([Cats(sparsity=0.3), Rsparse(sparsity=0.3, alpha=[0.7], sites=("o",))], None, _cats),
     "cats-teal": ([Cats(sparsity=0.3), Teal(sparsity=0.3, sites=("o",))], None, _cats),
     "teal-cats": ([Teal(sparsity=0.3, sites=("q", "k", "v", "o", "gate")), Cats(sparsity=0.3)], None, _cats),
 }
@@ -54,14 +61,38 @@ def sparsified(family, recipe, dtype=torch.float32):
     for name, module in sparse_modules(sparse).items():
         place = expected.get_submodule(name)
         if isinstance(place, torch.nn.Linear):
-            place.forward = _linear(place, module.threshold)
+            place.forward = _linear(place, module)
+        elif isinstance(methods[0], Coreinfer):
+            place.forward = _core(place.forward, module, place)
         else:
             place.forward = _reference(place, activation, mask, module.threshold)
     return dense, sparse, expected, plan
 
 
-def _linear(linear, threshold):
-    return lambda x: F.linear(torch.where(x.abs() > threshold, x, 0), linear.weight, linear.bias)
+def _linear(linear, sparse):
+    threshold, factors = sparse.threshold, [f for name, f in sparse.named_buffers() if "factor" in name]
+
+    def forward(x):
+        kept = x.abs() > threshold
+        y = F.linear(x * kept, linear.weight, linear.bias)
+        return y if not factors else y + (x * ~kept) @ factors[0].t() @ factors[1].t()
+
+    return forward
+
+
+def _core(dense, sparse, mlp):
+    """Prompts whole, then the neurons that the sparse model chose (tests/test_coreinfer.py says which it has to)."""
+
+    def forward(x):
+        if sparse.prompts.fresh or x.shape[1] > 1:
+            return dense(x)
+        core = sparse.prompts.cores[sparse.layer]
+        handle = mlp.down_proj.register_forward_pre_hook(lambda m, args: (args[0] * core[:, None],))
+        y = dense(x)
+        handle.remove()
+        return y
+
+    return forward
 
 
 def _reference(mlp, activation, mask, threshold):
@@ -334,19 +365,20 @@ def test_dtype_can_change_afterwards(tmp_path):
 
 
 def test_no_matrix_is_held_twice():
-    """The sparse model's memory is the dense model's, plus one threshold a neuron or channel."""
+    """The sparse model's memory is the dense model's, plus thresholds and factors."""
 
     def held(model):
         tensors = [*model.parameters(), *model.buffers()]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     for family in FAMILIES:
-        for recipe in ("cats", "teal"):
+        for recipe in ("cats", "teal", "rsparse", "coreinfer"):
             dense, sparse, *_ = sparsified(family, recipe)
-            thresholds = sum(module.threshold.nbytes for module in sparse_modules(sparse).values())
-            assert held(sparse) == held(dense) + thresholds
+            sparse(torch.randint(4, VOCABULARY, (1, 5)))
+            more = sum(b.nbytes for module in sparse_modules(sparse).values() for b in module.buffers())
+            assert held(sparse) == held(dense) + more
             for module in sparse_modules(sparse).values():
-                assert (module.down if recipe == "cats" else module).weight.t().is_contiguous()
+                assert getattr(module, "down", module).weight.t().is_contiguous()
 
 
 @torch.inference_mode()

@@ -36,7 +36,7 @@ def full(speed: SpeedResult = FAST, name: str = "model") -> Report:
         recipe="cats:layers=[0,1]",
         plan={"methods": [{"name": "cats", "options": {"layers": [0, 1], "dense_prompt": True}}]},
         calibration={"source": name, "sha256": "ab" * 32, "tokens": 32_768, "sequential": True},
-        text=[TextResult(name, "cd" * 32, 16_368, 1024, 14.2, 15.0, 1.0563, 0.0042, 0.061, 0.001, 0.88, 0.003)],
+        text=[TextResult(name, "cd" * 32, 16_368, 1024, 0, 14.2, 15.0, 1.0563, 0.0042, 0.061, 0.001, 0.88, 0.003)],
         tasks=[
             TaskResult(name, "acc", 100, 0.68, 0.046, 0.67, 0.047),
             TaskResult("wikitext", "word_perplexity", 62, 12.0, None, 13.5, None),

@@ -16,7 +16,7 @@ from sandcat.errors import ParityError
 from sandcat.generate import Decoder
 from sandcat.layers.int8 import scale_of
 from sandcat.layers.kernel import Kernel, kernel_modules, references
-from sandcat.layers.sparse import Sparse, sparse_modules
+from sandcat.layers.sparse import Thresholded, sparse_modules
 from sandcat.progress import track
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -266,7 +266,7 @@ def _threshold_off_the_edge(module: Kernel, x: Tensor) -> Iterator[None]:
 
     There the order in which a kernel adds decides whether the neuron is kept, so two right answers differ by a neuron.
     """
-    if not isinstance(module, Sparse):
+    if not isinstance(module, Thresholded):
         yield
         return
     threshold = module.threshold
@@ -316,7 +316,8 @@ def dense_bytes(model: nn.Module) -> int:
 
 
 def bytes_share(sparse: nn.Module, dropped: dict[str, float]) -> float:
-    """Bytes of weights that a step of one token reads, dense = 1, if these shares of neurons are dropped."""
+    """Bytes of weights, thresholds and factors that a step of one token reads, dense = 1, if so much is dropped."""
     modules = sparse_modules(sparse)
-    saved = sum(modules[name].weight_bytes() - modules[name].weight_bytes(1 - share) for name, share in dropped.items())
-    return (read_bytes(sparse) - saved) / dense_bytes(sparse)
+    inside = {p for module in modules.values() for p in module.parameters()}
+    read = sum(modules[name].weight_bytes(1 - share) for name, share in dropped.items())
+    return (read_bytes(sparse) - sum(p.nbytes for p in inside) + read) / dense_bytes(sparse)

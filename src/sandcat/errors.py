@@ -33,6 +33,10 @@ class DataError(SandcatError, ValueError):
     """Text or tasks that are missing, empty, too short or unknown."""
 
 
+class GenerationError(SandcatError, RuntimeError):
+    """A cache that goes on with another prompt than its own, or a model that runs twice at once."""
+
+
 class DeviceError(SandcatError, RuntimeError):
     """A device or dtype that this machine does not have."""
 

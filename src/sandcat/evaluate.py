@@ -13,12 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sandcat.data import Text
-from sandcat.layers.sparse import Sparse, sparse_modules
+from sandcat.errors import DataError
+from sandcat.layers.sparse import Sparse, Thresholded, sparse_modules
 from sandcat.plan import Plan, layer_of
 from sandcat.progress import track
 
 WINDOW = 1024
 """Tokens in an evaluation window; every token but the first of each window is scored."""
+PROMPT_SHARE = 4
+"""Where a model chooses in a prompt what it computes after it, the first of so many parts of each window is its prompt.
+No model that is compared there is scored on it."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class TextResult:
     tokens: int
     """Tokens scored."""
     window: int
+    prompt: int
+    """First tokens of each window that are not scored, as some model chooses by them what it computes after them."""
     dense_perplexity: float
     sparse_perplexity: float
     ratio: float
@@ -78,18 +84,25 @@ def evaluate_text(
     Args:
         dense, sparse: models with one vocabulary.
         text: windows of token ids, as `data.load_text` gives them.
+
+    Raises:
+        DataError: windows too short for a prompt.
     """
+    length = text.ids_NL.shape[1]
+    prompt = length // PROMPT_SHARE if any(map(chooses_in_prompt, sparse)) else 0
+    if prompt and length < 4 * PROMPT_SHARE:
+        raise DataError(f"windows of {length} tokens are too short to choose neurons in a prompt: give a longer text.")
     measured = [torch.zeros(len(text.ids_NL), 4, dtype=torch.float64) for _ in sparse]  # losses, KL, agreement
     with ExitStack() as stack:
         dropped = []
         for model in sparse:
-            stack.enter_context(every_token_sparse(model))
+            stack.enter_context(every_token_sparse(model, prompt=prompt))
             dropped.append(stack.enter_context(counting_dropped(model)))
         for window, ids_L in enumerate(track(text.ids_NL, f"evaluating on {Path(text.source).name}")):
-            log_p = _log_probabilities(dense, ids_L)
-            target = ids_L[1:, None].to(log_p.device)
+            log_p = _log_probabilities(dense, ids_L)[prompt:]
+            target = ids_L[prompt + 1 :, None].to(log_p.device)
             for model, rows in zip(sparse, measured, strict=True):
-                log_q = _log_probabilities(model, ids_L).to(log_p.device)
+                log_q = _log_probabilities(model, ids_L)[prompt:].to(log_p.device)
                 rows[window, 0] = -log_p.gather(1, target).double().mean()
                 rows[window, 1] = -log_q.gather(1, target).double().mean()
                 rows[window, 2] = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / len(target)
@@ -99,7 +112,7 @@ def evaluate_text(
         change = mean_and_error(rows[:, 1] - rows[:, 0])
         ratio = math.exp(change[0])
         result = TextResult(
-            text.source, text.sha256, len(rows) * (text.ids_NL.shape[1] - 1), text.ids_NL.shape[1],
+            text.source, text.sha256, len(rows) * (length - prompt - 1), length, prompt,
             math.exp(rows[:, 0].mean()), math.exp(rows[:, 1].mean()), ratio, ratio * change[1],
             *mean_and_error(rows[:, 2]), *mean_and_error(rows[:, 3]),
         )  # fmt: skip
@@ -117,12 +130,26 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
+def chooses_in_prompt(model: nn.Module) -> bool:
+    """Whether some module needs a prompt before it skips anything."""
+    return any(module.chooses_in_prompt for module in sparse_modules(model).values())
+
+
 @contextmanager
-def every_token_sparse(model: nn.Module) -> Iterator[None]:
-    """Within this context prompts are computed sparsely too, so that a whole text measures what decoding would give."""
-    changed = [module for module in sparse_modules(model).values() if module.dense_prompt]
+def every_token_sparse(model: nn.Module, *, prompt: int = 1) -> Iterator[None]:
+    """Within this context prompts are computed sparsely too, so that a whole text measures what decoding would give.
+
+    Args:
+        prompt: the first so many tokens of each forward without a cache are what a model that chooses in a prompt
+            chooses by; it computes them whole, and the others as decoding would after them.
+    """
+    modules = sparse_modules(model).values()
+    changed = [module for module in modules if module.dense_prompt]
     for module in changed:
         module.dense_prompt = False
+    for module in modules:
+        if module.chooses_in_prompt:
+            module.prompt_tokens = max(1, prompt)
     try:
         yield
     finally:
@@ -138,12 +165,12 @@ def counting_dropped(model: nn.Module) -> Iterator[dict[str, list[int]]]:
     for name, module in sparse_modules(model).items():
         counts[name] = [0, 0]
 
-        def count(module: Sparse, args: tuple, entry: list[int] = counts[name]) -> None:
+        def count(module: Sparse, args: tuple, output: Tensor, entry: list[int] = counts[name]) -> None:
             kept = module.kept(args[0].flatten(0, -2))
             entry[0] += kept.numel() - int(kept.sum())
             entry[1] += kept.numel()
 
-        handles.append(module.register_forward_pre_hook(count))
+        handles.append(module.register_forward_hook(count))  # when it is known what was chosen
     try:
         yield counts
     finally:
@@ -158,7 +185,7 @@ def layer_sparsity(plan: Plan, realised: dict[str, float]) -> list[LayerSparsity
         for site, spec in step.sites.items():
             if site not in realised:  # nothing is skipped there
                 continue
-            target = step.method.options().get("sparsity")
+            target = spec.get("target", step.method.options().get("sparsity"))
             rows.append(LayerSparsity(site, layer_of(site), target, spec.get("sparsity"), realised[site]))
     return sorted(rows, key=lambda row: row.layer)
 
@@ -172,7 +199,7 @@ def histograms(sparse: nn.Module, ids_NL: Tensor, sites: list[str], bins: int = 
     for name in sites:
         found[name] = torch.zeros(2, bins, dtype=torch.long)
 
-        def count(module: Sparse, args: tuple, entry: Tensor = found[name]) -> None:
+        def count(module: Thresholded, args: tuple, entry: Tensor = found[name]) -> None:
             a_TI = module.scores(args[0].flatten(0, -2))
             kept = ~(a_TI <= module.threshold)
             position = ((a_TI.float().log10() - low) / (high - low) * bins).nan_to_num(0, bins - 1, 0)

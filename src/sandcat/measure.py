@@ -17,7 +17,7 @@ from sandcat.errors import BadRecipe, DataError
 from sandcat.evaluate import WINDOW, TextResult, evaluate_text, histograms, layer_sparsity
 from sandcat.generate import generate
 from sandcat.layers.kernel import kernel_modules
-from sandcat.layers.sparse import sparse_modules
+from sandcat.layers.sparse import Thresholded
 from sandcat.method import Method
 from sandcat.plan import Calibration, Plan
 from sandcat.registration import plan_of
@@ -92,7 +92,7 @@ def measure(
         swept = [(*other, *found) for other, found in zip(others, curve_results, strict=True)]
         points += sorted((_point(*row) for row in own + swept), key=lambda point: point.sparsity)
     modules = kernel_modules(sparse)
-    sites = list(sparse_modules(sparse))
+    sites = [name for name, module in modules.items() if isinstance(module, Thresholded)]
     chosen = list(dict.fromkeys([sites[0], sites[len(sites) // 2], sites[-1]] if sites else []))
     return Report(
         model={

@@ -94,6 +94,10 @@ class Method(ABC):
         """The kinds of sites that this method changes; by default whole MLPs."""
         return ("mlp",)
 
+    def claims(self, view: ModelView, site: Site) -> list[str]:
+        """Names of the linear layers at `site` that this method skips parts of; no other may have its slot there."""
+        return view.skipped_at(site)
+
     @abstractmethod
     def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
         """What to do at `site`, from the inputs that it sees in calibration (batches; empty if not `calibrated`)."""

@@ -209,7 +209,7 @@ def check(methods: list[Method], view: ModelView) -> None:
     for method in methods:
         for site in method.select(view):
             view.check_plain(site)
-            for name in view.skipped_at(site):
+            for name in method.claims(view, site):
                 other = claimed.setdefault((name, method.slot), method)
                 if other is not method:
                     raise PlanConflict(

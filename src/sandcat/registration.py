@@ -8,6 +8,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sandcat.architectures import ModelView
 from sandcat.errors import PlanError
+from sandcat.layers.core import follow_prompts
 from sandcat.plan import QUANT_METHOD, Plan
 
 
@@ -62,9 +63,11 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(module: nn.Module) -> dict[str, float]:
-    """The mean of each such tensor over its finite entries: enough to tell it from memory left over."""
+    """The mean magnitude of each such tensor (the mean of codes), infinities left out: tells it from memory left over."""
     return {
-        name: float(t[t.isfinite()].double().mean().nan_to_num()) if t.is_floating_point() else int(t.sum()) / t.numel()
+        name: float(t[t.isfinite()].double().abs().mean().nan_to_num())
+        if t.is_floating_point()
+        else int(t.sum()) / t.numel()
         for name, t in own_tensors(module).items()
     }
 
@@ -102,6 +105,7 @@ def pack(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "pack"):
             module.pack()
+    follow_prompts(ModelView(model).decoder)
     align(model)
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from torch import nn
 
 from sandcat.errors import DataError
-from sandcat.evaluate import every_token_sparse
+from sandcat.evaluate import chooses_in_prompt, every_token_sparse
 from sandcat.method import suggest
 from sandcat.progress import track
 
@@ -75,13 +75,17 @@ def run_tasks(
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
+    from sandcat.lm_eval_model import AfterPrompts
+
     results: list[list[TaskResult]] = [[] for _ in sparse]
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         for model in sparse:
             stack.enter_context(every_token_sparse(model))
+        # a copy of the tokenizer, since lm-eval sets padding in it
         settings = {"tokenizer": copy.deepcopy(tokenizer), "batch_size": batch_size, "softmax_dtype": "float32"}
-        models = [HFLM(model, **settings) for model in (dense, *sparse)]  # a copy, since lm-eval sets padding in it
+        makers = [AfterPrompts if chooses_in_prompt(model) else HFLM for model in (dense, *sparse)]
+        models = [make(model, **settings) for make, model in zip(makers, (dense, *sparse), strict=True)]
         for name, found in loaded.items():
             tasks, figures = found["tasks"].values(), []
             for which, model in enumerate(models):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from sandcat.layers.int8 import Int8Linear, dtype_like, scale_of
-from sandcat.layers.sparse import Sparse
+from sandcat.layers.sparse import Thresholded
 from sandcat.ops.sparse_linear import reference, sparse_linear
 
 
-class SparseLinear(Sparse):
+class SparseLinear(Thresholded):
     """Takes over the parameters of a linear layer, under their names, and adds one threshold an input channel.
 
     Args:

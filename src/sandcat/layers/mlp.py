@@ -1,4 +1,4 @@
-"""The gated MLP of a sparsified model. Shapes: see ops/sparse_mlp.py."""
+"""The gated MLPs of a sparsified model. Shapes: see ops/sparse_mlp.py."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 from sandcat.architectures import Site
 from sandcat.layers.int8 import Int8Linear, dtype_like, scale_of
-from sandcat.layers.sparse import Sparse
+from sandcat.layers.sparse import Sparse, Thresholded
 from sandcat.ops.int8_linear import product
 from sandcat.ops.sparse_mlp import ACTIVATIONS, reference, reference_up_down, sparse_mlp, sparse_up_down
 
 
-class SparseMLP(Sparse):
-    """Takes over the projections of a dense gated MLP, under their checkpoint names, and adds one threshold a neuron.
+class GatedMLP(Sparse):
+    """Takes over the projections of a dense gated MLP, under their checkpoint names.
 
     Args:
         site: the dense MLP. Its linear layers are shared, not copied; on the meta device too. They may be
-            `Int8Linear`s, and its gate projection a `SparseLinear`.
+            `Int8Linear`s.
         activation: a name of `ops.sparse_mlp.ACTIVATIONS`; default the model's own.
         dense_prompt: see `Sparse`.
     """
@@ -30,7 +30,6 @@ class SparseMLP(Sparse):
         for name in dict.fromkeys((row.gate, row.up, row.down)):
             self.add_module(name, getattr(site.module, name))
         self.activation = activation or site.activation
-        self.set_threshold(self.down.in_features, dtype_like(self.down))
 
     @property
     def down(self) -> nn.Linear | Int8Linear:
@@ -59,6 +58,20 @@ class SparseMLP(Sparse):
         """Stores the down projection neuron-major, once; its shape [H, I] and its values stay, as a transposed view."""
         weight = self.down.weight
         weight.data = weight.data.t().contiguous().t()
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, {super().extra_repr()}"
+
+
+class SparseMLP(GatedMLP, Thresholded):
+    """Has one threshold a neuron, for what its gate gives. The gate projection may be a `SparseLinear`.
+
+    Args: see `GatedMLP`.
+    """
+
+    def __init__(self, site: Site, *, activation: str | None = None, dense_prompt: bool = False):
+        super().__init__(site, activation=activation, dense_prompt=dense_prompt)
+        self.set_threshold(self.down.in_features, dtype_like(self.down))
 
     @property
     def op(self) -> str:
@@ -97,6 +110,3 @@ class SparseMLP(Sparse):
         if not self._gate_skips():  # else it counts its own
             always += self.gate()
         return sum(t.nbytes for t in always if t is not None) + round(kept * (up.nbytes + down.weight.nbytes))
-
-    def extra_repr(self) -> str:
-        return f"activation={self.activation}, {super().extra_repr()}"

@@ -10,13 +10,14 @@ import importlib
 import torch
 
 from sandcat.ops.arguments import MAX_TOKENS, PROMPT_CHUNK
+from sandcat.ops.core_mlp import core_mlp
 from sandcat.ops.int8_linear import int8_linear
 from sandcat.ops.sparse_linear import sparse_linear
 from sandcat.ops.sparse_mlp import sparse_mlp, sparse_up_down
 
 __all__ = [
-    "MAX_TOKENS", "PROMPT_CHUNK", "int8_linear", "kernel_name", "most_tokens", "sparse_linear", "sparse_mlp",
-    "sparse_up_down",
+    "MAX_TOKENS", "PROMPT_CHUNK", "core_mlp", "int8_linear", "kernel_name", "most_tokens", "sparse_linear",
+    "sparse_mlp", "sparse_up_down",
 ]  # fmt: skip
 
 _KERNELS: dict[tuple[str, str, bool], str] = {}
@@ -25,7 +26,7 @@ _KERNELS: dict[tuple[str, str, bool], str] = {}
 
 def _register(device: str, library: str) -> None:
     """Imports the kernels of a library, where it is installed and has them; else the references run."""
-    for name in ("int8_linear", "sparse_linear", "sparse_mlp"):
+    for name in ("core_mlp", "int8_linear", "sparse_linear", "sparse_mlp"):
         try:
             kernels = importlib.import_module(f"sandcat.ops.{library}.{name}")
         except ImportError:
@@ -41,7 +42,7 @@ if torch.cuda.is_available():
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_TOKENS = {
-    **{(op, "cpu", dtype, False): 2 for op in ("sparse_mlp", "sparse_up_down") for dtype in _FLOATS[1:]},
+    **{(op, "cpu", dtype, False): 2 for op in ("core_mlp", "sparse_mlp", "sparse_up_down") for dtype in _FLOATS[1:]},
     **{("sparse_linear", "cpu", dtype, False): 1 for dtype in _FLOATS},
     **{(op, "cuda", dtype, False): 1 for op in ("sparse_linear", "sparse_mlp", "sparse_up_down") for dtype in _FLOATS},
 }

@@ -1,0 +1,41 @@
+"""A linear layer that skips input channels and approximates what they add. Shapes: see ops/sparse_linear.py."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sandcat.layers.int8 import Int8Linear, dtype_like
+from sandcat.layers.linear import SparseLinear
+
+
+class LowRankLinear(SparseLinear):
+    """A `SparseLinear` that adds B (A x_dropped), of two factors that are read whole for every token.
+
+    Args:
+        rank: rows of A [R, I] and columns of B [O, R], at least 1.
+        linear, dense_prompt: see `SparseLinear`.
+    """
+
+    def __init__(self, linear: nn.Linear | Int8Linear, *, rank: int, dense_prompt: bool = False):
+        super().__init__(linear, dense_prompt=dense_prompt)
+        like = dtype_like(linear).detach()
+        self.register_buffer("factor_a", like.new_zeros(rank, linear.in_features))
+        self.register_buffer("factor_b", like.new_zeros(linear.out_features, rank))
+
+    def by_kernel(self, x_TH: Tensor, threshold_U: Tensor) -> Tensor:
+        return super().by_kernel(x_TH, threshold_U) + self._of_dropped(x_TH, threshold_U)
+
+    def by_definition(self, x_TH: Tensor, threshold_U: Tensor) -> Tensor:
+        return super().by_definition(x_TH, threshold_U) + self._of_dropped(x_TH, threshold_U)
+
+    def _of_dropped(self, x_TI: Tensor, threshold_I: Tensor) -> Tensor:
+        dropped_TI = torch.where(x_TI.abs() <= threshold_I, x_TI, 0)
+        return F.linear(F.linear(dropped_TI, self.factor_a), self.factor_b)
+
+    def weight_bytes(self, kept: float = 1.0) -> int:
+        return super().weight_bytes(kept) + self.factor_a.nbytes + self.factor_b.nbytes
+
+    def extra_repr(self) -> str:
+        return f"rank={len(self.factor_a)}, {super().extra_repr()}"

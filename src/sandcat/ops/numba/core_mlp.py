@@ -1,0 +1,120 @@
+"""CPU kernel of `sandcat::core_mlp`. Shapes: see ops/core_mlp.py.
+
+Each thread takes its share of the neurons, 64 at a time, and of those that any token has it reads gate, up and down
+rows, four at once. With several tokens a row is read once. Sums are float32; gate, up and their product are rounded to
+the model's dtype as the reference rounds them.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from sandcat.ops.core_mlp import check_arguments, core_mlp
+from sandcat.ops.numba import floats, sparse_mlp, threads, vectors
+from sandcat.ops.numba.floats import STORAGE, rounded, widen
+from sandcat.ops.numba.sparse_mlp import BLOCK, CODES, activate
+from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of, version_of
+from sandcat.ops.numba.vectors import add, add4, dot4, dots
+
+OPS = INT8_OPS = ("core_mlp",)
+VERSION = version_of(floats, threads, vectors, sparse_mlp, sys.modules["sandcat.ops.core_mlp"])
+"""A digest of the sources, besides this file, that the compiled kernel depends on."""
+
+
+@cache
+def _kernel(dtype: torch.dtype, gate_dtype: torch.dtype, up_dtype: torch.dtype, down_dtype: torch.dtype):
+    """The kernel for the model's dtype and the weights', compiled on first use (and then cached on disk)."""
+    storage, gate_storage, up_storage, down_storage = (STORAGE[t] for t in (dtype, gate_dtype, up_dtype, down_dtype))
+    unit, version = storage.type(0), VERSION
+
+    def body(args, thread, threads):
+        if args[8] != version:  # never: it ties the code that Numba caches to all sources it was made from
+            return
+        tokens, neurons, hidden, code = args[9], args[10], args[11], args[12]
+        x = carray(pointer(args[0]), (tokens, hidden), np.float32)
+        gate = carray(pointer(args[1]), (neurons, hidden), gate_storage)
+        up = carray(pointer(args[2]), (neurons, hidden), up_storage)
+        down = carray(pointer(args[3]), (neurons, hidden), down_storage)
+        core = carray(pointer(args[4]), (tokens, neurons), np.uint8)
+        gate_bias = carray(pointer(args[5]), (neurons if args[5] else 0,), storage)
+        up_bias = carray(pointer(args[6]), (neurons if args[6] else 0,), storage)
+        gate_scale = carray(pointer(args[13]), (neurons if args[13] else 0,), storage)
+        up_scale = carray(pointer(args[14]), (neurons if args[14] else 0,), storage)
+        y = carray(pointer(args[7]), (threads, tokens, hidden), np.float32)[thread]
+        kept = np.empty(BLOCK, np.int64)
+        a = np.empty((BLOCK, tokens), np.float32)
+        h = np.empty((BLOCK, tokens), np.float32)
+        end = neurons * (thread + 1) // threads
+        for start in range(neurons * thread // threads, end, BLOCK):
+            count = 0
+            for j in range(start, min(start + BLOCK, end)):
+                wanted = False
+                for t in range(tokens):
+                    wanted |= core[t, j] != 0
+                kept[count] = j
+                count += wanted
+            fours = count // 4 * 4
+            by_fours = fours if tokens == 1 else 0
+            for c in range(0, by_fours, 4):
+                g = dot4(x[0], gate[kept[c]], gate[kept[c + 1]], gate[kept[c + 2]], gate[kept[c + 3]])
+                a[c, 0], a[c + 1, 0], a[c + 2, 0], a[c + 3, 0] = g
+            for c in range(0, by_fours, 4):
+                u = dot4(x[0], up[kept[c]], up[kept[c + 1]], up[kept[c + 2]], up[kept[c + 3]])
+                h[c, 0], h[c + 1, 0], h[c + 2, 0], h[c + 3, 0] = u
+            for c in range(by_fours, count):
+                dots(x, gate[kept[c]], a[c])
+                dots(x, up[kept[c]], h[c])
+            for c in range(count):
+                j = kept[c]
+                for t in range(tokens):
+                    g = a[c, t] * widen(gate_scale[j]) if gate_scale.size else a[c, t]
+                    u = h[c, t] * widen(up_scale[j]) if up_scale.size else h[c, t]
+                    g = g + widen(gate_bias[j]) if gate_bias.size else g
+                    u = u + widen(up_bias[j]) if up_bias.size else u
+                    g = rounded(activate(rounded(g, unit), code), unit)
+                    h[c, t] = rounded(g * rounded(u, unit), unit) if core[t, j] else np.float32(0)
+            for c in range(0, fours, 4):
+                for t in range(tokens):
+                    add4(y[t], h[c : c + 4, t], down[kept[c]], down[kept[c + 1]], down[kept[c + 2]], down[kept[c + 3]])
+            for c in range(fours, count):
+                for t in range(tokens):
+                    add(y[t], h[c, t], down[kept[c]])
+
+    return on_all_threads(body)
+
+
+@core_mlp.register_kernel("cpu")
+def _(
+    x_TH: Tensor,
+    gate_IH: Tensor,
+    up_IH: Tensor,
+    down_IH: Tensor,
+    core_TI: Tensor,
+    activation: str,
+    gate_bias_I: Tensor | None = None,
+    up_bias_I: Tensor | None = None,
+    down_bias_H: Tensor | None = None,
+    gate_scale_I: Tensor | None = None,
+    up_scale_I: Tensor | None = None,
+    down_scale_H: Tensor | None = None,
+) -> Tensor:
+    scales = (gate_scale_I, up_scale_I, down_scale_H)
+    check_arguments(x_TH, gate_IH, up_IH, down_IH, core_TI, gate_bias_I, up_bias_I, down_bias_H, *scales)
+    tokens, hidden = x_TH.shape
+    tensors = [x_TH.float(), gate_IH, up_IH, down_IH, core_TI, gate_bias_I, up_bias_I, gate_scale_I, up_scale_I]
+    tensors = [None if t is None else t.contiguous() for t in tensors]
+    threads = threads_of()
+    partial_PTH = torch.zeros(threads, tokens, hidden)
+    *addresses, gate_scale, up_scale = (0 if t is None else t.data_ptr() for t in tensors)
+    _kernel(x_TH.dtype, gate_IH.dtype, up_IH.dtype, down_IH.dtype)(
+        [*addresses, partial_PTH.data_ptr(), VERSION, tokens, gate_IH.shape[0], hidden, CODES[activation],
+         gate_scale, up_scale], threads
+    )  # fmt: skip
+    y_TH = partial_PTH.sum(0) if down_scale_H is None else partial_PTH.sum(0) * down_scale_H
+    return y_TH if down_bias_H is None else y_TH + down_bias_H
