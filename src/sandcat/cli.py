@@ -125,8 +125,8 @@ def sparsify(
             return
         report = _measure(
             str(output), model, model if plan.stored.steps else None, texts=texts, tokens=tokens, tasks=questions,
-            limit=limit, curve=others, curve_text=words, prompts=prompt, runs=runs, compile=compile, device=device, dtype=dtype, seed=seed,
-            trust_remote_code=trust_remote_code,
+            limit=limit, curve=others, curve_text=words, prompts=prompt, runs=runs, compile=compile, device=device,
+            dtype=dtype, seed=seed, trust_remote_code=trust_remote_code,
         )  # fmt: skip
     report.write(output)
     replace_text(output / "README.md", model_card(plan, model, report.markdown()))
