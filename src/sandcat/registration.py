@@ -63,7 +63,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(module: nn.Module) -> dict[str, float]:
-    """The mean magnitude of each such tensor (the mean of codes), infinities left out: tells it from memory left over."""
+    """Mean magnitude of each such tensor (mean of codes), infinities left out: tells it from memory left over."""
     return {
         name: float(t[t.isfinite()].double().abs().mean().nan_to_num())
         if t.is_floating_point()
