@@ -2,7 +2,9 @@
 
     python benchmarks/quality.py --calibration valid.txt --text test.txt --tasks piqa-validation.jsonl
     python benchmarks/quality.py cats:sparsity=0.3 cats:sparsity=0.5 --calibration self --text a.txt --text b.jsonl
+    python benchmarks/quality.py sandcat teal --target bytes=0.8 --target bytes=0.65 --text test.txt --plot bytes.svg
 
+With targets, each recipe that has a sparsity is measured at each of them, and --plot draws perplexity against bytes.
 Every token is computed sparsely. All recipes are calibrated on the same text, and are evaluated in one pass beside the
 same dense model, so differences between rows are not noise of the text. Bytes are weights that one token reads.
 """
@@ -13,12 +15,16 @@ import argparse
 import copy
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import sandcat
+from sandcat import plots
 from sandcat.benchmark import bytes_share
 from sandcat.data import load_text, same_source
+from sandcat.errors import BudgetError
 from sandcat.evaluate import WINDOW, evaluate_text
+from sandcat.plan import parse_recipe
 from sandcat.progress import shown
 
 RECIPES = [
@@ -30,6 +36,9 @@ RECIPES = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", default=RECIPES)
+    parser.add_argument("--target", action="append", default=[], help="as in sandcat.sparsify(target=...)")
+    parser.add_argument("--allocate", help="how a target is spread")
+    parser.add_argument("--plot", type=Path, help="write perplexity against bytes there, as SVG")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", default=None)
@@ -44,6 +53,9 @@ def main() -> None:
     with shown():
         table, figures = measure(options)
     print(table)
+    if options.plot:
+        svg = plots.quality({name: points(rows) for name, rows in by_recipe(figures).items()})
+        options.plot.write_text(svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" color="#75869a"', 1))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
 
@@ -53,13 +65,18 @@ def measure(options: argparse.Namespace) -> tuple[str, list[dict]]:
     variants = []
     for source in options.calibration or ["self"]:
         text = load_text(source, dense, tokenizer, tokens=options.calibration_tokens)
-        for recipe in options.recipes:
-            # A copy that shares the weights; only layouts and thresholds are its own.
-            model = copy.deepcopy(dense, {id(p): p for name, p in dense.named_parameters() if "down" not in name})
-            sandcat.sparsify(model, tokenizer, recipe, calibration=text)
-            variants.append(
-                {"recipe": recipe, "calibration": f"{Path(source).name}, {text.tokens} tokens", "model": model}
-            )
+        for recipe, target in asked_for(options.recipes, options.target):
+            model = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})  # a copy that shares the weights
+            try:
+                allocate = options.allocate if target else None
+                sandcat.sparsify(model, tokenizer, recipe, calibration=text, target=target, allocate=allocate)
+            except BudgetError as error:
+                print(f"{recipe}: {error}", file=sys.stderr)
+                continue
+            variants.append({
+                "recipe": recipe, "target": target, "calibration": f"{Path(source).name}, {text.tokens} tokens",
+                "model": model,
+            })  # fmt: skip
     models = [variant["model"] for variant in variants]
     for source in options.text:
         if any(same_source(source, other) for other in options.calibration or ()):
@@ -79,9 +96,30 @@ def measure(options: argparse.Namespace) -> tuple[str, list[dict]]:
     return markdown(variants), variants
 
 
+def asked_for(recipes: list[str], targets: list[str]) -> list[tuple[str, str | None]]:
+    """Each recipe at each target; without one, if there are none or it has no sparsity."""
+    pairs = []
+    for recipe in recipes:
+        budgeted = targets and any(method.has_sparsity for method in parse_recipe(recipe))
+        pairs += [(recipe, target) for target in (targets if budgeted else [None])]
+    return pairs
+
+
+def by_recipe(variants: list[dict]) -> dict[str, list[dict]]:
+    rows: dict[str, list[dict]] = {}
+    for variant in variants:
+        rows.setdefault(variant["recipe"], []).append(variant)
+    return rows
+
+
+def points(variants: list[dict]) -> list[tuple[float, float]]:
+    """Bytes and perplexity over dense on the first text; the dense model among them."""
+    return sorted([(1.0, 1.0), *((v["bytes"], v["text"][0]["ratio"]) for v in variants)])
+
+
 def markdown(variants: list[dict]) -> str:
     texts, tasks = variants[0].get("text", []), variants[0].get("tasks", [])
-    head = ["recipe", "calibration", "dropped", "bytes"]
+    head = ["recipe", "target", "calibration", "dropped", "bytes"]
     for text in texts:
         name = Path(text["source"]).name
         head += [f"perplexity, {name} (dense {text['dense_perplexity']:.2f})", "KL", "agreement"]
@@ -91,6 +129,7 @@ def markdown(variants: list[dict]) -> str:
         realised = variant["realised"].values()
         row = [
             f"`{variant['recipe']}`",
+            variant["target"] or "",
             variant["calibration"],
             f"{sum(realised) / len(realised):.3f}",
             f"{variant['bytes']:.3f}",

@@ -93,6 +93,26 @@ def test_dry_run_prints_the_plan_and_writes_nothing(dense, words, tmp_path, caps
     assert snapshot(dense) == before
 
 
+def test_a_budget(dense, words, other, tmp_path, capsys):
+    """The default recipe; the budget is in the plan, in the report and in what `show` says."""
+    folder = tmp_path / "out"
+    options = ["--calibration", words, "--text", other, "--tokens", 512, "--runs", 2, "--no-compile"]
+    assert main("sparsify", dense, "-o", folder, "--bytes", 0.7, *options) == 0
+    report = json.loads((folder / "report.json").read_text())
+    assert report["recipe"].endswith("--bytes 0.7 --allocate search")
+    budget = report["plan"]["budget"]
+    assert (budget["target"], budget["allocate"], round(budget["bytes"], 3)) == ("bytes=0.7", "search", 0.7)
+    assert any(row["layer"] is None and row["realised"] > 0 for row in report["sparsity"])
+    assert "bytes=0.7" in (folder / "report.html").read_text()
+    capsys.readouterr()
+    assert main("show", folder) == 0
+    assert "bytes=0.7 by search: 0.700 of the dense model's weights are read" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert main("sparsify", dense, "--calibration", words, "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["budget"]["target"] == "quality=ppl+1%"
+
+
 def test_show_and_methods(sparse, capsys):
     assert main("show", sparse) == 0
     said = capsys.readouterr().out
@@ -220,6 +240,16 @@ BAD = [
         ["sparsify", "DENSE", "cats", "-o", "OUT", "--calibration", "WORDS", "--text", "WORDS"],
         "calibrated on",
     ),
+    ("two targets", ["sparsify", "DENSE", "cats", "-o", "OUT", "--bytes", 0.8, "--sparsity", 0.5], "are two targets"),
+    ("target and sparsity", ["sparsify", "DENSE", "cats:sparsity=0.1", "-o", "OUT", "--bytes", 0.8], "leave out one"),
+    (
+        "no such budget",
+        ["sparsify", "DENSE", "cats", "-o", "OUT", "--calibration", "WORDS", "--bytes", 0.1],
+        "cannot be",
+    ),
+    ("bad quality", ["sparsify", "DENSE", "-o", "OUT", "--quality", "good"], "is not understood"),
+    ("bad allocate", ["sparsify", "DENSE", "-o", "OUT", "--allocate", "serch"], "did you mean 'search'"),
+    ("curve and target", ["sparsify", "DENSE", "cats", "-o", "OUT", "--bytes", 0.9, "--curve", "0.5"], "leave out one"),
     ("curve of relufy", ["sparsify", "DENSE", "relufy", "-o", "OUT", "--curve", "0.5"], "option sparsity"),
     ("curve outside", ["sparsify", "DENSE", "cats", "-o", "OUT", "--curve", "1.5"], "outside [0, 1)"),
     ("binary jsonl", ["sparsify", "DENSE", "cats", "-o", "OUT", "--calibration", "BINARYJSONL"], "UTF-8"),

@@ -39,6 +39,7 @@ RECIPES = {
     "coreinfer-similarity": ([Coreinfer(sparsity=0.5, rule="similarity", clusters=3)], None, None),
     "coreinfer-teal": ([Coreinfer(sparsity=0.5), Teal(sparsity=0.3, sites=("o",))], None, None),
     "cats-rsparse": ([Cats(sparsity=0.3), Rsparse(sparsity=0.3, alpha=[0.7], sites=("o",))], None, _cats),
+    "teal-head": ([Teal(sparsity=0.3, sites="all+head")], None, None),
     "cats-teal": ([Cats(sparsity=0.3), Teal(sparsity=0.3, sites=("o",))], None, _cats),
     "teal-cats": ([Teal(sparsity=0.3, sites=("q", "k", "v", "o", "gate")), Cats(sparsity=0.3)], None, _cats),
 }

@@ -6,11 +6,11 @@ This is the only file that knows the module names of Hugging Face models. To sup
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from sandcat.errors import UnsupportedModel
 
@@ -134,9 +134,9 @@ class ModelView:
         return self.model.get_submodule(self.architecture.layers.rpartition(".")[0])
 
     @property
-    def stages(self) -> list[nn.Module]:
-        """What a token goes through, in order: the layers, then the final norm with the head."""
-        return [*self.layers, nn.Sequential(self.decoder.norm, self.model.get_output_embeddings())]
+    def stages(self) -> list[Callable[..., Tensor]]:
+        """What a token goes through, in order: the layers, then the final norm with the head that stands there then."""
+        return [*self.layers, lambda state: self.model.get_output_embeddings()(self.decoder.norm(state))]
 
     def layer_name(self, layer: int) -> str:
         return f"{self.architecture.layers}.{layer}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sandcat.architectures import ModelView, Site
 from sandcat.data import Text
-from sandcat.method import SLOTS, Method, Spec, Tensors
+from sandcat.method import SLOTS, Decided, Method, Spec
 from sandcat.plan import Calibration, Plan, Step
 from sandcat.progress import track
 from sandcat.registration import fingerprint
@@ -27,31 +27,44 @@ class _Stop(Exception):
 
 @torch.no_grad()
 def decide(
-    view: ModelView, methods: list[Method], text: Text | None, *, sequential: bool = True
-) -> tuple[Plan, dict[tuple[Method, str], Tensors]]:
+    view: ModelView,
+    methods: list[Method],
+    text: Text | None,
+    *,
+    sequential: bool = True,
+    sparsities: dict[str, float] | None = None,
+) -> tuple[Plan, Decided]:
     """Every method's decision for every one of its sites, and the tensors that go with it, by method and site name.
 
     Args:
         text: what to calibrate on; None if no method is `calibrated`.
         sequential: show a layer what the layers before it give when they are sparse already; else what they give when
             nothing is skipped.
+        sparsities: by site name, in place of the methods' own; a site at 0 skips nothing and is left out of the plan.
 
     Within a layer the weights are changed first, so that everything else is decided on the weights that will be read.
     The model is left as it was found, whatever happens.
     """
+
+    def sparsity_of(method: Method, site: Site) -> float | None:
+        return (sparsities or {}).get(site.name) if method.has_sparsity else None
+
     by_stage: dict[int, list[tuple[Method, Site]]] = {}
     for method in methods:
         for site in method.select(view):
-            by_stage.setdefault(site.layer, []).append((method, site))
+            if sparsity_of(method, site) != 0:
+                by_stage.setdefault(site.layer, []).append((method, site))
     order = {site.name: place for place, site in enumerate(view.sites())}
     for here in by_stage.values():  # as they apply and as the layer computes them, whatever the recipe's order
         here.sort(key=lambda pair: (SLOTS.index(pair[0].slot), order[pair[1].name]))
     specs: dict[Method, dict[str, Spec]] = {method: {} for method in methods}
-    tensors: dict[tuple[Method, str], Tensors] = {}
+    tensors: Decided = {}
 
     def settle(method: Method, site: Site, x_TH: list[Tensor]) -> None:
         site = view.current(site)
-        spec, tensors[method, site.name] = method.decide(site, x_TH)
+        sparsity = sparsity_of(method, site)
+        at = method if sparsity is None else method.at(sparsity)
+        spec, tensors[method, site.name] = at.decide(site, x_TH)
         module = method.build(site, spec)
         method.fill(module, tensors[method, site.name])
         specs[method][site.name] = {**spec, "fingerprint": fingerprint(module)}
@@ -60,7 +73,7 @@ def decide(
 
     stages = view.stages
     states, kwargs = _first_states(view, text) if text is not None else ([], [{}] * len(stages))
-    last = max(by_stage)
+    last = max(by_stage, default=-1)
     for index in track(range(last + 1), "calibrating layers" if text is not None else "deciding"):
         stage = stages[index]
         with _restored(view, by_stage.get(index, [])):
@@ -70,7 +83,8 @@ def decide(
             if index < last:
                 states = [_run(stage, state, kwargs[index]) for state in states]
     calibration = text and Calibration(text.source, text.sha256, text.tokens, sequential)
-    return Plan([Step(method, specs[method]) for method in methods], calibration), tensors
+    steps = [Step(method, specs[method]) for method in methods if specs[method] or sparsities is None]
+    return Plan(steps, calibration), tensors
 
 
 @contextmanager
@@ -84,7 +98,7 @@ def _restored(view: ModelView, sites: list[tuple[Method, Site]]) -> Iterator[Non
 
 
 def _first_states(view: ModelView, text: Text) -> tuple[list[Tensor], list[dict]]:
-    """What enters the first layer for each batch, and each layer's other arguments: one row's, which fit any batch."""
+    """What enters the first layer for each batch, and each stage's other arguments: one row's, which fit any batch."""
     states: list[Tensor] = []
     kwargs: list[dict] = []
 
@@ -106,7 +120,7 @@ def _first_states(view: ModelView, text: Text) -> tuple[list[Tensor], list[dict]
     return states, [*({k: v for k, v in kw.items() if k != "hidden_states"} for kw in kwargs), {}]
 
 
-def _inputs(layer: nn.Module, module: nn.Module, states: list[Tensor], kwargs: dict) -> list[Tensor]:
+def _inputs(layer: Callable[..., Tensor], module: nn.Module, states: list[Tensor], kwargs: dict) -> list[Tensor]:
     """What `module` gets, [T, H] for each batch, without the first positions of each window."""
     seen: list[Tensor] = []
 
@@ -123,7 +137,7 @@ def _inputs(layer: nn.Module, module: nn.Module, states: list[Tensor], kwargs: d
     return seen
 
 
-def _run(layer: nn.Module, state: Tensor, kwargs: dict) -> Tensor:
+def _run(layer: Callable[..., Tensor], state: Tensor, kwargs: dict) -> Tensor:
     out = layer(state, **kwargs)
     return out[0] if isinstance(out, tuple) else out
 

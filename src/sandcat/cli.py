@@ -54,8 +54,20 @@ Report_ = Annotated[Path | None, typer.Option("--report", help="Folder to write 
 @app.command()
 def sparsify(
     model: Model,
-    recipe: Annotated[list[str], typer.Argument(help='Methods, as in "cats:sparsity=0.5,score=output".')],
+    recipe: Annotated[
+        list[str], typer.Argument(help='Methods, as in "cats:sparsity=0.5,score=output"; sandcat is what is best.')
+    ] = ["sandcat"],  # noqa: B006
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the sparse model.")] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Target: the share not read of what the methods change.")
+    ] = None,
+    bytes: Annotated[float | None, typer.Option(help="Target: the share read of the dense model's weights.")] = None,
+    quality: Annotated[
+        str | None, typer.Option(help='Target: as few bytes as keep "ppl+1%" on a part of the calibration text.')
+    ] = None,
+    allocate: Annotated[
+        str | None, typer.Option(help="How a target is spread: uniform, equal-error or search (default).")
+    ] = None,
     calibration: Annotated[
         str,
         typer.Option(help="Text to calibrate on: self (the model writes it), a .txt or .jsonl file, a hub dataset."),
@@ -87,13 +99,16 @@ def sparsify(
     from sandcat.data import load_text
     from sandcat.generate import encode
     from sandcat.measure import at_sparsities, load_texts
-    from sandcat.plan import check, parse_recipe
+    from sandcat.plan import check
     from sandcat.progress import shown
     from sandcat.saving import check_free, model_card, replace_text, save
-    from sandcat.sparsify import sparsify
+    from sandcat.sparsify import asked, sparsify
+    from sandcat.target import the_one
     from sandcat.tasks import load_tasks
 
-    methods = parse_recipe(recipe)
+    methods, goal, how = asked(recipe, the_one(sparsity=sparsity, bytes=bytes, quality=quality), allocate)
+    if goal is not None and curve:
+        raise BadRecipe(f"--curve sweeps the recipe's own sparsity, and here the target {goal} sets it: leave out one.")
     others = at_sparsities(methods, numbers(curve, "--curve"))
     if not dry_run and output is None:
         raise BadRecipe("give the folder for the sparse model with -o, or only look at the plan with --dry-run.")
@@ -103,15 +118,18 @@ def sparsify(
     with shown(not as_json):
         questions = load_tasks(listed(tasks)) if tasks and measured else {}
         dense, tokenizer = hub.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        check(methods, ModelView(dense))
-        for asked in prompt if measured else []:
-            encode(tokenizer, asked)
+        check(methods, ModelView(dense), overlap=how == "search")
+        for line in prompt if measured else []:
+            encode(tokenizer, line)
         texts = load_texts(text, dense, tokenizer, tokens=tokens, seed=seed, calibration=None) if measured else []
         words = None
         if any(method.calibrated for method in methods):
             words = load_text(calibration, dense, tokenizer, tokens=calibration_tokens, seed=seed)
             load_texts(texts, dense, tokenizer, tokens=tokens, seed=seed, calibration=words)
-        plan = sparsify(dense, tokenizer, methods, calibration=words or "self", sequential=sequential, dry_run=dry_run)
+        plan = sparsify(
+            dense, tokenizer, methods, target=goal, allocate=how, calibration=words or "self", sequential=sequential,
+            dry_run=dry_run,
+        )  # fmt: skip
         if dry_run:
             print_json(plan.to_json()) if as_json else print_plan(plan)
             return
@@ -346,6 +364,8 @@ def print_report(report, as_json: bool) -> None:
 
 
 def print_plan(plan) -> None:
+    from sandcat import wording
+
     for step in plan.steps:
         out.print(f"[bold]{step.method}[/bold]: {summary(type(step.method))}")
         rows = [
@@ -356,6 +376,8 @@ def print_plan(plan) -> None:
         for row in rows:
             table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
         out.print(table)
+    if plan.budget is not None:
+        out.print(wording.budget(plan.budget))
     if plan.calibration is not None:
         c = plan.calibration
         how = "each layer after the sparse ones before it" if c.sequential else "all layers dense"

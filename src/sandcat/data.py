@@ -37,6 +37,14 @@ class Text:
     def tokens(self) -> int:
         return self.ids_NL.numel()
 
+    def part(self, first: int, end: int) -> Text:
+        """Some of its windows."""
+        return made(self.ids_NL[first:end], self.source)
+
+
+def made(ids_NL: Tensor, source: str) -> Text:
+    return Text(ids_NL, source, hashlib.sha256(ids_NL.to(torch.int64).numpy().tobytes()).hexdigest())
+
 
 def load_text(source: str, model: nn.Module, tokenizer, *, tokens: int, window: int = WINDOW, seed: int = 0) -> Text:
     """The first `tokens` tokens of a source, cut into windows, each after the tokens that the tokenizer starts with.
@@ -71,7 +79,7 @@ def load_text(source: str, model: nn.Module, tokenizer, *, tokens: int, window: 
         window = min(window, len(ids) + len(first))
         length = window - len(first)
         ids_NL = torch.tensor([first + ids[i : i + length] for i in range(0, len(ids) // length * length, length)])
-    return Text(ids_NL, source, hashlib.sha256(ids_NL.to(torch.int64).numpy().tobytes()).hexdigest())
+    return made(ids_NL, source)
 
 
 def same_source(one: str, other: str) -> bool:

@@ -17,6 +17,10 @@ class PlanConflict(SandcatError, ValueError):
     """Two methods claim one slot of one site, or a plan is applied over another."""
 
 
+class BudgetError(SandcatError, ValueError):
+    """A target that no assignment of sparsities meets, or that there is nothing to measure with."""
+
+
 class NothingMatched(SandcatError, ValueError):
     """A method whose selection of layers is empty for this model."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sandcat.data import Text
 from sandcat.errors import DataError
 from sandcat.layers.sparse import Sparse, Thresholded, sparse_modules
-from sandcat.plan import Plan, layer_of
+from sandcat.plan import Plan, layer_of, place_of
 from sandcat.progress import track
 
 WINDOW = 1024
@@ -54,7 +54,8 @@ class LayerSparsity:
     """Neurons dropped at one site: asked for, reached in calibration, and reached on the evaluation text."""
 
     site: str
-    layer: int
+    layer: int | None
+    """None for the head."""
     target: float | None
     calibrated: float | None
     realised: float
@@ -65,7 +66,7 @@ class Histogram:
     """How |a| is distributed at one site, in bins of equal width in log10: counts of kept and of dropped neurons."""
 
     site: str
-    layer: int
+    layer: int | None
     log10_edges: list[float]
     kept: list[int]
     dropped: list[int]
@@ -185,9 +186,9 @@ def layer_sparsity(plan: Plan, realised: dict[str, float]) -> list[LayerSparsity
         for site, spec in step.sites.items():
             if site not in realised:  # nothing is skipped there
                 continue
-            target = spec.get("target", step.method.options().get("sparsity"))
+            target = spec.get("target", None if plan.budget else step.method.options().get("sparsity"))
             rows.append(LayerSparsity(site, layer_of(site), target, spec.get("sparsity"), realised[site]))
-    return sorted(rows, key=lambda row: row.layer)
+    return sorted(rows, key=lambda row: place_of(row.site))
 
 
 @torch.inference_mode()

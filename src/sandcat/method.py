@@ -7,7 +7,7 @@ import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -112,6 +112,15 @@ class Method(ABC):
             target = getattr(module, name)
             target.data = tensor.to(target)
 
+    @property
+    def has_sparsity(self) -> bool:
+        """Whether sites can be given sparsities of their own: the method has the option `sparsity`."""
+        return "sparsity" in self.options()
+
+    def at(self, sparsity: float) -> Method:
+        """The same method with another sparsity."""
+        return replace(self, sparsity=sparsity)
+
     def options(self) -> dict[str, Any]:
         return {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in fields(self)}
 
@@ -166,13 +175,17 @@ def pick_kinds(method: str, sites: str | tuple[str, ...], known: list[str], fami
     return sites
 
 
-def check_sites(method: str, sites: str | tuple[str, ...]) -> None:
+def check_sites(method: str, sites: str | tuple[str, ...], words: tuple[str, ...] = ("all",)) -> None:
     """
     Raises:
-        BadRecipe: an option `sites` that is a word other than "all".
+        BadRecipe: an option `sites` that is a word other than these.
     """
-    if isinstance(sites, str) and sites != "all":
-        raise BadRecipe(f'{method}: sites={sites!r} is neither "all" nor a list such as [q,k,v,o].')
+    if isinstance(sites, str) and sites not in words:
+        raise BadRecipe(f"{method}: sites={sites!r} is neither {', '.join(words)} nor a list such as [q,k,v,o].")
+
+
+Decided = dict[tuple[Method, str], Tensors]
+"""The tensors of a plan, by method and site name."""
 
 
 def field_type(cls: type, name: str) -> Any:

@@ -9,13 +9,15 @@ from typing import Any
 
 from sandcat.architectures import ModelView, Site
 from sandcat.errors import BadRecipe, PlanConflict, PlanError
-from sandcat.method import SLOTS, Method, Spec, suggest
+from sandcat.method import SLOTS, Decided, Method, Spec, suggest
 from sandcat.methods import METHODS
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "sandcat"
 COMPRESSED = "compressed-tensors"
 """The layout that plans of int8 weights alone are saved in: transformers and others read it without us."""
+RECIPES = {"sandcat": ("teal:sites=all+head", "cats:score=output")}
+"""Words that stand for several methods. In `sandcat` both want up and down: `allocate` chooses, layer by layer."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,35 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """What the plan loses on the part of the calibration text that was kept for it."""
+
+    tokens: int
+    perplexity_ratio: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The target that was asked for and how it was spread over the sites; what came of it."""
+
+    target: str
+    allocate: str
+    bytes: float
+    """Weights that a token reads, dense = 1, at the sparsities of the plan."""
+    held_out: HeldOut | None = None
+    """None if nothing was measured."""
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Budget:
+        return cls(**data | {"held_out": data["held_out"] and HeldOut(**data["held_out"])})
+
+    def __str__(self) -> str:
+        kind, _, value = self.target.partition("=")
+        return f"--{kind} {value} --allocate {self.allocate}"
+
+
+@dataclass(frozen=True)
 class Step:
     """One method of the plan and what it decided for each site, by the site's module name."""
 
@@ -38,14 +69,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """All steps, in order, and the calibration they rest on (None if no method needed one)."""
+    """All steps, in order, the calibration they rest on (None if no method needed one), and the budget (None if the
+    methods' own sparsities hold)."""
 
     steps: list[Step] = field(default_factory=list)
     calibration: Calibration | None = None
+    budget: Budget | None = None
 
     @property
     def recipe(self) -> str:
-        return " ".join(str(step.method) for step in self.steps)
+        words = [str(step.method) for step in self.steps]
+        return " ".join([*words, str(self.budget)] if self.budget else words)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -55,6 +89,7 @@ class Plan:
                 {"name": step.method.name, "options": step.method.options(), "sites": step.sites} for step in self.steps
             ],
             "calibration": None if self.calibration is None else asdict(self.calibration),
+            "budget": None if self.budget is None else asdict(self.budget),
         }
 
     def to_config(self) -> dict[str, Any]:
@@ -115,9 +150,10 @@ class Plan:
                 for m in data["methods"]
             ]
             calibration = data["calibration"] and Calibration(**data["calibration"])
+            budget = data["budget"] and Budget.from_json(data["budget"])
         except (KeyError, TypeError, AttributeError, BadRecipe) as error:
             raise PlanError(f"the plan in config.json cannot be read: {error}") from error
-        return cls(steps, calibration)
+        return cls(steps, calibration, budget)
 
     def match(self, view: ModelView) -> list[tuple[Method, Site, Spec]]:
         """Every decision with its site in this model, in the order in which they apply. What stands at a site then may
@@ -140,6 +176,17 @@ class Plan:
     def stored(self) -> Plan:
         """What the weights in the files went through, without what is skipped of them."""
         return Plan([step for step in self.steps if step.method.slot == "weight"], self.calibration)
+
+    def place(self, view: ModelView, tensors: Decided) -> None:
+        """Builds what the plan says, fills it, and puts it into the model."""
+        for method, site, spec in self.match(view):
+            site = view.current(site)
+            module = method.build(site, spec)
+            method.fill(module, tensors[method, site.name])
+            module.train(site.module.training)
+            view.replace(site, module)
+            if site.kind == "head" and module.weight is not view.model.get_input_embeddings().weight:
+                view.untie()
 
 
 def layer_of(site: str) -> int | None:
@@ -183,7 +230,7 @@ def parse(word: str) -> Method:
 
 
 def parse_recipe(recipe: str | Method | Sequence[str | Method]) -> list[Method]:
-    """Words, methods, or a mixture, as a list of methods.
+    """Words, methods, or a mixture, as a list of methods; the word `sandcat` stands for `RECIPES["sandcat"]`.
 
     Raises:
         BadRecipe: as `parse`, or nothing in it.
@@ -191,11 +238,15 @@ def parse_recipe(recipe: str | Method | Sequence[str | Method]) -> list[Method]:
     items = recipe.split() if isinstance(recipe, str) else [recipe] if isinstance(recipe, Method) else list(recipe)
     if not items:
         raise BadRecipe("the recipe is empty: name at least one method, as in cats:sparsity=0.5.")
-    return [parse(item) if isinstance(item, str) else item for item in items]
+    words = [word for item in items for word in (RECIPES.get(item, [item]) if isinstance(item, str) else [item])]
+    return [parse(word) if isinstance(word, str) else word for word in words]
 
 
-def check(methods: list[Method], view: ModelView) -> None:
+def check(methods: list[Method], view: ModelView, *, overlap: bool = False) -> None:
     """The last point where nothing has changed: every method matches, and no slot of a site is claimed twice.
+
+    Args:
+        overlap: methods with a sparsity may want one slot, as it will be chosen between them.
 
     Raises:
         PlanConflict, NothingMatched, UnsupportedModel
@@ -211,9 +262,9 @@ def check(methods: list[Method], view: ModelView) -> None:
             view.check_plain(site)
             for name in method.claims(view, site):
                 other = claimed.setdefault((name, method.slot), method)
-                if other is not method:
+                if other is not method and not (overlap and other.has_sparsity and method.has_sparsity):
                     raise PlanConflict(
                         f"{other.name} and {method.name} both want the {method.slot} of {name}. Keep one of them, or "
                         "give each its own layers, as in cats:layers=0:10 relufy:layers=10:, or its own sites, as in "
-                        "cats teal:sites=[q,k,v,o]."
+                        "cats teal:sites=[q,k,v,o]. If both have a sparsity, a target with allocate=search chooses."
                     )

@@ -91,7 +91,8 @@ def sparsity(rows: list[LayerSparsity]) -> Markup:
         return [math.nan if (value := getattr(row, name)) is None else 100 * value for row in rows]
 
     def draw(axes: Axes) -> None:
-        layers = [row.layer for row in rows]
+        after = 1 + max((row.layer for row in rows if row.layer is not None), default=-1)
+        layers = [after if row.layer is None else row.layer for row in rows]  # the head comes after the last
         series = (("target", "_", INK, 9), ("calibrated", "o", DENSE, 6.5), ("realised", ".", SPARSE, 8))
         for name, marker, colour, width in series:
             values = per_cent(name)
@@ -137,7 +138,27 @@ def activations(histogram: Histogram) -> Markup:
         axes.set_ylabel("% a bin")
         axes.figure.legend(loc="outside upper center", ncols=4, handlelength=1.1, handletextpad=0.4, columnspacing=1)
 
-    return _svg(2.7, f"Distribution of activations in layer {histogram.layer}", draw)
+    return _svg(2.7, f"Distribution of what is compared at {histogram.site}", draw)
+
+
+def quality(lines: dict[str, list[tuple[float, float]]]) -> Markup:
+    """Perplexity over dense against the bytes that a token reads, a line for each recipe: (bytes, ratio)."""
+    from matplotlib.ticker import FuncFormatter
+
+    def draw(axes: Axes) -> None:
+        for i, (name, line) in enumerate(lines.items()):
+            share, ratios = zip(*line, strict=True)
+            axes.plot([100 * x for x in share], ratios, color=SERIES[i % len(SERIES)], marker="o", markersize=4,
+                      linestyle=("-", "--", ":")[i // len(SERIES) % 3], linewidth=1.4, label=name)  # fmt: skip
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}" if max(axes.get_ylim()) < 10 else ""))
+        axes.set_xlabel("weights read, % of dense")
+        axes.set_ylabel("perplexity over dense")
+        axes.invert_xaxis()
+        axes.legend(loc="upper left")
+
+    return _svg(3.2, "Perplexity over dense against the share of weights that a token reads", draw)
 
 
 def curve(points: list[CurvePoint]) -> Markup:

@@ -40,6 +40,13 @@ class SandcatQuantizer(HfQuantizer):
     def is_serializable(self, *args, **kwargs) -> bool:
         return True
 
+    def get_state_dict_and_metadata(self, model):
+        """A tied matrix once: what transformers finds tied by its memory, it cannot save if stored by channels."""
+        state, (*_, head) = model.state_dict(), ModelView(model).sites()
+        if head.module.weight is model.get_input_embeddings().weight:
+            state.pop(f"{head.name}.weight")
+        return state, {}
+
     def _process_model_before_weight_loading(self, model, **kwargs):
         view = ModelView(model)
         for method, site, spec in self.quantization_config.plan.match(view):

@@ -6,21 +6,28 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from sandcat import allocate as budgets
 from sandcat import calibrate
 from sandcat.architectures import ModelView
 from sandcat.data import Text, load_text
-from sandcat.method import Method, Tensors
-from sandcat.plan import Plan, check, parse_recipe
+from sandcat.errors import BadRecipe
+from sandcat.method import Method
+from sandcat.plan import RECIPES, Plan, check, parse_recipe
 from sandcat.registration import attach, pack
+from sandcat.target import FORMS, Target
 
 CALIBRATION_TOKENS = 32_768
+TARGET = "quality=ppl+1%"
+"""Of a recipe that has no sparsities of its own: the words in `plan.RECIPES`."""
 
 
 def sparsify(
     model: nn.Module,
     tokenizer,
-    recipe: str | Method | Sequence[str | Method],
+    recipe: str | Method | Sequence[str | Method] = "sandcat",
     *,
+    target: str | Target | None = None,
+    allocate: str | None = None,
     calibration: str | Text = "self",
     calibration_tokens: int = CALIBRATION_TOKENS,
     sequential: bool = True,
@@ -34,7 +41,10 @@ def sparsify(
     Args:
         model: a causal language model of a family in `architectures.ARCHITECTURES`, dense.
         tokenizer: its tokenizer.
-        recipe: methods, or their words: `[Cats(sparsity=0.5)]`, `"cats:sparsity=0.5"`.
+        recipe: methods, or their words: `[Cats(sparsity=0.5)]`, `"cats:sparsity=0.5"`; or `"sandcat"`, what is best.
+        target: what all sites together have to meet, "sparsity=0.5", "bytes=0.72" or "quality=ppl+1%" (see `Target`);
+            default: the methods' own sparsities, for `"sandcat"` the target `TARGET`.
+        allocate: how a target is spread over the sites, "uniform", "equal-error" or "search" (the default).
         calibration: text to calibrate on; see `data.load_text`.
         calibration_tokens: how much of it.
         sequential: calibrate each layer on what the sparse layers before it give.
@@ -42,31 +52,43 @@ def sparsify(
         dry_run: decide only; the model stays as it is.
 
     Raises:
-        UnsupportedModel, BadRecipe, PlanConflict, NothingMatched, DataError: before anything has changed.
+        UnsupportedModel, BadRecipe, PlanConflict, NothingMatched, DataError, BudgetError: before anything has changed.
     """
-    methods = parse_recipe(recipe)
+    methods, goal, how = asked(recipe, target, allocate)
     view = ModelView(model)
-    check(methods, view)
+    check(methods, view, overlap=how == "search")
     text = None
     if any(method.calibrated for method in methods):
         text = calibration
         if isinstance(text, str):
             text = load_text(text, model, tokenizer, tokens=calibration_tokens, seed=seed)
-    plan, tensors = calibrate.decide(view, methods, text, sequential=sequential)
+    if goal is None:
+        plan, tensors = calibrate.decide(view, methods, text, sequential=sequential)
+    else:
+        plan, tensors = budgets.allocate(view, methods, text, goal, how, sequential=sequential)
     if not dry_run:
-        apply(view, plan, tensors)
+        plan.place(view, tensors)
+        pack(model)
         attach(model, plan)
     return plan
 
 
-def apply(view: ModelView, plan: Plan, tensors: dict[tuple[Method, str], Tensors]) -> None:
-    """Builds, fills and puts in place what the plan says: the only step that changes the model."""
-    for method, site, spec in plan.match(view):
-        site = view.current(site)
-        module = method.build(site, spec)
-        method.fill(module, tensors[method, site.name])
-        module.train(site.module.training)
-        view.replace(site, module)
-        if site.kind == "head":
-            view.untie()
-    pack(view.model)
+def asked(
+    recipe: str | Method | Sequence[str | Method], target: str | Target | None, allocate: str | None
+) -> tuple[list[Method], Target | None, str | None]:
+    """Methods, target and way of spreading it; the last two None where the methods' own sparsities hold.
+
+    Raises:
+        BadRecipe: as `parse_recipe`, `Target` and `allocate.check`; or a way of spreading, and no target.
+    """
+    words = recipe.split() if isinstance(recipe, str) else [recipe] if isinstance(recipe, Method) else list(recipe)
+    methods = parse_recipe(recipe)
+    if target is None and any(isinstance(word, str) and word in RECIPES for word in words):
+        target = TARGET
+    if target is None:
+        if allocate is not None:
+            raise BadRecipe(f"allocate={allocate} spreads a target: give one, {FORMS}.")
+        return methods, None, None
+    how = allocate or "search"
+    budgets.check(methods, how)
+    return methods, Target.parse(target) if isinstance(target, str) else target, how

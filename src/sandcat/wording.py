@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from sandcat.benchmark import SpeedResult
     from sandcat.evaluate import TextResult
+    from sandcat.plan import Budget
     from sandcat.tasks import TaskResult
 
 REFERENCE_NOTE = "no kernel pays for this device and batch: the reference ran, nothing is saved"
@@ -125,6 +126,16 @@ def speed_gain(s: SpeedResult) -> str:
     verb = "would allow" if s.gain < 1 or s.kernel == "reference" else "allow"
     end = f"; {REFERENCE_NOTE}" if s.kernel == "reference" else ""
     return f"{times}: {gain}, where the bytes {verb} {s.allowed_gain:.2f}x{end}"
+
+
+def budget(found: Budget) -> str:
+    """A plan's target, and what came of it."""
+    text = f"{found.target} by {found.allocate}: {figure(found.bytes, 3)} of the dense model's weights are read"
+    if found.held_out is None:
+        return text
+    held = found.held_out
+    ratio, kl = figure(held.perplexity_ratio), figure(held.kl, 3)
+    return f"{text}; on {held.tokens} held-out tokens perplexity is {ratio} times the dense model's, KL {kl} nats"
 
 
 def tie(text: str) -> str:

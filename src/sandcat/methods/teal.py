@@ -4,8 +4,8 @@ Paper: TEAL, Liu et al., 2024, arXiv 2408.14690. Channel i of a token is kept if
 of |x| at this layer over calibration text; a dropped channel's column of W is never read. No retraining.
 Differs: exact quantiles (theirs come from histograms); padding and the first positions excluded; each layer is
 calibrated on what the sparse layers before it give; prompts are sparse in full (theirs: the second half); one sparsity
-for all sites (theirs are searched block by block); and `score="output"`, the weighting of WINA (arXiv 2505.19427): a
-channel counts for |x_i| times the norm of its column of W.
+for all sites, or what `allocate` gives each (theirs are searched block by block); the head can be a site; and
+`score="output"`, the weighting of WINA (arXiv 2505.19427): a channel counts for |x_i| times the norm of its column.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sandcat.quantile import thresholds
 
 @dataclass(frozen=True, kw_only=True)
 class Teal(Method):
-    """y = sum of x_i W[:, i] over the channels with |x_i| > t_i, at any of the linear layers of a decoder layer."""
+    """y = sum of x_i W[:, i] over the channels with |x_i| > t_i, at linear layers."""
 
     name = "teal"
     slot = "input"
@@ -36,7 +36,9 @@ class Teal(Method):
     score: Literal["input", "output"] = option(
         "input", "input: |x_i|, the paper's; output: |x_i| * norm of column i of W, at the same cost"
     )
-    sites: str | tuple[str, ...] = option("all", 'linear layers to change: "all", or a list [q,k,v,o,gate,up,down]')
+    sites: str | tuple[str, ...] = option(
+        "all", 'linear layers to change: "all" of the decoder layers, "all+head", or a list [q,k,v,o,gate,up,down,head]'
+    )
     dense_prompt: bool = option(False, "compute prompts (more than one token a sequence) with all channels")
 
     def __post_init__(self) -> None:
@@ -45,10 +47,13 @@ class Teal(Method):
             raise BadRecipe(
                 f"teal: sparsity={self.sparsity} is outside [0, 1): it is the fraction of channels dropped."
             )
-        check_sites(self.name, self.sites)
+        check_sites(self.name, self.sites, ("all", "all+head"))
 
     def kinds(self, view: ModelView) -> Collection[str]:
-        return pick_kinds(self.name, self.sites, list(view.linear_kinds), view.config.model_type)
+        known = [*view.linear_kinds, "head"]
+        if isinstance(self.sites, str):
+            return known if self.sites == "all+head" else known[:-1]
+        return pick_kinds(self.name, self.sites, known, view.config.model_type)
 
     def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
         linear = site.module

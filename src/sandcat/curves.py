@@ -1,0 +1,134 @@
+"""What each site's sparsity costs: the curves by which `allocate` spreads a budget. Reads only.
+
+With g the gradient of a token's log-likelihood at a site's output, the label drawn from the model itself, and d the
+error that sparsity makes there, KL to the dense model grows by about E[(g d)^2] / 2 (the Fisher information). One
+backward pass gives g at every site. Terms between sites are left out: they hardly change the sum (docs/budgets.md).
+Shapes: T tokens, H inputs and O outputs of a site, L levels of sparsity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sandcat.architectures import ModelView, Site
+from sandcat.calibrate import FIRST_POSITIONS
+from sandcat.data import Text
+from sandcat.evaluate import PROMPT_SHARE, every_token_sparse
+from sandcat.layers.sparse import Sparse
+from sandcat.method import Method
+from sandcat.progress import track
+
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
+GRID = np.array([0.0, *LEVELS])
+TOKENS = 1024
+"""Tokens that a curve rests on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """One site at each sparsity of `GRID`."""
+
+    site: str
+    saved_L: np.ndarray
+    """Bytes saved, as a share of what a token reads of the dense model."""
+    error_L: np.ndarray
+    """Relative error of the output: the share of its squared norm."""
+    loss_L: np.ndarray
+    """KL to the dense model, estimated, in nats a token."""
+    method: Method
+    claims: tuple[str, ...]
+    """Names of the linear layers that the method claims at the site."""
+
+    def sparsity_at(self, error: float) -> float:
+        """The largest sparsity with at most this error."""
+        return float(np.interp(error, self.error_L, GRID))
+
+    def saved_at(self, sparsity_S: np.ndarray) -> np.ndarray:
+        return np.interp(sparsity_S, GRID, self.saved_L)
+
+    def loss_at(self, sparsity_S: np.ndarray) -> np.ndarray:
+        """Between the levels the square root is linear."""
+        return np.interp(sparsity_S, GRID, np.sqrt(self.loss_L)) ** 2
+
+
+def collect(view: ModelView, sites: list[tuple[Method, Site]], text: Text, dense_bytes: int) -> list[Curve]:
+    """A curve for each site with its method, on the dense model's own activations.
+
+    Args:
+        dense_bytes: what a token reads of the dense model.
+    """
+    inputs, gradients = _seen(view, [site for _, site in sites], text)
+    return [
+        _curve(method, site, inputs[site.name], gradients[site.name], dense_bytes, tuple(method.claims(view, site)))
+        for method, site in track(sites, "measuring what sparsity costs each site")
+    ]
+
+
+def _seen(view: ModelView, sites: list[Site], text: Text) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+    """Inputs [T, H] of the sites, and gradients [T, O] of the tokens' log-likelihood at their outputs, by windows."""
+    windows = text.ids_NL[: max(1, TOKENS // text.ids_NL.shape[1])]
+    generator = torch.Generator().manual_seed(0)
+    inputs: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    gradients: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    for ids_L in track(windows, "measuring what the loss depends on"):
+        outputs: dict[str, Tensor] = {}
+        with ExitStack() as hooks, torch.inference_mode(False), torch.enable_grad():
+            table = view.model.get_input_embeddings()
+            hooks.enter_context(_hook(table, lambda module, args, out: out.detach().requires_grad_()))
+            for site in sites:
+
+                def see(module: nn.Module, args: tuple, out: Tensor, name: str = site.name, seen=outputs) -> None:
+                    inputs[name].append(args[0].detach()[0, FIRST_POSITIONS:])
+                    seen[name] = out
+
+                hooks.enter_context(_hook(site.module, see))
+            log_p = view.model(ids_L[None].to(view.model.device), use_cache=False).logits[0].float().log_softmax(-1)
+            drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
+            found = torch.autograd.grad(log_p.gather(1, drawn).sum(), list(outputs.values()))
+        for name, gradient in zip(outputs, found, strict=True):
+            gradients[name].append(gradient[0, FIRST_POSITIONS:])
+    return inputs, gradients
+
+
+@contextmanager
+def _hook(module: nn.Module, hook: Callable) -> Iterator[None]:
+    """A forward hook, always removed."""
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def _curve(
+    method: Method, site: Site, x_TH: list[Tensor], g_TO: list[Tensor], dense_bytes: int, claims: tuple[str, ...]
+) -> Curve:
+    error_L, loss_L, saved_L, square = np.zeros(len(GRID)), np.zeros(len(GRID)), np.zeros(len(GRID)), 0.0
+    whole = sum(parameter.nbytes for parameter in site.module.parameters())
+    sparse: list[Sparse] = []
+    for level, sparsity in enumerate(LEVELS, 1):
+        spec, tensors = method.at(sparsity).decide(site, x_TH)
+        module = method.build(site, spec)
+        method.fill(module, tensors)
+        sparse.append(module)
+        saved_L[level] = (whole - module.weight_bytes(1 - spec["sparsity"])) / dense_bytes
+    with ExitStack() as stack:
+        for module in sparse:
+            stack.enter_context(every_token_sparse(module, prompt=len(x_TH[0]) // PROMPT_SHARE))
+        for x, g in zip(x_TH, g_TO, strict=True):
+            y = site.module(x[None])[0].float()
+            square += float(y.square().sum())
+            for level, module in enumerate(sparse, 1):
+                d = module(x[None])[0].float() - y
+                error_L[level] += float(d.square().sum())
+                loss_L[level] += float((d * g).sum(1).square().sum()) / 2
+    error_L, loss_L = np.maximum.accumulate(error_L), np.maximum.accumulate(loss_L)
+    tokens = sum(map(len, x_TH))
+    return Curve(site.name, saved_L, error_L / max(square, 1e-30), loss_L / tokens, method, claims)
