@@ -172,10 +172,14 @@ def test_what_does_not_belong_together_is_refused():
 @torch.inference_mode()
 def test_saved_and_loaded_it_decodes_the_same(tmp_path):
     for rule in ("stability", "similarity"):
-        _, sparse = sparsified("phi3", f"coreinfer:sparsity=0.5,rule={rule},clusters=4", torch.bfloat16)
-        folder = sandcat.save(sparse, tokenizer(), tmp_path / rule)
-        again, _ = sandcat.load(folder, device="cpu")
-        assert torch.equal(decoded(sparse, prompts(2, 12), 7), decoded(again, prompts(2, 12), 7))
+        for other in ("", "int8 "):
+            recipe = f"{other}coreinfer:sparsity=0.5,rule={rule},clusters=4"
+            dense, sparse = sparsified("phi3", recipe, torch.bfloat16)
+            folder = sandcat.save(sparse, tokenizer(), tmp_path / f"{rule}{other}".strip())
+            again, _ = sandcat.load(folder, device="cpu")
+            ids = prompts(2, 12)
+            assert torch.equal(decoded(sparse, ids, 7), decoded(again, ids, 7))
+            assert not torch.equal(decoded(again, ids, 7), decoded(dense, ids, 7))
 
 
 @torch.inference_mode()

@@ -34,6 +34,17 @@ def test_kernel_equals_reference(shape, dtype, poisoned):
             assert_close(core_mlp(*args), reference(*args), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_int8_weights(dtype):
+    """All int8, or gate only."""
+    for names in ((1, 2, 3), (1,)):
+        args = arguments(2, 48, 130, dtype) + [None] * 3
+        for place in names:
+            args[place] = torch.randint(-127, 128, args[place].shape, dtype=torch.int8)
+            args[8 + place] = (torch.rand(48 if place == 3 else 130) * 1e-2).to(dtype)
+        assert_close(core_mlp(*args), reference(*args), dtype)
+
+
 def test_no_other_row_is_read():
     args = arguments(1, 64, 300, torch.float32)
     want = reference(*args)

@@ -25,14 +25,15 @@ class LowRankLinear(SparseLinear):
         self.register_buffer("factor_b", like.new_zeros(linear.out_features, rank))
 
     def by_kernel(self, x_TH: Tensor, threshold_U: Tensor) -> Tensor:
-        return super().by_kernel(x_TH, threshold_U) + self._of_dropped(x_TH, threshold_U)
+        return self._with_dropped(super().by_kernel(x_TH, threshold_U), x_TH, threshold_U)
 
     def by_definition(self, x_TH: Tensor, threshold_U: Tensor) -> Tensor:
-        return super().by_definition(x_TH, threshold_U) + self._of_dropped(x_TH, threshold_U)
+        return self._with_dropped(super().by_definition(x_TH, threshold_U), x_TH, threshold_U)
 
-    def _of_dropped(self, x_TI: Tensor, threshold_I: Tensor) -> Tensor:
+    def _with_dropped(self, kept_TO: Tensor, x_TI: Tensor, threshold_I: Tensor) -> Tensor:
         dropped_TI = torch.where(x_TI.abs() <= threshold_I, x_TI, 0)
-        return F.linear(F.linear(dropped_TI, self.factor_a), self.factor_b)
+        # Rounded before the sum, as products in the model's dtype are, so that kernel and definition do not differ.
+        return kept_TO.to(x_TI.dtype) + F.linear(F.linear(dropped_TI, self.factor_a), self.factor_b)
 
     def weight_bytes(self, kept: float = 1.0) -> int:
         return super().weight_bytes(kept) + self.factor_a.nbytes + self.factor_b.nbytes
