@@ -74,7 +74,7 @@ def test_where_it_does_not_apply(device, family, options, batch):
     assert torch.equal(torch.stack(found), torch.stack(want))
 
 
-@pytest.mark.parametrize("recipe", ["coreinfer", "rsparse"])
+@pytest.mark.parametrize("recipe", ["coreinfer", "rsparse:alpha=[0.8]"])
 def test_not_where_it_lacks_a_module(recipe):
     model = tiny("qwen2", **SIZES)
     sandcat.sparsify(model, None, recipe, calibration=text())
