@@ -74,8 +74,17 @@ def test_where_it_does_not_apply(device, family, options, batch):
     assert torch.equal(torch.stack(found), torch.stack(want))
 
 
+@pytest.mark.parametrize("recipe", ["coreinfer", "rsparse:alpha=[0.8]"])
+def test_not_where_it_lacks_a_module(recipe):
+    model = tiny("qwen2", **SIZES)
+    sandcat.sparsify(model, None, recipe, calibration=text())
+    want, found, fused = pair(model)
+    assert fused is None
+    assert torch.equal(torch.stack(found), torch.stack(want))
+
+
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("recipe", [None, "cats", "teal"])
+@pytest.mark.parametrize("recipe", [None, "cats", "teal", "int8", "int8 teal", "int8 cats", "int8:sites=[q,up,head]"])
 def test_threads_and_biases_on_a_cpu(threads, recipe):
     model = tiny("llama", mlp_bias=True, attention_bias=True, **SIZES)
     if recipe:

@@ -8,20 +8,28 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from sandcat.architectures import Block, ModelView
+from sandcat.layers.int8 import Int8Linear, scale_of
 from sandcat.layers.linear import SparseLinear
 from sandcat.layers.mlp import SparseMLP
 from sandcat.layers.sparse import Sparse
 from sandcat.ops.numba import step
+from sandcat.ops.numba.floats import STORAGE
 from sandcat.ops.numba.sparse_mlp import CODES
 from sandcat.ops.numba.threads import HAS_BARRIER, threads_of
 
 
 def applies(view: ModelView, blocks: list[Block]) -> bool:
-    """Whether the kernel can run this model: matrices are plain or sparse linear layers, stored as it reads them."""
-    if not HAS_BARRIER or view.model.dtype not in step.STORAGE:
-        return False
+    """Whether the kernel can run this model: all matrices are stored as it reads them."""
+    table, head = view.model.get_input_embeddings().weight, view.model.get_output_embeddings()
     linears = [(linear, _rows(block, name)) for block in blocks for name, linear in _linears(block).items()]
-    return all(type(linear) in (nn.Linear, SparseLinear) and rows.is_contiguous() for linear, rows in linears)
+    return (
+        HAS_BARRIER
+        and table.dtype in STORAGE
+        and all(
+            type(linear) in (nn.Linear, Int8Linear, SparseLinear) and rows.is_contiguous()
+            for linear, rows in [*linears, (head, head.weight)]
+        )
+    )
 
 
 def _linears(block: Block) -> dict[str, nn.Module]:
@@ -82,7 +90,7 @@ class CpuStep:
 
     def _fill_linear(self, entry: np.void, linear: nn.Module, rows: Tensor) -> None:
         self._fill(
-            entry, weight=rows, bias=linear.bias, threshold=getattr(linear, "threshold", None),
+            entry, weight=rows, scale=scale_of(linear), bias=linear.bias, threshold=getattr(linear, "threshold", None),
             outputs=linear.out_features, inputs=linear.in_features,
         )  # fmt: skip
 

@@ -20,6 +20,7 @@ from sandcat.errors import UnsupportedModel
 from sandcat.layers.int8 import scale_of
 from sandcat.layers.linear import SparseLinear
 from sandcat.layers.mlp import SparseMLP
+from sandcat.layers.sparse import Sparse
 from sandcat.ops import kernel_name
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -42,8 +43,8 @@ def fused_step(model: nn.Module, cache: Cache) -> Step | None:
     """The fused step of a model over a static cache that holds a prompt; None where it does not apply.
 
     It applies to one sequence, on CUDA with Triton or on a CPU with OpenMP, to families with `Architecture.fused_step`
-    whose weights have one dtype, not int8, and lie on one device, and whose modules are without hooks and adapters,
-    which it would pass over. On CUDA down projections have no bias.
+    whose weights have one dtype (or int8 and scales of that) and lie on one device, and whose modules are without hooks
+    and adapters, which it would pass over. On CUDA down projections have no bias, and weights are not int8.
     """
     kernels = kernel_name("sparse_mlp", model.device)
     if kernels not in ("triton", "numba"):
@@ -59,14 +60,16 @@ def fused_step(model: nn.Module, cache: Cache) -> Step | None:
         return None
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return None
-    if len({(p.dtype, p.device) for p in model.parameters()}) != 1:
+    if any(isinstance(block.mlp.module, Sparse) and not isinstance(block.mlp.module, SparseMLP) for block in blocks):
         return None
-    if type(model.get_output_embeddings()) is not nn.Linear or any(scale_of(m) is not None for m in model.modules()):
+    if len({(p.dtype, p.device) for p in model.parameters() if p.dtype != torch.int8}) != 1:
         return None
     if kernels == "numba":
         from sandcat import cpu_step  # here, as not every machine has Numba's kernels
 
         return cpu_step.CpuStep(view, blocks, cache) if cpu_step.applies(view, blocks) else None
+    if type(model.get_output_embeddings()) is not nn.Linear or any(scale_of(m) is not None for m in model.modules()):
+        return None
     return FusedStep(view, blocks, cache) if all(_plain(block) for block in blocks) else None
 
 

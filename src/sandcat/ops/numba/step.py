@@ -31,9 +31,9 @@ def _record(integers: str, reals: str = "", **nested: np.dtype) -> np.dtype:
     return np.dtype(fields + list(nested.items()))
 
 
-LINEAR = _record("weight bias threshold outputs inputs")
+LINEAR = _record("weight scale bias threshold outputs inputs")
 """A matrix by its addresses and sizes, 0 for what it lacks. It is stored [outputs, inputs], and with a threshold for
-each input, below which that is skipped, [inputs, outputs]."""
+each input, below which that is skipped, [inputs, outputs]; with scales as int8, else in the model's dtype."""
 LAYER = _record(
     "input_norm q_norm k_norm mlp_norm keys values window activation skips neurons neuron_threshold",
     "input_eps head_eps mlp_eps scaling",
@@ -127,6 +127,44 @@ def _above(x, threshold, kept, values):
 
 
 @njit
+def _codes(site):
+    """What int8 weights are like."""
+    return carray(pointer(site.weight), (1,), np.int8)
+
+
+@njit
+def _finish(site, first, end, y, like):
+    """The scales of int8 weights, and the bias."""
+    scale = _numbers(site.scale, (site.outputs if site.scale else 0,), like)
+    bias = _numbers(site.bias, (site.outputs if site.bias else 0,), like)
+    for r in range(first, end):
+        if scale.size:
+            y[r] *= widen(scale[r])
+        if bias.size:
+            y[r] += widen(bias[r])
+
+
+@njit
+def _all_inputs(site, x, first, end, y, like):
+    _rows(x, _numbers(site.weight, (site.outputs, site.inputs), like)[first:end], y[first:end])
+
+
+@njit
+def _listed_inputs(site, kept, values, first, end, y, like):
+    _columns(kept, values, _numbers(site.weight, (site.inputs, site.outputs), like), first, end, y[first:end])
+
+
+@njit
+def _sparse(site, kept, values, first, end, y, like):
+    """y[first:end] = those outputs of a linear layer whose inputs are listed."""
+    if site.scale:
+        _listed_inputs(site, kept, values, first, end, y, _codes(site))
+    else:
+        _listed_inputs(site, kept, values, first, end, y, like)
+    _finish(site, first, end, y, like)
+
+
+@njit
 def _linear(site, x, kept, values, first, end, y, like):
     """y[first:end] = those outputs of a linear layer."""
     if first >= end:
@@ -134,14 +172,13 @@ def _linear(site, x, kept, values, first, end, y, like):
     x = x[: site.inputs]
     if site.threshold:
         count = _above(x, _numbers(site.threshold, (site.inputs,), like), kept, values)
-        weight = _numbers(site.weight, (site.inputs, site.outputs), like)
-        _columns(kept[:count], values[:count], weight, first, end, y[first:end])
+        _sparse(site, kept[:count], values[:count], first, end, y, like)
+        return
+    if site.scale:
+        _all_inputs(site, x, first, end, y, _codes(site))
     else:
-        _rows(x, _numbers(site.weight, (site.outputs, site.inputs), like)[first:end], y[first:end])
-    if site.bias:
-        bias = _numbers(site.bias, (site.outputs,), like)
-        for r in range(first, end):
-            y[r] += widen(bias[r])
+        _all_inputs(site, x, first, end, y, like)
+    _finish(site, first, end, y, like)
 
 
 @njit
@@ -261,25 +298,32 @@ def _activations(g, code, like):
 
 
 @njit
+def _listed_rows(site, x, kept, y, like):
+    """y[j] = row j of W times x, of the rows that are listed."""
+    weight = _numbers(site.weight, (site.outputs, site.inputs), like)
+    fours = kept.size // 4 * 4
+    for c in range(0, fours, 4):
+        j0, j1, j2, j3 = kept[c], kept[c + 1], kept[c + 2], kept[c + 3]
+        y[j0], y[j1], y[j2], y[j3] = dot4(x, weight[j0], weight[j1], weight[j2], weight[j3])
+    for c in range(fours, kept.size):
+        y[kept[c]] = dot(x, weight[kept[c]])
+
+
+@njit
 def _kept_neurons(layer, x, a, threshold, kept, first, end, hidden, like):
     """hidden[first:end] = a * up(x), where |a| is above the threshold; else 0, and the row is not read."""
-    up = _numbers(layer.up.weight, (layer.neurons, layer.up.inputs), like)
     count = 0
     for j in range(first, end):
         hidden[j] = 0
         kept[count] = j
         count += not abs(a[j]) <= widen(threshold[j])
-    fours = count // 4 * 4
-    for c in range(0, fours, 4):
-        j0, j1, j2, j3 = kept[c], kept[c + 1], kept[c + 2], kept[c + 3]
-        hidden[j0], hidden[j1], hidden[j2], hidden[j3] = dot4(x, up[j0], up[j1], up[j2], up[j3])
-    for c in range(fours, count):
-        hidden[kept[c]] = dot(x, up[kept[c]])
-    bias = _numbers(layer.up.bias, (layer.neurons if layer.up.bias else 0,), like)
+    if layer.up.scale:
+        _listed_rows(layer.up, x, kept[:count], hidden, _codes(layer.up))
+    else:
+        _listed_rows(layer.up, x, kept[:count], hidden, like)
     for c in range(count):
         j = kept[c]
-        if bias.size:
-            hidden[j] += widen(bias[j])
+        _finish(layer.up, j, j + 1, hidden, like)
         hidden[j] = rounded(a[j] * rounded(hidden[j], like[0]), like[0])
 
 
@@ -313,12 +357,7 @@ def _down(layer, hidden, kept, values, first, end, y, like):
         kept[count] = j
         values[count] = hidden[j]
         count += hidden[j] != 0
-    weight = _numbers(layer.down.weight, (layer.neurons, layer.down.outputs), like)
-    _columns(kept[:count], values[:count], weight, first, end, y[first:end])
-    if layer.down.bias:
-        bias = _numbers(layer.down.bias, (layer.down.outputs,), like)
-        for r in range(first, end):
-            y[r] += widen(bias[r])
+    _sparse(layer.down, kept[:count], values[:count], first, end, y, like)
 
 
 @njit
