@@ -131,7 +131,7 @@ def markdown(variants: list[dict]) -> str:
             f"`{variant['recipe']}`",
             variant["target"] or "",
             variant["calibration"],
-            f"{sum(realised) / len(realised):.3f}",
+            f"{sum(realised) / len(realised):.3f}" if realised else "",
             f"{variant['bytes']:.3f}",
         ]
         for text in variant.get("text", []):
