@@ -107,8 +107,8 @@ def _core(dense, sparse, mlp):
 
 
 def _int8(linear, codes, scale):
-    """Rounded to nearest here; only a scale that was searched for is taken from the model. What is more than a few tokens
-    runs as products in the model's dtype, which are rounded before the scale is applied too."""
+    """Rounded to nearest here; only a scale that was searched for is taken from the model. More than a few tokens
+    run as products in the model's dtype, which are rounded before the scale is applied too."""
     if scale is None:
         scale = (linear.weight.abs().amax(1, keepdim=True).float() / 127).to(linear.weight.dtype)
         codes = (linear.weight.float() / scale.float()).round()
