@@ -18,19 +18,28 @@ STORAGE = {
 _f32, _i32, _i16 = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 
 
+def widened(builder, value, stored, lanes: int = 0):
+    """LLVM code that makes float32 of a stored number, or of a vector of so many."""
+
+    def kind(scalar):
+        return ir.VectorType(scalar, lanes) if lanes else scalar
+
+    if stored == types.uint16:
+        sixteen = ir.Constant(kind(_i32), [16] * lanes if lanes else 16)
+        return builder.bitcast(builder.shl(builder.zext(value, kind(_i32)), sixteen), kind(_f32))
+    if stored == types.int16:
+        return builder.fpext(builder.bitcast(value, kind(ir.HalfType())), kind(_f32))
+    if stored == types.int8:
+        return builder.sitofp(value, kind(_f32))
+    return value
+
+
 @intrinsic
 def widen(typing, stored):
     """A stored number as float32."""
 
     def generate(context, builder, signature, args):
-        (value,) = args
-        if stored == types.uint16:
-            return builder.bitcast(builder.shl(builder.zext(value, _i32), _i32(16)), _f32)
-        if stored == types.int16:
-            return builder.fpext(builder.bitcast(value, ir.HalfType()), _f32)
-        if stored == types.int8:
-            return builder.sitofp(value, _f32)
-        return value
+        return widened(builder, args[0], stored)
 
     return types.float32(stored), generate
 
