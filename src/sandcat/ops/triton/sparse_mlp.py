@@ -96,14 +96,17 @@ def in_order(list_n, a_n, count, I, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    n = tl.arange(0, BLOCK)
-    wanted = tl.load(list_n + n, mask=n < I, other=0)
-    a = tl.load(a_n + n, mask=n < I, other=0.0)
-    place = tl.cumsum(wanted) - 1
-    tl.debug_barrier()
-    tl.store(list_n + place, n, mask=wanted == 1)
-    tl.store(a_n + place, a, mask=wanted == 1)
-    tl.store(count, tl.sum(wanted))
+    kept = 0
+    for start in range(0, I, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        wanted = tl.load(list_n + n, mask=n < I, other=0)
+        a = tl.load(a_n + n, mask=n < I, other=0.0)
+        place = kept + tl.cumsum(wanted) - 1
+        tl.debug_barrier()  # places are never behind what is still to be read
+        tl.store(list_n + place, n, mask=wanted == 1)
+        tl.store(a_n + place, a, mask=wanted == 1)
+        kept += tl.sum(wanted)
+    tl.store(count, kept)
 
 
 @triton.jit
@@ -161,14 +164,16 @@ def add_parts(parts, y, squares, P, H, ROWS: tl.constexpr, BLOCK: tl.constexpr, 
 
 def gate_config(hidden: int, itemsize: int) -> dict:
     """Rows and columns that a program of `gate_kernel` takes at a time, and its warps."""
+    if itemsize == 1:
+        return {"ROWS": 8, "BLOCK": 1024, "num_warps": 4}
     return {"ROWS": 16, "BLOCK": 512 // itemsize, "num_warps": 4}
 
 
 def up_down_config(hidden: int, itemsize: int) -> dict:
     """Neurons that a program takes at a time, its columns (all), its warps, and programs a multiprocessor."""
     block = triton.next_power_of_2(hidden)
-    neurons = max(1, min(4, 16384 // (block * itemsize)))
-    return {"NEURONS": neurons, "BLOCK": block, "num_warps": 8, "per_multiprocessor": 2}
+    neurons = max(1, min(4 if block <= 4096 else 1, 16384 // (block * itemsize)))
+    return {"NEURONS": neurons, "BLOCK": block, "num_warps": 16 if itemsize == 1 else 8, "per_multiprocessor": 2}
 
 
 def parts_like(y_H: Tensor) -> Tensor | None:
@@ -191,7 +196,7 @@ def up_down(
     programs = multiprocessors(x.device) * config.pop("per_multiprocessor")
     if parts is not None:
         programs = len(parts)
-        in_order[(1,)](list_n, a_n, count, I, BLOCK=triton.next_power_of_2(I), num_warps=32, **dependent)
+        in_order[(1,)](list_n, a_n, count, I, BLOCK=8192, num_warps=32, **dependent)
     up_down_kernel[(programs,)](
         x, up, down, bias, up_scale, down_scale, count, list_n, a_n, y if parts is None else parts, I, H,
         PARTS=parts is not None, **config, **dependent,

@@ -232,6 +232,7 @@ def attend_config(group: int, size: int, itemsize: int, length: int, splits: int
 def whole_rows_config(columns: int, itemsize: int, matrices: int = 1) -> dict:
     """Rows that a program takes at a time of each matrix, its columns (all), its warps, programs a multiprocessor."""
     block = triton.next_power_of_2(columns)
-    rows = max(1, min(4, 8192 // block // matrices))
-    warps = min(32, max(2, rows * matrices * block * itemsize // 4096))  # 128 bytes a thread
+    at_once = 32768 if itemsize == 1 else 8192  # int8 by as many bytes as need twice the threads for their sums
+    rows = max(1, min(4, at_once // block // matrices))
+    warps = min(32, max(2, rows * matrices * block * max(2, itemsize) // 4096))  # at most 64 numbers a thread
     return {"ROWS": rows, "BLOCK": block, "num_warps": warps, "per_multiprocessor": 4}
