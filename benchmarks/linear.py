@@ -1,11 +1,12 @@
 """One linear layer, dense against input-sparse and int8, one token: microseconds, bytes, share of the read bandwidth.
 
-    python benchmarks/linear.py                    # Llama-3.2-1B shapes, float32 and bfloat16
+    python benchmarks/linear.py          # on a GPU if there is one: Mistral-7B shapes in bfloat16; else Llama-3.2-1B's
     python benchmarks/linear.py --shapes 4096x4096,4096x14336 --sparsity 0.5
 
 Random weights, in several copies that are used in turn so that none stays in the cache. Dense is the better of float32
 and bfloat16 on a CPU. Every case is compared with the reference before it is timed; times are medians of interleaved
-runs. Rows of int8 weights with sparsity 0 are `int8_linear`, which reads rows; the others are `sparse_linear`.
+runs. Rows of int8 weights with sparsity 0 are `int8_linear`, which reads rows; the others are `sparse_linear`. On a GPU
+"TEAL's way" is the published one (teal_published.py), its zeroing included.
 """
 
 from __future__ import annotations
@@ -28,28 +29,29 @@ COPIES_BYTES = 256 << 20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default=None)
-    parser.add_argument("--dtype", default="bfloat16,float32")
-    parser.add_argument("--shapes", default="2048x2048,2048x512,2048x8192,8192x2048", help="inputs x outputs")
+    parser.add_argument("--dtype", help="default bfloat16, on a CPU float32 too")
+    parser.add_argument("--shapes", help="inputs x outputs; default those of Mistral-7B, on a CPU of Llama-3.2-1B")
     parser.add_argument("--sparsity", default="0,0.5")
     parser.add_argument("--runs", type=int, default=15)
     options = parser.parse_args()
     device = pick_device(options.device)
+    gpu = device.type == "cuda"
+    shapes = options.shapes or ("4096x14336,14336x4096,4096x4096" if gpu else "2048x2048,2048x512,2048x8192,8192x2048")
+    dtypes = options.dtype or ("bfloat16" if gpu else "bfloat16,float32")
     torch.manual_seed(0)
     bandwidth = read_bandwidth(device)
     kernels = ", ".join(kernel_name(op, device, int8=True) for op in ("int8_linear", "sparse_linear"))
-    print(
-        f"kernels {kernels}, torch {torch.__version__}, {torch.get_num_threads()} threads; read bandwidth "
-        f"{bandwidth / 1e9:.0f} GB/s"
-    )
-    print("inputs x outputs  x         weight    sparsity dense us  here us   gain bytes allow  GB/s  of read")
-    for I, O in (tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")):
-        for dtype in (pick_dtype(name) for name in options.dtype.split(",")):
+    name = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}, kernels {kernels}; read bandwidth {bandwidth / 1e9:.0f} GB/s")
+    print("inputs x outputs  x         weight     sparsity dense us  here us   gain bytes allow  GB/s  of read")
+    for I, O in (tuple(map(int, shape.split("x"))) for shape in shapes.split(",")):
+        for dtype in (pick_dtype(name) for name in dtypes.split(",")):
             for sparsity in (float(s) for s in options.sparsity.split(",")):
                 compare(I, O, dtype, sparsity, bandwidth, device, options.runs)
 
 
 def compare(I: int, O: int, dtype: torch.dtype, sparsity: float, bandwidth: float, device, runs: int) -> None:
-    """Prints a row for weights in `dtype` and one for int8 weights, each beside dense."""
+    """Prints a row for weights in `dtype`, one for int8 weights and one for TEAL's way, each beside dense."""
     copies = max(2, COPIES_BYTES // (I * O * dtype.itemsize))
     weights = [(torch.randn(O, I, device=device) * I**-0.5).to(dtype) for _ in range(copies)]
     rows = [weight.t().contiguous() for weight in weights]
@@ -60,18 +62,25 @@ def compare(I: int, O: int, dtype: torch.dtype, sparsity: float, bandwidth: floa
     kept = float((x.abs() > t).float().mean())
     codes, scale = zip(*map(quantised, weights * 2), strict=True)  # twice as many, so that they leave the cache too
     code_rows, scale = [code.t().contiguous() for code in codes], [s[:, 0] for s in scale]
+    own, limit = text(dtype), 1e-5 if dtype == torch.float32 else 1e-2
     cases = {
-        "float": lambda i: sparse_linear(x, rows[i], t),
+        own: lambda i: sparse_linear(x, rows[i], t),
         "int8": lambda i: sparse_linear(x, code_rows[i], t, None, scale[i]),
     }
-    want = {"float": reference(x, rows[0], t), "int8": reference(x, code_rows[0], t, None, scale[0])}
+    want = {own: reference(x, rows[0], t), "int8": reference(x, code_rows[0], t, None, scale[0])}
+    limits = dict.fromkeys(cases, limit)
     if not sparsity:
         cases["int8"] = lambda i: int8_linear(x, codes[i], scale[i])
+    elif device.type == "cuda":
+        from teal_published import teal  # here, as not every machine has Triton
+
+        cases["TEAL's way"] = lambda i: teal(x[0], [rows[i]], [t])[None]
+        want["TEAL's way"], limits["TEAL's way"] = want[own], 10 * limit  # its atomics add up in the dtype
     for name, case in cases.items():
         error = float((case(0) - want[name]).norm() / want[name].norm())
-        if not error < (1e-5 if dtype == torch.float32 else 1e-2):
-            raise SystemExit(f"the kernel is wrong: relative error {error:.1e}, so nothing is timed")
-    count = {"float": copies, "int8": 2 * copies}
+        if not error < limits[name]:
+            raise SystemExit(f"the kernel is wrong ({name}): relative error {error:.1e}, so nothing is timed")
+    count = dict.fromkeys(cases, copies) | {"int8": 2 * copies}
     times = Timer(
         {
             "dense": lambda: [F.linear(x, w) for w in weights],
@@ -83,12 +92,13 @@ def compare(I: int, O: int, dtype: torch.dtype, sparsity: float, bandwidth: floa
         device,
     ).medians(runs)
     dense = min(times["dense"], times["wide"]) / copies
-    for name, size in (("float", dtype.itemsize), ("int8", 1)):
+    for name in cases:
+        size = 1 if name == "int8" else dtype.itemsize
         took, moved = times[name] / count[name], kept * I * O * size
         print(
-            f"{I:>6} x {O:<7} {text(dtype):9} {text(dtype) if name == 'float' else name:9} {sparsity:>8.2f} "
-            f"{dense * 1e6:>8.0f} {took * 1e6:>8.0f} {dense / took:>5.2f}x {dtype.itemsize / size / kept:>10.2f}x "
-            f"{moved / took / 1e9:>5.0f} {moved / took / bandwidth:>8.0%}"
+            f"{I:>6} x {O:<7} {own:9} {name:10} {sparsity:>8.2f} {dense * 1e6:>8.1f} {took * 1e6:>8.1f} "
+            f"{dense / took:>5.2f}x {dtype.itemsize / size / kept:>10.2f}x {moved / took / 1e9:>5.0f} "
+            f"{moved / took / bandwidth:>8.0%}"
         )
 
 

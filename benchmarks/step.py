@@ -1,11 +1,14 @@
-"""One whole decode step, dense against sparse, at the shapes of a real model with random weights.
+"""A whole decode step, dense against cheaper ones, at the shapes of real models with random weights: one table.
 
-    python benchmarks/step.py                       # Llama-2-7B shapes, CATS 50 %, after 500 tokens
-    python benchmarks/step.py --shapes llama-3.2-1b --recipe cats:sparsity=0.7
+    python benchmarks/step.py                         # Llama-2-7B and Mistral-7B shapes, four recipes, 500 tokens
+    python benchmarks/step.py --shapes llama-3.2-1b --recipe cats:sparsity=0.7 --recipe "int8 teal:sparsity=0.5"
 
-Thresholds are calibrated on random tokens, so the share of neurons dropped is the target's. Both run the same loop:
-static cache, torch.compile (max-autotune on a GPU), and on a GPU one CUDA graph. The kernel is checked against its
-reference first; times are medians of interleaved runs.
+Thresholds are calibrated on random tokens, so the shares dropped are the recipes'. All steps run in the same loop, over
+a static cache, on a GPU as one CUDA graph; `fused` are those of `sandcat.step`, `compiled` of torch.compile
+(max-autotune on a GPU). The dense ones are prepared once, and timed again, in turn, with those of every recipe. Where a
+recipe is teal alone, a GPU also runs it in TEAL's published way (teal_published.py). Kernels and steps are compared
+with references and eager steps before anything is timed; times are medians. "Gain" is over what PyTorch makes of the
+dense model: the faster of its eager and compiled steps in that loop.
 """
 
 from __future__ import annotations
@@ -14,14 +17,22 @@ import argparse
 import copy
 
 import torch
-from rich import print
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sandcat
-from sandcat.benchmark import benchmark
+from sandcat.benchmark import (
+    parity_error,
+    prepared_steps,
+    read_bandwidth,
+    step_bytes,
+    step_medians,
+    step_modes,
+)
 from sandcat.data import Text
+from sandcat.errors import ParityError
+from sandcat.generate import Decoder
 from sandcat.hub import pick_device, pick_dtype
-from sandcat.layers.sparse import sparse_modules
 
 SHAPES = {
     "llama-2-7b": ("llama", 4096, 11008, 32, 32, 32, 32000),
@@ -30,48 +41,94 @@ SHAPES = {
     "tiny": ("llama", 256, 704, 4, 4, 2, 1000),
 }
 """Family, hidden and intermediate size, layers, heads, key-value heads, vocabulary."""
+RECIPES = ["cats:sparsity=0.5", "teal:sparsity=0.5", "int8 teal:sparsity=0.5", "int8"]
+PUBLISHED_TOLERANCE = 0.1
+"""Relative RMS error allowed to a layer in TEAL's published way, whose atomics add up in the model's dtype."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", choices=SHAPES, default="llama-2-7b")
-    parser.add_argument("--recipe", default="cats:sparsity=0.5")
+    parser.add_argument("--shapes", default="llama-2-7b,mistral-7b", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--recipe", action="append", help=f"again for more; default {', '.join(RECIPES)}")
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--context", type=int, default=500)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-compile", action="store_true", help="leave out compiled steps, which take minutes")
     options = parser.parse_args()
     device, dtype = pick_device(options.device), pick_dtype(options.dtype)
-    family, hidden, neurons, layers, heads, groups, vocabulary = SHAPES[options.shapes]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    bandwidth = read_bandwidth(device)
+    print(f"{name}, torch {torch.__version__}, {dtype}, after {options.context} tokens, ", end="")
+    print(f"read bandwidth {bandwidth / 1e9:.0f} GB/s\n")
+    print("| shapes | recipe | step | ms | GB | GB/s | of read | dense ms | gain | bytes allow |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for shapes in options.shapes.split(","):
+        compare(shapes, options.recipe or RECIPES, device, dtype, bandwidth, options)
+        torch._dynamo.reset()  # it holds on to the models
+
+
+def compare(shapes: str, recipes: list[str], device: torch.device, dtype: torch.dtype, bandwidth: float, options):
+    """Prints the rows of one model."""
+    torch.manual_seed(0)
+    dense = random_model(shapes, device, dtype)
+    vocabulary = dense.config.vocab_size
+    text = Text(torch.randint(0, vocabulary, (16, 256)), "random tokens", "")
+    ids_BT = torch.randint(0, vocabulary, (1, options.context + options.steps))
+    modes = step_modes(device, not options.no_compile)
+    dense_steps = prepared_steps("dense", dense, ids_BT, options.steps, modes)
+    dense_bytes, dense_shown = step_bytes(dense, ids_BT), False
+    for recipe in recipes:
+        model = copy.deepcopy(dense)
+        sandcat.sparsify(model, None, recipe, calibration=text)
+        parity_error(model, ids_BT)
+        steps = prepared_steps(recipe, model, ids_BT, options.steps, modes, compile_fused=False)
+        if device.type == "cuda" and "compiled" in modes and recipe.startswith("teal") and " " not in recipe:
+            steps |= published_steps(recipe, model, ids_BT, options.steps, modes)
+        times = step_medians(dense_steps | steps, ids_BT, options.steps, options.runs)
+        baseline = min(t for name, t in times.items() if name in ("dense eager", "dense compiled"))
+        read = step_bytes(model, ids_BT)
+        for name, seconds in times.items():
+            is_dense = name in dense_steps
+            if is_dense and dense_shown:
+                continue
+            moved, (which, _, variant) = dense_bytes if is_dense else read, name.rpartition(" ")
+            print(
+                f"| {shapes} | {which} | {variant} | {seconds * 1e3:.3f} | {moved / 1e9:.2f} | "
+                f"{moved / seconds / 1e9:.0f} | {moved / seconds / bandwidth:.0%} | {baseline * 1e3:.3f} | "
+                f"{baseline / seconds:.2f}x | {dense_bytes / moved:.2f}x |",
+                flush=True,
+            )
+        dense_shown = True
+
+
+def random_model(shapes: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    family, hidden, neurons, layers, heads, groups, vocabulary = SHAPES[shapes]
     config = AutoConfig.for_model(
         family, hidden_size=hidden, intermediate_size=neurons, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=groups, head_dim=hidden // heads, vocab_size=vocabulary, tie_word_embeddings=False,
     )  # fmt: skip
-    torch.manual_seed(0)
     with torch.device(device):
-        dense = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    for parameter in dense.parameters():
-        parameter.requires_grad_(False)
-    sparse = copy.deepcopy(dense)
-    ids_NL = torch.randint(0, vocabulary, (16, 256))
-    sandcat.sparsify(sparse, None, options.recipe, calibration=Text(ids_NL, "random tokens", ""))
-    ids_BT = torch.randint(0, vocabulary, (1, options.context + options.steps))
-    found = benchmark(dense, sparse, ids_BT, steps=options.steps, runs=options.runs, compile=not options.no_compile)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"{name}, torch {torch.__version__}, {options.shapes} shapes, {dtype}, {options.recipe}, kernel {found.kernel}"
-    )
-    print(f"{len(sparse_modules(sparse))} sparse MLPs; parity error at most {found.parity_error:.1e}")
-    print("| step | ms | GB | GB/s | of read |\n| --- | --- | --- | --- | --- |")
-    for variant, seconds in found.variants.items():
-        read = found.dense_bytes if variant.startswith("dense") else found.sparse_bytes
-        print(
-            f"| {variant} | {seconds * 1e3:.3f} | {read / 1e9:.2f} | {read / seconds / 1e9:.0f} | "
-            f"{read / seconds / found.read_bandwidth:.0%} |"
-        )
-    print(f"\ngain {found.gain:.2f}x; the bytes allow {found.allowed_gain:.2f}x")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return model.requires_grad_(False)
+
+
+def published_steps(recipe: str, model: nn.Module, ids_BT, steps: int, modes) -> dict[str, Decoder]:
+    """The step of a teal model in TEAL's published way.
+
+    Raises:
+        ParityError: its kernel or its step is not right.
+    """
+    import teal_published  # here, as not every machine has Triton
+
+    published = teal_published.as_published(model)
+    error = teal_published.error_of_kernel(published)
+    if not error < PUBLISHED_TOLERANCE:
+        raise ParityError(f"TEAL's published way is wrong here: relative error {error:.1e} of a layer.")
+    name = f"{recipe}, TEAL's published way,"
+    decoders = prepared_steps(name, published, ids_BT, steps, {k: v for k, v in modes.items() if k != "fused"})
+    return {f"{name} compiled": decoders[f"{name} compiled"]}
 
 
 if __name__ == "__main__":

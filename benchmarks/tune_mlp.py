@@ -1,7 +1,7 @@
-"""Times many shapes of programs for the CUDA kernels of one token: what to write into
-`gate_config` and `up_down_config`.
+"""Times many shapes of programs for the CUDA kernels of one token: what to write into `gate_config` and
+`up_down_config`, and with int8 weights into `whole_rows_config`.
 
-    python benchmarks/tune_mlp.py [--hidden 4096 --neurons 14336 --sparsity 0.5]
+    python benchmarks/tune_mlp.py [--hidden 4096 --neurons 14336 --sparsity 0.5] [--int8]
 
 Prints the fastest with the microseconds of the whole op. Weights rotate past the L2 cache.
 """
@@ -10,47 +10,68 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 import triton
+from torch import Tensor
 
+import sandcat.ops.triton.int8_linear as int8_linear
 import sandcat.ops.triton.sparse_mlp as kernels
 from sandcat.benchmark import Timer, read_bandwidth
+from sandcat.methods.int8 import quantised
+from sandcat.ops.int8_linear import reference as dense_reference
 from sandcat.ops.sparse_mlp import reference
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--hidden", type=int, default=4096)
 parser.add_argument("--neurons", type=int, default=14336)
 parser.add_argument("--sparsity", type=float, default=0.5)
-parser.add_argument("--copies", type=int, default=6)
-parser.add_argument("--best", type=int, default=6)
+parser.add_argument("--int8", action="store_true", help="weights in int8 instead of bfloat16")
+parser.add_argument("--copies", type=int, default=12, help="of the weights")
+parser.add_argument("--best", type=int, default=6, help="how many to print")
 options = parser.parse_args()
 H, I, device = options.hidden, options.neurons, torch.device("cuda")
 torch.manual_seed(0)
-layers = [
-    [(torch.randn(I, H, device=device) * H**-0.5).to(torch.bfloat16) for _ in range(3)] for _ in range(options.copies)
-]
-x = torch.randn(1, H, device=device).to(torch.bfloat16)
-activations = [F.silu(F.linear(x, gate)).float().abs() for gate, *_ in layers]
+
+
+def matrices() -> tuple[list[Tensor], list[Tensor | None]]:
+    """gate, up and down as the op takes them, one row a neuron; and their scales."""
+    dense = [(torch.randn(*shape, device=device) * H**-0.5).bfloat16() for shape in ((I, H), (I, H), (H, I))]
+    made = [quantised(w) if options.int8 else (w, None) for w in dense]
+    weights, scales = [w for w, _ in made], [None if s is None else s[:, 0] for _, s in made]
+    return [weights[0], weights[1], weights[2].t().contiguous()], scales
+
+
+layers = [matrices() for _ in range(options.copies)]
+x = torch.randn(1, H, device=device).bfloat16()
+gates = [w[0] if s[0] is None else (w[0] * s[0][:, None]).bfloat16() for w, s in layers]
+activations = [F.silu(F.linear(x, gate)).float().abs() for gate in gates]
 thresholds = [torch.full((I,), float(a.quantile(options.sparsity)), device=device).bfloat16() for a in activations]
-read = (
-    sum(1 + 2 * float((a > t).any(0).float().mean()) for a, t in zip(activations, thresholds, strict=True)) * I * H * 2
-)
+kept = sum(float((a > t).any(0).float().mean()) for a, t in zip(activations, thresholds, strict=True))
+size = layers[0][0][0].element_size()
 
 
-def run():
-    return [kernels.launch(x, *layer, t, "silu") for layer, t in zip(layers, thresholds, strict=True)]
+def mlp() -> list[Tensor]:
+    return [
+        kernels.launch(x, *weights, t, "silu", None, None, None, *scales)
+        for (weights, scales), t in zip(layers, thresholds, strict=True)
+    ]
 
 
-def sweep(name: str, configs: list[dict]) -> dict:
-    """The fastest configuration of those that compile and are right; prints the best."""
+def linear() -> list[Tensor]:
+    return [int8_linear.launch(x, weights[0], scales[0]) for weights, scales in layers]
+
+
+def sweep(module: ModuleType, name: str, run: Callable, want: Tensor, read: float, configs: list[dict]) -> None:
+    """Tries configurations of a kernel, prints the fastest that compile and are right, and leaves the best in place."""
     variants, chosen = {}, {}
-    want = reference(x, *layers[0], thresholds[0], "silu")
     for config in configs:
 
         def of(config=config):
-            setattr(kernels, name, lambda *args: dict(config))
+            setattr(module, name, lambda *args: dict(config))
             return run()
 
         try:
@@ -64,17 +85,22 @@ def sweep(name: str, configs: list[dict]) -> dict:
     ranked = sorted(times, key=times.__getitem__)
     for config in ranked[: options.best]:
         print(
-            f"{name:14} {times[config] / options.copies * 1e6:7.1f} us {read / times[config] / 1e9:6.0f} GB/s  {config}"
+            f"{name:17} {times[config] / options.copies * 1e6:7.1f} us {read / times[config] / 1e9:6.0f} GB/s  {config}"
         )
-    setattr(kernels, name, lambda *args: dict(chosen[ranked[0]]))
-    return chosen[ranked[0]]
+    setattr(module, name, lambda *args: dict(chosen[ranked[0]]))
 
 
-print(f"{torch.cuda.get_device_name()}, MLP {H} x {I}, sparsity {options.sparsity}, bfloat16, "
-      f"read bandwidth {read_bandwidth(device) / 1e9:.0f} GB/s")  # fmt: skip
+print(f"{torch.cuda.get_device_name()}, MLP {H} x {I}, sparsity {options.sparsity}, "
+      f"{'int8' if options.int8 else 'bfloat16'}, read bandwidth {read_bandwidth(device) / 1e9:.0f} GB/s")  # fmt: skip
 columns = triton.next_power_of_2(H)
+weights, scales = layers[0]
+want, read = reference(x, *weights, thresholds[0], "silu", None, None, None, *scales), options.copies + 2 * kept
 sweep(
+    kernels,
     "up_down_config",
+    mlp,
+    want,
+    read * I * H * size,
     [
         {"NEURONS": neurons, "BLOCK": columns, "num_warps": warps, "per_multiprocessor": programs}
         for neurons, warps, programs in itertools.product((1, 2, 4, 8), (4, 8, 16), (1, 2, 3))
@@ -82,10 +108,27 @@ sweep(
     ],
 )
 sweep(
+    kernels,
     "gate_config",
+    mlp,
+    want,
+    read * I * H * size,
     [
         {"ROWS": rows, "BLOCK": block, "num_warps": warps}
         for rows, block, warps in itertools.product((2, 4, 8, 16, 32), (128, 256, 512, 1024, 2048), (2, 4, 8))
         if 16 <= rows * block // (32 * warps) <= 64
     ],
 )
+if options.int8:
+    sweep(
+        int8_linear,
+        "whole_rows_config",
+        linear,
+        dense_reference(x, weights[0], scales[0]),
+        options.copies * I * H,
+        [
+            {"ROWS": rows, "BLOCK": columns, "num_warps": warps, "per_multiprocessor": programs}
+            for rows, warps, programs in itertools.product((1, 2, 4, 8), (2, 4, 8, 16), (1, 2, 3, 4))
+            if 16 <= rows * columns // (32 * warps) <= 64 and warps * programs <= 64
+        ],
+    )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import text, tiny
+from torch import nn
 
 import sandcat
 from sandcat import benchmark
@@ -92,3 +94,24 @@ def test_an_activation_on_its_threshold_is_no_error(pair, monkeypatch):
     monkeypatch.setattr(mlp, "sparse_mlp", lambda *args: right(*args[:4], args[4] * (1 - 1e-6), *args[5:]))
     assert benchmark.parity_error(sparse, ids) < 1e-5
     assert torch.equal(module.threshold, before)
+
+
+@torch.inference_mode()
+def test_the_published_way_that_ours_is_timed_against(monkeypatch):
+    """On a CPU its layers run their definition: what is tested is which weights and inputs they get."""
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import teal_published
+
+    model = tiny("qwen2", tie_word_embeddings=False)
+    sandcat.sparsify(model, None, "teal", calibration=text())
+    published = teal_published.as_published(model)
+    assert not sum(type(module) is nn.Linear for module in published.model.modules())
+    assert {p.data_ptr() for p in published.parameters()} == {p.data_ptr() for p in model.parameters()}
+    ids, launches = torch.randint(4, 96, (1, 20)), []
+    run = teal_published.teal
+    monkeypatch.setattr(teal_published, "teal", lambda *args: launches.append(len(args[1])) or run(*args))
+    found = benchmark.prepared_steps("published", published, ids, 4, {"eager": None})["published eager"]
+    assert launches == 2 * [3, 1, 1, 1, 1]  # layers of q, k and v together, o, gate, up, down
+    want = benchmark.prepared_steps("teal", model, ids, 4, {"eager": None})["teal eager"]
+    torch.testing.assert_close(found.step(ids[:, -1:]), want.step(ids[:, -1:]), rtol=1e-4, atol=1e-5)

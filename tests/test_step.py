@@ -45,6 +45,40 @@ def test_equals_transformers(device, family, heads, recipe):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "int8", "int8 teal", "int8 cats", "int8 teal:sites=[q,k,v,o,gate] cats", "int8:sites=[up,v,head] cats",
+        "int8:sites=[k,gate,o] teal:sites=[q,down,head]", "int8 teal:sites=all+head", "teal:sites=all+head",
+    ],
+)  # fmt: skip
+def test_int8_at_some_sites_and_a_head_that_skips(device, tied, recipe):
+    model = tiny("llama", mlp_bias=False, **{**SIZES, "tie_word_embeddings": tied}).to(device)
+    sandcat.sparsify(model, None, recipe, calibration=text())
+    want, found, fused = pair(model)
+    assert (fused is not None) == (device == "cuda" or "head" not in recipe.partition("teal")[2])
+    for a, b in zip(found, want, strict=True):
+        assert_close(a, b.cpu(), torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["cats", "int8 teal:sites=[q,k,v,o,gate] cats"])
+def test_two_runs_give_the_same_bits(monkeypatch, recipe):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    model = tiny("llama", torch.bfloat16, mlp_bias=False, hidden_size=1024, intermediate_size=4097).cuda()
+    sandcat.sparsify(model, None, recipe, calibration=text())
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.manual_seed(0)
+        first = pair(model, steps=20)[1]
+        torch.manual_seed(0)
+        assert torch.equal(torch.stack(pair(model, steps=20)[1]), torch.stack(first))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("recipe", [None, "teal:sparsity=0.2"])
 def test_half_precision(device, dtype, recipe):

@@ -133,53 +133,85 @@ def benchmark(
     x_BH = torch.empty(len(ids_BT), 0, dtype=sparse.dtype, device=sparse.device)
     modules = kernel_modules(sparse).values()
     kernel = ", ".join(sorted({m.kernel(sparse.device) if m.pays(x_BH) else "reference" for m in modules}))
-    prompt, fed = ids_BT[:, :-steps], ids_BT[:, -steps:].to(dense.device)
     error = parity_error(sparse, ids_BT)
-    device = sparse.device
-    modes = {"eager": None, "fused": "fused"}
-    if compile:
-        modes["compiled"] = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
+    modes = step_modes(sparse.device, compile)
     decoders: dict[str, Decoder] = {}
     models = {"dense": dense, "sparse": sparse} | ({} if int8_dense is None else {"int8-dense": int8_dense})
     for which, model in models.items():
-        for mode, compiled in track(modes.items(), f"preparing {which} steps", total=len(modes)):
-            if mode == "compiled" and which == "sparse" and "sparse fused" in decoders:
-                continue  # it would compile for minutes
-            decoder = Decoder(model, ids_BT.shape[1] + 1, batch=len(ids_BT), compile=compiled)
-            decoder.prefill(prompt)
-            logits = decoder.step(fed[:, :1]).double()  # compiles
-            if mode == "eager":
-                eager = logits.clone()
-            if error_of(logits, eager) > STEP_TOLERANCE[model.dtype] and mode == "fused":
-                check_by_layers(model, prompt, fed[:, :1], f"{which} {mode}")
-            else:
-                _check_step(f"{which} {mode}", logits, eager, model.dtype)
-            if mode != "fused" or decoder.fused is not None:
-                decoders[f"{which} {mode}"] = decoder
-
-    def run(decoder: Decoder) -> float:
-        decoder.rewind(prompt.shape[1])
-        _wait(device)
-        start = time.perf_counter()
-        for i in range(steps):
-            decoder.step(fed[:, i : i + 1])
-        _wait(device)
-        return (time.perf_counter() - start) / steps
-
-    seconds: dict[str, list[float]] = {name: [] for name in decoders}
-    for _ in track(range(runs + 1), "timing steps"):
-        for name, decoder in decoders.items():
-            seconds[name].append(run(decoder))
-    medians = {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
+        decoders |= prepared_steps(which, model, ids_BT, steps, modes, compile_fused=which != "sparse")
+    medians = step_medians(decoders, ids_BT, steps, runs)
     best = {w: min((n for n in medians if n.startswith(w)), key=medians.__getitem__) for w in models}
     read = {which: step_bytes(model, ids_BT) for which, model in models.items()}
     int8 = medians[best["int8-dense"]] if int8_dense is not None else None
     return SpeedResult(
-        prompt.shape[1], len(ids_BT), runs, medians[best["dense"]], best["dense"].split()[1], medians[best["sparse"]],
-        best["sparse"].split()[1], medians[best["dense"]] / medians[best["sparse"]], read["dense"], read["sparse"],
-        read["dense"] / read["sparse"], read_bandwidth(device), kernel, error, medians, int8, read.get("int8-dense"),
-        None if int8 is None else int8 / medians[best["sparse"]],
+        ids_BT.shape[1] - steps, len(ids_BT), runs, medians[best["dense"]], best["dense"].split()[1],
+        medians[best["sparse"]], best["sparse"].split()[1], medians[best["dense"]] / medians[best["sparse"]],
+        read["dense"], read["sparse"], read["dense"] / read["sparse"], read_bandwidth(sparse.device), kernel, error,
+        medians, int8, read.get("int8-dense"), None if int8 is None else int8 / medians[best["sparse"]],
     )  # fmt: skip
+
+
+def step_modes(device: torch.device, compile: bool = True) -> dict[str, str | None]:
+    """The variants of a step, and what `Decoder` calls them; the others are compared with the eager one, the first."""
+    compiled = {"compiled": "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"} if compile else {}
+    return {"eager": None, "fused": "fused"} | compiled
+
+
+@torch.inference_mode()
+def prepared_steps(
+    which: str,
+    model: nn.Module,
+    ids_BT: Tensor,
+    steps: int,
+    modes: dict[str, str | None],
+    *,
+    compile_fused: bool = True,
+) -> dict[str, Decoder]:
+    """Decoders whose steps are compiled, captured and compared with the eager one: "dense eager", "dense fused", ...
+
+    Args:
+        which: what the model is called in their names.
+        ids_BT, steps: see `benchmark`.
+        modes: as `step_modes` gives them.
+        compile_fused: compile, which takes minutes, also where the fused step applies.
+
+    Raises:
+        ParityError: a step is not the eager one.
+    """
+    prompt, first = ids_BT[:, :-steps], ids_BT[:, -steps:][:, :1].to(model.device)
+    decoders: dict[str, Decoder] = {}
+    for mode, compiled in track(modes.items(), f"preparing {which} steps", total=len(modes)):
+        if mode == "compiled" and not compile_fused and f"{which} fused" in decoders:
+            continue
+        decoder = Decoder(model, ids_BT.shape[1] + 1, batch=len(ids_BT), compile=compiled)
+        decoder.prefill(prompt)
+        logits = decoder.step(first).double()  # compiles
+        if mode == "eager":
+            eager = logits.clone()
+        if error_of(logits, eager) > STEP_TOLERANCE[model.dtype] and mode == "fused":
+            check_by_layers(model, prompt, first, f"{which} {mode}")
+        else:
+            _check_step(f"{which} {mode}", logits, eager, model.dtype)
+        if mode != "fused" or decoder.fused is not None:
+            decoders[f"{which} {mode}"] = decoder
+    return decoders
+
+
+@torch.inference_mode()
+def step_medians(decoders: dict[str, Decoder], ids_BT: Tensor, steps: int, runs: int) -> dict[str, float]:
+    """Median seconds of a step of each, over interleaved runs; the first round left out. See `benchmark`."""
+    seconds: dict[str, list[float]] = {name: [] for name in decoders}
+    for _ in track(range(runs + 1), "timing steps"):
+        for name, decoder in decoders.items():
+            fed = ids_BT[:, -steps:].to(decoder.model.device)
+            decoder.rewind(ids_BT.shape[1] - steps)
+            _wait(fed.device)
+            start = time.perf_counter()
+            for i in range(steps):
+                decoder.step(fed[:, i : i + 1])
+            _wait(fed.device)
+            seconds[name].append((time.perf_counter() - start) / steps)
+    return {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
 
 
 def error_of(found: Tensor, want: Tensor) -> float:

@@ -8,6 +8,7 @@ or not.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from sandcat.architectures import Block, ModelView
 from sandcat.errors import UnsupportedModel
-from sandcat.layers.int8 import scale_of
+from sandcat.layers.int8 import Int8Linear, scale_of
 from sandcat.layers.linear import SparseLinear
 from sandcat.layers.mlp import SparseMLP
 from sandcat.layers.sparse import Sparse
@@ -44,7 +45,7 @@ def fused_step(model: nn.Module, cache: Cache) -> Step | None:
 
     It applies to one sequence, on CUDA with Triton or on a CPU with OpenMP, to families with `Architecture.fused_step`
     whose weights have one dtype (or int8 and scales of that) and lie on one device, and whose modules are without hooks
-    and adapters, which it would pass over. On CUDA down projections have no bias, and weights are not int8.
+    and adapters, which it would pass over. On CUDA down projections have no bias.
     """
     kernels = kernel_name("sparse_mlp", model.device)
     if kernels not in ("triton", "numba"):
@@ -68,24 +69,26 @@ def fused_step(model: nn.Module, cache: Cache) -> Step | None:
         from sandcat import cpu_step  # here, as not every machine has Numba's kernels
 
         return cpu_step.CpuStep(view, blocks, cache) if cpu_step.applies(view, blocks) else None
-    if type(model.get_output_embeddings()) is not nn.Linear or any(scale_of(m) is not None for m in model.modules()):
-        return None
-    return FusedStep(view, blocks, cache) if all(_plain(block) for block in blocks) else None
+    plain = type(model.get_output_embeddings()) in _LINEARS and all(_plain(block) for block in blocks)
+    return FusedStep(view, blocks, cache) if plain else None
+
+
+_LINEARS = (nn.Linear, Int8Linear, SparseLinear)
 
 
 def _plain(block: Block) -> bool:
     attention = [block.q, block.k, block.v]
     *gate_up, down = mlp = _projections(block)
-    if isinstance(block.mlp.module, SparseMLP) and not all(type(linear) is nn.Linear for linear in mlp[1:]):
+    if isinstance(block.mlp.module, SparseMLP) and SparseLinear in map(type, mlp[1:]):
         return False
     alike = all(len({linear.bias is None for linear in linears}) == 1 for linears in (attention, gate_up))
-    return (
-        alike and down.bias is None and all(type(m) in (nn.Linear, SparseLinear) for m in [*attention, block.o, *mlp])
-    )
+    return alike and down.bias is None and all(type(m) in _LINEARS for m in [*attention, block.o, *mlp])
 
 
 class FusedStep:
-    """The step on CUDA; see `Step`."""
+    """The step on CUDA; see `Step`. Five kernels a layer; more where neighbours are not of one kind, and two more for
+    `SparseMLP`s under `torch.use_deterministic_algorithms`, where all sums have a fixed order.
+    """
 
     def __init__(self, view: ModelView, blocks: list[Block], cache: Cache):
         # here, as not every machine has Triton
@@ -110,7 +113,7 @@ class FusedStep:
         self.qkv, self.attended = buffer(self.Q + 2 * self.kv_heads * self.D), buffer(self.Q)
         self.hidden, self.gate_up, self.logits = buffer(neurons), buffer(2 * neurons), buffer(self.head.out_features)
         self.count, self.list_n = buffer(1, dtype=torch.int32), buffer(neurons, dtype=torch.int32)
-        self.a_n = buffer(neurons, dtype=torch.float32)
+        self.a_n, self.parts = buffer(neurons, dtype=torch.float32), sparse_mlp.parts_like(self.h)
         heads = self.Q // self.D
         self.splits = max(1, min(32, 2 ** (self.multiprocessors // self.kv_heads).bit_length() // 2))
         self.top, self.sum = (buffer(heads, self.splits, dtype=torch.float32) for _ in range(2))
@@ -123,7 +126,9 @@ class FusedStep:
 
     def __call__(self, ids_11: Tensor) -> Tensor:
         grid = (_tiles(self.H, 1024),)
-        self.kernels.embed[grid](ids_11, self.table, self.h, self.squares, self.H, BLOCK=1024, **self.dependent)
+        self.kernels.embed[grid](
+            ids_11, self.table, self.h, self.squares, *self.table.stride(), self.H, BLOCK=1024, **self.dependent
+        )  # fmt: skip
         self.n_squares = grid[0]
         for block, cached in self.layers:
             self._project(block.input_norm, [block.q, block.k, block.v], self.qkv)
@@ -137,34 +142,34 @@ class FusedStep:
         norm, (gate, up, down), code = block.mlp_norm, _projections(block), self.mlp_kernels.CODES[block.mlp.activation]
         if isinstance(block.mlp.module, SparseMLP):
             self._skip_neurons(norm, block.mlp.module, gate, code)
-        elif isinstance(gate, SparseLinear) or isinstance(up, SparseLinear):
-            self._project(norm, [gate, up], self.gate_up)
-            self._add(self.gate_up[gate.out_features :], down, gate=self.gate_up, code=code)
-        else:
+        elif type(gate) is type(up) is not SparseLinear:
             config, grid = self._whole_rows(gate.weight, matrices=2)
             self.kernels.gate_up[grid](
-                self.h, norm.weight, norm.variance_epsilon, gate.weight, up.weight, gate.bias, up.bias, None, None,
-                self.hidden, gate.out_features, self.H, CODE=code, **config, **self.dependent,
+                self.h, norm.weight, norm.variance_epsilon, gate.weight, up.weight, gate.bias, up.bias, scale_of(gate),
+                scale_of(up), self.hidden, gate.out_features, self.H, CODE=code, **config, **self.dependent,
             )  # fmt: skip
             self._add(self.hidden, down)
+        else:
+            self._project(norm, [gate, up], self.gate_up)
+            self._add(self.gate_up[gate.out_features :], down, gate=self.gate_up, code=code)
 
-    def _skip_neurons(self, norm: nn.Module, mlp: SparseMLP, gate: nn.Linear | SparseLinear, code: int) -> None:
+    def _skip_neurons(self, norm: nn.Module, mlp: SparseMLP, gate: nn.Module, code: int) -> None:
         """gate, and the list of the neurons to keep; then their up and down."""
-        (up, up_bias, _), down, kernels = mlp.up(), mlp.down.weight.t(), self.mlp_kernels
+        (up, up_bias, up_scale), down, kernels = mlp.up(), mlp.down.weight.t(), self.mlp_kernels
+        count = self.count if self.parts is None else None
         if isinstance(gate, SparseLinear):
-            self._sparse_rows(self.h, [gate], norm=norm, neurons=mlp.threshold, code=code)
+            self._sparse_rows(self.h, [gate], norm=norm, neurons=mlp.threshold, count=count, code=code)
         else:
             config = kernels.gate_config(self.H, gate.weight.element_size())
             kernels.gate_kernel[(_tiles(gate.out_features, config["ROWS"]),)](
-                self.h, norm.weight, norm.variance_epsilon, gate.weight, gate.bias, mlp.threshold, self.count,
-                self.list_n, self.a_n, self.x_normed, gate.out_features, self.H, CODE=code, **config, **self.dependent,
+                self.h, norm.weight, norm.variance_epsilon, gate.weight, gate.bias, scale_of(gate), mlp.threshold,
+                count, self.list_n, self.a_n, self.x_normed, gate.out_features, self.H, CODE=code, **config,
+                **self.dependent,
             )  # fmt: skip
-        config = kernels.up_down_config(self.H, up.element_size())
-        kernels.up_down_kernel[(self.multiprocessors * config.pop("per_multiprocessor"),)](
-            self.x_normed, up, down, up_bias, self.count, self.list_n, self.a_n, self.h, len(up), self.H, **config,
-            **self.dependent,
+        self.n_squares = kernels.up_down(
+            self.x_normed, up, down, up_bias, up_scale, scale_of(mlp.down), self.count, self.list_n, self.a_n, self.h,
+            self.squares, self.parts,
         )  # fmt: skip
-        self.n_squares = None  # of sums by many programs at once nobody knows the squares
 
     def _whole_rows(self, weight: Tensor, matrices: int = 1) -> tuple[dict, tuple[int]]:
         """Shape and number of the programs that read the rows of a matrix (or of two alike) in turn."""
@@ -174,18 +179,18 @@ class FusedStep:
     def _project(self, norm: nn.Module, linears: list[nn.Module], out: Tensor, position: Tensor | None = None) -> None:
         """out = the products of the layers with the normed h, one after another; neighbours of one kind at once."""
         start = 0
-        for kind, alike in groupby(linears, type):
+        for (kind, _), alike in groupby(linears, lambda linear: (type(linear), linear.weight.dtype)):
             alike = list(alike)
             y = out[start:]
             start += sum(linear.out_features for linear in alike)
             if kind is SparseLinear:
-                self._sparse_rows(self.h, alike, norm=norm, y=y)
+                self._sparse_rows(self.h, alike, norm=norm, y=y, position=position)
                 continue
             config, grid = self._whole_rows(alike[0].weight)
-            weights, biases, sizes = _three(alike)
             self.kernels.project[grid](
-                self.h, norm.weight, norm.variance_epsilon, *weights, *biases, None, None, None, y, position, *sizes,
-                self.H, **config, **self.dependent,
+                self.h, norm.weight, norm.variance_epsilon, *_three(m.weight for m in alike),
+                *_three(m.bias for m in alike), *_three(map(scale_of, alike)), y, position, *_sizes(alike), self.H,
+                **config, **self.dependent,
             )  # fmt: skip
 
     def _attend(self, block: Block, keys: Tensor, values: Tensor) -> None:
@@ -206,8 +211,8 @@ class FusedStep:
             return
         config, grid = self._whole_rows(linear.weight)
         self.kernels.add_rows[grid](
-            x, gate, linear.weight, linear.bias, None, self.h, self.squares, self.count, *linear.weight.shape,
-            CODE=code, **config, **self.dependent,
+            x, gate, linear.weight, linear.bias, scale_of(linear), self.h, self.squares, self.count,
+            *linear.weight.shape, CODE=code, **config, **self.dependent,
         )  # fmt: skip
         self.n_squares = grid[0]
 
@@ -221,6 +226,8 @@ class FusedStep:
         y: Tensor | None = None,
         h: Tensor | None = None,
         neurons: Tensor | None = None,
+        count: Tensor | None = None,
+        position: Tensor | None = None,
         code: int = 0,
     ) -> None:
         """The products with x, with act(gate) * x or with the normed x, to y, to h, or to the list of neurons."""
@@ -228,18 +235,18 @@ class FusedStep:
         config, grid = self.linear_kernels.sparse_rows_config(
             [linear.out_features for linear in linears], channels, itemsize, self.multiprocessors
         )
-        weights, biases, sizes = _three(linears)
-        thresholds = [linear.threshold for linear in linears] + [linears[0].threshold] * (3 - len(linears))
-        programs = grid[0] * grid[1]
+        sizes, programs = _sizes(linears), grid[0] * grid[1]
         self.linear_kernels.sparse_rows[grid](
             x, gate, None if norm is None else norm.weight, 0.0 if norm is None else norm.variance_epsilon,
             None if self.n_squares is None and h is None else self.squares, self.n_squares or 0,
-            *weights, *thresholds, *biases, None, None, None,
+            *_three(m.weight.t() for m in linears), *_three(m.threshold for m in linears),
+            *_three(m.bias for m in linears), *_three(map(scale_of, linears)),
             self._room("list_i", programs * config["CHANNELS"], torch.int32),
             self._room("list_x", programs * config["CHANNELS"], torch.float32),
             self._room("parts", grid[1] * sum(sizes), torch.float32), self._room("arrived", grid[0], torch.int32),
-            y, h, self.count, neurons, self.list_n, self.a_n, None if neurons is None else self.x_normed, *sizes,
-            channels, CODE=code, **config, **self.dependent,
+            y, h, count if h is None else self.count, neurons, self.list_n, self.a_n,
+            None if neurons is None else self.x_normed, position, *sizes, channels, CODE=code, **config,
+            **self.dependent,
         )  # fmt: skip
         if h is not None:
             self.n_squares = grid[0]
@@ -262,13 +269,12 @@ def _projections(block: Block) -> tuple[nn.Module, nn.Module, nn.Module]:
     return gate, up, down
 
 
-def _three(linears: list[nn.Module]) -> tuple[list[Tensor], list[Tensor | None], list[int]]:
-    """Weights as the kernels read them, biases and output sizes of up to three layers, filled up to three."""
-    weights = [m.weight.t() if isinstance(m, SparseLinear) else m.weight for m in linears]
-    biases = [m.bias for m in linears]
-    rest = 3 - len(linears)
-    return (
-        weights + weights[:1] * rest,
-        biases + biases[:1] * rest,
-        [m.out_features for m in linears] + [0] * rest,
-    )
+def _three(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Tensors of up to three layers, filled up to three."""
+    tensors = list(tensors)
+    return tensors + tensors[:1] * (3 - len(tensors))
+
+
+def _sizes(linears: list[nn.Module]) -> list[int]:
+    """Output sizes of up to three layers, filled up to three."""
+    return [linear.out_features for linear in linears] + [0] * (3 - len(linears))

@@ -6,8 +6,12 @@ python tests/ops/compile_triton.py [compute capability, default 90]
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
+
+import teal_published
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
@@ -15,6 +19,7 @@ from triton.compiler import ASTSource, compile
 import sandcat.ops.triton.sparse_linear as linear
 import sandcat.ops.triton.sparse_mlp as kernels
 import sandcat.ops.triton.step as step
+import sandcat.ops.triton.tokens as tokens
 
 TYPES = {
     "x": "*{0}", "gate": "*{0}", "up": "*{0}", "down": "*{0}", "bias": "*{0}", "threshold": "*{0}", "h_nT": "*{0}",
@@ -27,20 +32,33 @@ TYPES = {
     "sum_ws": "*fp32", "acc_ws": "*fp32", "arrived": "*i32", "out": "*{0}", "norm": "*{0}", "x_normed": "*{0}",
     "eps": "fp32", "squares": "*fp32", "n_squares": "i32", "a_threshold": "*{0}", "b_threshold": "*{0}",
     "c_threshold": "*{0}", "list_i": "*i32", "list_x": "*fp32", "parts": "*fp32", "neurons": "*{0}",
-    "a_scale": "*fp32", "b_scale": "*fp32", "c_scale": "*fp32", "gate_scale": "*fp32", "up_scale": "*fp32",
+    "a_scale": "*{0}", "b_scale": "*{0}", "c_scale": "*{0}", "gate_scale": "*{0}", "up_scale": "*{0}",
+    "down_scale": "*{0}", "P": "i32",
+}  # fmt: skip
+WEIGHTS = {
+    kernels.gate_kernel: ["gate"], kernels.up_down_kernel: ["up", "down"], step.project: ["a", "b", "c"],
+    step.add_rows: ["w"], step.gate_up: ["gate", "up"], linear.sparse_rows: ["a", "b", "c"],
+}  # fmt: skip
+SCALES = {
+    kernels.gate_kernel: ["gate_scale"], kernels.up_down_kernel: ["up_scale", "down_scale"],
+    step.project: ["a_scale", "b_scale", "c_scale"], step.add_rows: ["scale"],
+    step.gate_up: ["gate_scale", "up_scale"], linear.sparse_rows: ["a_scale", "b_scale", "c_scale"],
 }  # fmt: skip
 
 
-def check(kernel, dtype: str, capability: int, **constants) -> str:
+def check(kernel, dtype: str, capability: int, *, int8: bool = False, **constants) -> str:
     """Registers a thread and bytes spilled, of one kernel for one dtype."""
     warps = constants.pop("num_warps")
     constants.pop("per_multiprocessor", None)
     if "PDL" in kernel.arg_names:
         constants["PDL"] = capability >= 90
-    weights = constants.pop("weights", dtype)
-    types = TYPES | ({"y": "*{0}"} if kernel in (step.project, step.gate_up, linear.sparse_rows) else {})
-    if kernel is linear.sparse_rows:
-        types |= {name: f"*{weights}" for name in "abc"}
+    types = dict(TYPES)
+    if kernel in (step.project, step.gate_up, linear.sparse_rows, teal_published.masked_rows):
+        types["y"] = "*{0}"
+    if int8:
+        types |= dict.fromkeys(WEIGHTS[kernel], "*i8") | dict.fromkeys(SCALES[kernel], "*{0}")
+    else:
+        constants |= dict.fromkeys(SCALES.get(kernel, []))
     types = {name: type for name, type in types.items() if name not in constants}
     signature = {name: types[name].format(dtype) if name in types else "constexpr" for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()})
@@ -58,60 +76,45 @@ def check(kernel, dtype: str, capability: int, **constants) -> str:
     shape = " ".join(
         f"{name.lower()} {constants[name]}" for name in ("TOKENS", "ROWS", "NEURONS", "BLOCK") if name in constants
     )
-    return f"{kernel.fn.__name__:14} {dtype} {shape} {warps} warps: {registers} registers, {spilled[-1]}"
+    types = f"{dtype}{' and int8' if int8 else ''}"
+    return f"{kernel.fn.__name__:14} {types} {shape} {warps} warps: {registers} registers, {spilled[-1]}"
 
 
 def main(capability: int) -> None:
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        for hidden in (576, 2048, 4096, 8192):
-            print(check(kernels.gate_kernel, dtype, capability, CODE=0, **kernels.gate_config(hidden, itemsize)))
-            print(check(kernels.up_down_kernel, dtype, capability, **kernels.up_down_config(hidden, itemsize)))
-        for kernel, config in zip(
-            (kernels._gate_tokens, kernels._up_tokens, kernels._down_tokens),
-            (kernels.rows_config(itemsize), kernels.rows_config(itemsize), kernels.columns_config(itemsize)),
-            strict=True,
-        ):
-            extra = {"CODE": 2} if kernel is kernels._gate_tokens else {}
-            extra |= {"SPLITS": 16} if kernel is kernels._down_tokens else {}
-            print(check(kernel, dtype, capability, **config, **extra))
-        for hidden in (4096, 8192):
-            none = dict.fromkeys(["a_bias", "b_bias", "c_bias", "a_scale", "b_scale", "c_scale", "position"])
-            print(check(step.project, dtype, capability, **step.whole_rows_config(hidden, itemsize)))
-            print(check(step.project, dtype, capability, **none, **step.whole_rows_config(hidden, itemsize)))
-        for hidden in (4096, 14336):
-            print(
-                check(
-                    step.add_rows,
-                    dtype,
-                    capability,
-                    CODE=0,
-                    gate=None,
-                    scale=None,
-                    **step.whole_rows_config(hidden, itemsize),
-                )
-            )
-        print(
-            check(
-                step.gate_up,
-                dtype,
-                capability,
-                CODE=0,
-                gate_scale=None,
-                up_scale=None,
-                **step.whole_rows_config(4096, itemsize, matrices=2),
-            )
-        )
-        none = dict.fromkeys(["a_scale", "b_scale", "c_scale", "a_bias", "b_bias", "c_bias", "gate", "neurons"])
-        for columns, channels in (([4096] * 3, 4096), ([4096], 11008), ([14336] * 2, 4096)):
-            config, _ = linear.sparse_rows_config(columns, channels, itemsize, 132)
-            extra = {"h": None, "CODE": 0}
-            print(check(linear.sparse_rows, dtype, capability, **none, **extra, **config))
-            config, _ = linear.sparse_rows_config(columns, channels, 1, 132)
-            extra |= {"weights": "i8", "h": None}
-            print(check(linear.sparse_rows, dtype, capability, **dict.fromkeys(["gate", "neurons"]), **extra, **config))
-        none = dict.fromkeys(["q_norm", "k_norm"])
-        print(check(step.attend, dtype, capability, **none, **step.attend_config(1, 128, itemsize, 521, 4)))
-        print(check(step.attend, dtype, capability, **step.attend_config(1, 128, itemsize, 521, 4)))
+        for int8 in (False, True):
+            if int8 and dtype == "fp16":
+                continue  # as bf16
+            for kernel, constants in of_one_token(1 if int8 else itemsize):
+                print(check(kernel, dtype, capability, int8=int8, **constants))
+        print(check(tokens.gate_tokens, dtype, capability, CODE=2, **tokens.rows_config(itemsize)))
+        print(check(tokens.up_tokens, dtype, capability, **tokens.rows_config(itemsize)))
+        print(check(tokens.down_tokens, dtype, capability, SPLITS=16, **tokens.columns_config(itemsize)))
+        for norms in (dict.fromkeys(["q_norm", "k_norm"]), {}):
+            print(check(step.attend, dtype, capability, **norms, **step.attend_config(1, 128, itemsize, 521, 4)))
+    for config in teal_published.CONFIGS:
+        constants = config.kwargs | {"num_warps": config.num_warps}
+        print(check(teal_published.masked_rows, "bf16", capability, **constants))
+    print(check(kernels.in_order, "fp32", capability, BLOCK=8192, num_warps=32))
+    print(check(kernels.add_parts, "fp32", capability, ROWS=32, BLOCK=64, num_warps=4))
+
+
+def of_one_token(itemsize: int) -> Iterator[tuple]:
+    """Kernels that read weights of so many bytes each, and their constants."""
+    for hidden in (576, 2048, 4096, 8192):
+        yield kernels.gate_kernel, {"CODE": 0, **kernels.gate_config(hidden, itemsize)}
+        for parts in (False, True):
+            yield kernels.up_down_kernel, {"PARTS": parts, **kernels.up_down_config(hidden, itemsize)}
+    for hidden in (4096, 8192):
+        for left_out in (["position"], ["position", "a_bias", "b_bias", "c_bias"]):
+            yield step.project, {**dict.fromkeys(left_out), **step.whole_rows_config(hidden, itemsize)}
+    for columns in (4096, 11008, 14336):
+        yield step.add_rows, {"CODE": 0, "gate": None, **step.whole_rows_config(columns, itemsize)}
+    yield step.gate_up, {"CODE": 0, **step.whole_rows_config(4096, itemsize, matrices=2)}
+    none = dict.fromkeys(["a_bias", "b_bias", "c_bias", "gate", "neurons", "h", "position"]) | {"CODE": 0}
+    for columns, channels in (([4096] * 3, 4096), ([4096], 11008), ([14336] * 2, 4096), ([32000], 4096)):
+        config, _ = linear.sparse_rows_config(columns, channels, itemsize, 132)
+        yield linear.sparse_rows, {**none, **config}
 
 
 if __name__ == "__main__":

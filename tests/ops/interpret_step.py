@@ -1,5 +1,7 @@
 """Runs the fused step on the CPU by Triton's interpreter and compares it with the step of transformers.
 
+python tests/ops/interpret_step.py float|int8|deterministic
+
 A program of its own, for the same reason as interpret_triton.py.
 """
 
@@ -40,34 +42,46 @@ def logits(model, ids):
 
 
 RECIPES = {
-    "llama": (None, "cats:layers=1:", "teal", "teal:sites=[k,up,down],layers=:1", "teal:sites=[q,k,v,o,gate] cats"),
-    "mistral": (None, "teal:sites=[o,gate]"),
-    "qwen2": ("cats", "teal"),
-    "qwen3": (None, "teal:sites=[q,k,v,o,gate] cats"),
-}
-steps = 0
-with torch.inference_mode():
-    for family, recipes in RECIPES.items():
-        for recipe in recipes:
-            options = {"mlp_bias": False} if family == "llama" else {}
-            window = {"sliding_window": 4} if family == "mistral" else {}
-            model = tiny(family, tie_word_embeddings=False, **options, **window)
-            if recipe:
-                sandcat.sparsify(model, None, recipe, calibration=text())
-            ids = torch.randint(4, VOCABULARY, (1, 24))
-            want, decoder = logits(model, ids)
-            cached = [(layer.keys.clone(), layer.values.clone()) for layer in decoder.cache.layers]
-            for layer in decoder.cache.layers:
-                layer.keys[:, :, 20:], layer.values[:, :, 20:] = float("nan"), float("nan")
-            step = fused(model, decoder.cache)
-            for i, expected in enumerate(want):
-                torch.testing.assert_close(step(ids[:, 20 + i : 21 + i]), expected, rtol=1e-4, atol=1e-5)
-            assert step.position == 24
-            steps += 1
-            for (keys, values), layer in zip(cached, decoder.cache.layers, strict=True):
-                torch.testing.assert_close(layer.keys, keys, rtol=1e-4, atol=1e-5)
-                torch.testing.assert_close(layer.values, values, rtol=1e-4, atol=1e-5)
+    "float": [
+        *(("llama", r) for r in (None, "cats:layers=1:", "teal", "teal:sites=[k,up,down],layers=:1")),
+        ("llama", "teal:sites=[q,k,v,o,gate] cats"), ("mistral", None), ("mistral", "teal:sites=[o,gate]"),
+        ("qwen2", "cats"), ("qwen2", "teal"), ("qwen3", None), ("qwen3", "teal:sites=[q,k,v,o,gate] cats"),
+        ("llama", "teal:sites=all+head"),
+    ],
+    "int8": [
+        *(("llama", f"int8{rest}") for rest in ("", " teal", " cats", " teal:sites=[q,k,v,o,gate] cats")),
+        ("llama", "int8:sites=[k,gate,o] teal:sites=[q,down,head]"), ("llama", "int8:sites=[down,head],layers=1: cats"),
+        ("qwen2", "int8:sites=[q,k,v,up] cats"), ("qwen2", "int8 teal:sites=all+head"),
+    ],
+    "deterministic": [("llama", "cats"), ("llama", "int8 teal:sites=[q,k,v,o,gate] cats")],
+}  # fmt: skip
+
+
+def check(family, recipe):
+    options = {"mlp_bias": False} if family == "llama" else {}
+    window = {"sliding_window": 4} if family == "mistral" else {}
+    model = tiny(family, tie_word_embeddings="int8" in (recipe or ""), **options, **window)
+    if recipe:
+        sandcat.sparsify(model, None, recipe, calibration=text())
+    ids = torch.randint(4, VOCABULARY, (1, 24))
+    want, decoder = logits(model, ids)
+    cached = [(layer.keys.clone(), layer.values.clone()) for layer in decoder.cache.layers]
+    for layer in decoder.cache.layers:
+        layer.keys[:, :, 20:], layer.values[:, :, 20:] = float("nan"), float("nan")
+    step = fused(model, decoder.cache)
+    for i, expected in enumerate(want):
+        torch.testing.assert_close(step(ids[:, 20 + i : 21 + i]), expected, rtol=1e-4, atol=1e-5)
+    assert step.position == 24
+    for (keys, values), layer in zip(cached, decoder.cache.layers, strict=True):
+        torch.testing.assert_close(layer.keys, keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.values, values, rtol=1e-4, atol=1e-5)
+
+
+def check_rounding(recipe):
+    """In float16, over all steps: of a single one the roundings differ by more."""
     model = tiny("llama", torch.float16, mlp_bias=False)
+    if recipe:
+        sandcat.sparsify(model, None, recipe, calibration=text())
     torch.manual_seed(0)
     ids = torch.randint(4, VOCABULARY, (1, 24))
     want, decoder = logits(model, ids)
@@ -75,5 +89,14 @@ with torch.inference_mode():
     found = [step(ids[:, i : i + 1]).clone() for i in range(20, 24)]
     exact, _ = logits(model.float(), ids)
     ours, theirs = ((torch.stack(logits) - torch.stack(exact)).norm() for logits in (found, want))
-    assert ours <= 1.5 * theirs, (ours, theirs)  # over all steps: of a single one the roundings differ by more
-print(f"{steps + 1} steps equal those of transformers")
+    assert ours <= 1.5 * theirs, (ours, theirs)
+
+
+with torch.inference_mode():
+    kind = sys.argv[1]
+    torch.use_deterministic_algorithms(kind == "deterministic")
+    for family, recipe in RECIPES[kind]:
+        print(family, recipe, flush=True)
+        check(family, recipe)
+    check_rounding("int8" if kind == "int8" else None)
+print(f"{len(RECIPES[kind]) + 1} steps equal those of transformers")

@@ -14,12 +14,20 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+here = Path(__file__).parent
+sys.path[:0] = [str(folder) for folder in (here, here.parent, here.parent.parent / "benchmarks")]
 
+import teal_published
+import test_int8
 from conftest import assert_close
 from test_sparse_mlp import arguments, expected
 
-import sandcat.ops.triton.sparse_mlp as kernels
+import sandcat.ops.triton.int8_linear as int8_linear
+import sandcat.ops.triton.sparse_linear as sparse_linear
+import sandcat.ops.triton.sparse_mlp as sparse_mlp
+import sandcat.ops.triton.tokens as several
+from sandcat.ops.sparse_linear import reference as reference_linear
+from sandcat.ops.sparse_mlp import ACTIVATIONS, reference_up_down
 
 empty = torch.empty
 
@@ -30,11 +38,28 @@ def poisoned(*shape, **options):
 
 
 torch.empty = poisoned
-kernels.multiprocessors = lambda device: 2
-kernels.dependent_launch = lambda device: {"PDL": False}
+for module in (int8_linear, sparse_linear, sparse_mlp, several):
+    module.multiprocessors = lambda device: 2
+    module.dependent_launch = lambda device: {"PDL": False}
 torch.cuda.device = lambda device: contextlib.nullcontext()
 
 count = 0
+
+
+def check(found, want, dtype):
+    global count
+    assert_close(found, want, dtype)
+    count += 1
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+SIZES = (torch.float32, torch.float16)
 for tokens, hidden, neurons, options in [
     (1, 1, 1, {}),
     (1, 63, 65, {}),
@@ -46,18 +71,58 @@ for tokens, hidden, neurons, options in [
     (5, 300, 33, {"activation": "gelu_tanh"}),
     (8, 130, 40, {"sparsity": 0.9}),
 ]:
-    for dtype in (torch.float32, torch.float16):
+    for dtype in SIZES:
         args = arguments(tokens, hidden, neurons, dtype, "cpu", **options)
-        assert_close(kernels.launch(*args), expected(args), dtype)
-        count += 1
+        check(sparse_mlp.launch(*args), expected(args), dtype)
     for bad in (float("nan"), float("inf")):
         args[0][0, 0] = bad
-        assert_close(kernels.launch(*args), expected(args), dtype)
-        count += 1
+        check(sparse_mlp.launch(*args), expected(args), dtype)
 args = arguments(2, 63, 65, torch.float32, "cpu", bias=True)
 for rows in (1, 2):
     args[0] = args[0][:rows]
     strided = [torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t for t in args]
-    assert_close(kernels.launch(*strided), expected(args), torch.float32)
-    count += 1
+    check(sparse_mlp.launch(*strided), expected(args), torch.float32)
+
+for dtype in SIZES:
+    for channels, outputs in ((1, 1), (63, 65), (1100, 33)):
+        args = test_int8.arguments(1, channels, outputs, dtype)
+        check(int8_linear.launch(*args), test_int8.exact(*args), torch.float32)
+        x, weight, scale, bias = args
+        threshold = x.float().abs().quantile(0.5).expand(channels).to(dtype).contiguous()
+        want = test_int8.exact(torch.where(x.abs() <= threshold, 0, x), weight, scale, bias)
+        check(sparse_linear.launch(x, weight.t(), threshold, bias, scale), want, torch.float32)
+    for tokens in (1, 2):
+        for fixed in (contextlib.nullcontext, deterministic):
+            args = test_int8.mlp_arguments(tokens, 63, 130, dtype)
+            with fixed():
+                check(sparse_mlp.launch(*args), test_int8.exact_mlp(args), dtype)
+            x, gate, up, down, threshold, activation, gate_bias, *biases, gate_scale, up_scale, down_scale = args
+            a = ACTIVATIONS[activation](test_int8.exact(x, gate, gate_scale, gate_bias)).to(dtype)
+            rest = (*biases, up_scale, down_scale)
+            with fixed():
+                found = sparse_mlp.launch_up_down(x, a, up, down, threshold, *rest)
+            check(found, test_int8.exact_mlp(args), dtype)
+            x, gate, up, down, threshold, *_ = args = arguments(tokens, 300, 133, dtype, "cpu")
+            a = ACTIVATIONS["silu"](torch.nn.functional.linear(x, gate))
+            with fixed():
+                check(sparse_mlp.launch(*args), expected(args), dtype)
+                found = sparse_mlp.launch_up_down(x, a, up, down, threshold)
+            check(found, reference_up_down(x, a, up, down, threshold), dtype)
+for which in range(3):  # one matrix alone in int8
+    args = test_int8.mlp_arguments(1, 63, 130, torch.float32)
+    want = test_int8.exact_mlp(args)
+    for other in {0, 1, 2} - {which}:
+        scale, args[9 + other] = args[9 + other], None
+        args[1 + other] = args[1 + other].float() * (scale if other == 2 else scale[:, None])
+    check(sparse_mlp.launch(*args), want, torch.float32)
+for dtype, sizes in ((torch.float32, [33]), (torch.float16, [40, 24, 24])):  # TEAL's published way, a baseline
+    weights = [torch.randn(70, size).to(dtype) for size in sizes]
+    x, thresholds = torch.randn(70).to(dtype), [torch.rand(70).to(dtype) for _ in sizes]
+    y = torch.zeros(sum(sizes), dtype=dtype)
+    three = [tensors + tensors[:1] * (3 - len(sizes)) for tensors in (weights, thresholds)]
+    teal_published.masked_rows[(sum(-(-size // 16) for size in sizes), 3)](
+        x, *three[0], *three[1], y, *sizes, *[0] * (3 - len(sizes)), 70, CHANNELS=32, BLOCK=16
+    )
+    pairs = zip(weights, thresholds, strict=True)
+    check(y, torch.cat([reference_linear(x[None], w, t)[0] for w, t in pairs]), dtype)
 print(f"{count} cases equal the reference")

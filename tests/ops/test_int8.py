@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import DEVICES, assert_close
 
 from sandcat.ops import int8_linear, kernel_name, sparse_linear, sparse_mlp, sparse_up_down
 from sandcat.ops.arguments import MAX_TOKENS
@@ -37,25 +37,37 @@ def exact(x, weight, scale, bias=None):
     return y if bias is None else y + bias.double()
 
 
+def on(device, *args):
+    return [arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args]
+
+
+def sums(device, tokens, dtype):
+    """In which precision an op adds up: on a GPU several tokens are dense products."""
+    return dtype if device == "cuda" and tokens > 1 else torch.float32
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels, outputs", SHAPES)
 @pytest.mark.parametrize("tokens", [1, 3, MAX_TOKENS])
 @pytest.mark.parametrize("bias", [False, True])
-def test_int8_linear(dtype, channels, outputs, tokens, bias):
+def test_int8_linear(device, dtype, channels, outputs, tokens, bias):
     args = arguments(tokens, channels, outputs, dtype, bias=bias)
-    found = int8_linear(*args)
+    found = int8_linear(*on(device, *args))
     assert found.dtype == torch.float32
-    assert_close(found, exact(*args), torch.float32)
+    assert_close(found, exact(*args), sums(device, tokens, dtype))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels, outputs", SHAPES)
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_sparse_linear(dtype, channels, outputs, tokens):
+def test_sparse_linear(device, dtype, channels, outputs, tokens):
     x, weight, scale, bias = arguments(tokens, channels, outputs, dtype)
     threshold = x.float().abs().quantile(0.5).expand(channels).to(dtype).contiguous()
     want = exact(torch.where(x.abs() <= threshold, 0, x), weight, scale, bias)
-    assert_close(sparse_linear(x, weight.t().contiguous(), threshold, bias, scale), want, torch.float32)
+    found = sparse_linear(*on(device, x, weight.t().contiguous(), threshold, bias, scale))
+    assert_close(found, want, sums(device, tokens, dtype))
 
 
 def mlp_arguments(tokens, hidden, neurons, dtype, activation="silu", seed=0):
@@ -79,34 +91,39 @@ def exact_mlp(args):
     return exact(h, down.t(), scales[2], down_bias)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden, neurons", [(1, 1), (63, 65), (64, 1), (576, 1536)])
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_sparse_mlp(dtype, hidden, neurons, tokens, activation):
+def test_sparse_mlp(device, dtype, hidden, neurons, tokens, activation):
     args = mlp_arguments(tokens, hidden, neurons, dtype, activation)
-    assert_close(sparse_mlp(*args), exact_mlp(args), dtype)
+    assert_close(sparse_mlp(*on(device, *args)), exact_mlp(args), dtype)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sparse_up_down(dtype):
-    args = mlp_arguments(2, 63, 130, dtype)
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_sparse_up_down(device, dtype, tokens):
+    args = mlp_arguments(tokens, 63, 130, dtype)
     x, gate, up, down, threshold, activation, gate_bias, *biases, gate_scale, up_scale, down_scale = args
     a = ACTIVATIONS[activation](exact(x, gate, gate_scale, gate_bias)).to(dtype)
-    found = sparse_up_down(x, a, up, down, threshold, *biases, up_scale, down_scale)
+    found = sparse_up_down(*on(device, x, a, up, down, threshold, *biases, up_scale, down_scale))
     assert_close(found, exact_mlp(args), dtype)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("which", range(3), ids=["gate", "up", "down"])
-def test_one_matrix_alone_in_int8(which):
+def test_one_matrix_alone_in_int8(device, tokens, which):
     """Each of the three has its own storage."""
-    args = mlp_arguments(2, 63, 130, torch.float32)
+    args = mlp_arguments(tokens, 63, 130, torch.float32)
     want = exact_mlp(args)
     for other in {0, 1, 2} - {which}:
         scale = args[9 + other]
         args[1 + other] = args[1 + other].float() * (scale if other == 2 else scale[:, None])
         args[9 + other] = None
-    assert_close(sparse_mlp(*args), want, torch.float32)
+    assert_close(sparse_mlp(*on(device, *args)), want, torch.float32)
 
 
 def test_sums_beyond_float16():
@@ -167,3 +184,9 @@ def test_arguments_that_do_not_fit():
 
 def test_kernels_run_here():
     assert {kernel_name(op, "cpu", int8=True) for op in ("int8_linear", "sparse_linear", "sparse_mlp")} == {"numba"}
+
+
+@pytest.mark.gpu
+def test_kernels_run_on_the_gpu():
+    ops = ("int8_linear", "sparse_linear", "sparse_mlp", "sparse_up_down")
+    assert {kernel_name(op, "cuda", int8=True) for op in ops} == {"triton"}

@@ -195,6 +195,20 @@ def test_cuda_graph(tokens):
         assert_close(found, expected(args), torch.bfloat16)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_two_runs_give_the_same_bits(monkeypatch, tokens):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    args = arguments(tokens, 4096, 14337, torch.bfloat16, "cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = sparse_mlp(*args)
+        assert_close(first, expected(args), torch.bfloat16)
+        assert all(torch.equal(sparse_mlp(*args), first) for _ in range(20))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_a_kernel_runs_here():
     assert kernel_name("sparse_mlp", "cpu") == "numba"
 
@@ -204,17 +218,18 @@ def test_a_kernel_runs_on_the_gpu():
     assert kernel_name("sparse_mlp", "cuda") == "triton"
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden, neurons", SHAPES)
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_up_down_equals_its_reference(dtype, hidden, neurons, tokens):
+def test_up_down_equals_its_reference(device, dtype, hidden, neurons, tokens):
     """The second half alone, for a gate that was computed elsewhere."""
     x, gate, up, down, threshold, activation, gate_bias, *biases = arguments(
         tokens, hidden, neurons, dtype, "cpu", bias=True
     )
     a = ACTIVATIONS[activation](torch.nn.functional.linear(x, gate, gate_bias))
-    args = (x, a, up, down, threshold, *biases)
-    assert_close(sparse_up_down(*args), reference_up_down(*args), dtype)
+    args = tuple(t.to(device) for t in (x, a, up, down, threshold, *biases))
+    assert_close(sparse_up_down(*args), reference_up_down(x, a, up, down, threshold, *biases), dtype)
     torch.library.opcheck(sparse_up_down, args, test_utils=("test_schema", "test_faketensor"))
     with pytest.raises(ValueError, match="must be"):
-        sparse_up_down(x, a[:, :-1] if neurons > 1 else a.double(), up, down, threshold)
+        sparse_up_down(args[0], args[1][:, :-1] if neurons > 1 else args[1].double(), *args[2:])

@@ -44,10 +44,15 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_TOKENS = {
     **{(op, "cpu", dtype, False): 2 for op in ("core_mlp", "sparse_mlp", "sparse_up_down") for dtype in _FLOATS[1:]},
     **{("sparse_linear", "cpu", dtype, False): 1 for dtype in _FLOATS},
-    **{(op, "cuda", dtype, False): 1 for op in ("sparse_linear", "sparse_mlp", "sparse_up_down") for dtype in _FLOATS},
+    **{
+        (op, "cuda", dtype, int8): 1
+        for op in ("int8_linear", "sparse_linear", "sparse_mlp", "sparse_up_down")
+        for dtype in _FLOATS
+        for int8 in (False, True)
+    },
 }
 """Tokens at once up to which a kernel beats dense matrix products on its device, where that is fewer than it can take.
-Measured: docs/performance.md."""
+Measured: docs/performance.md; on a GPU int8 has no kernel for more."""
 
 
 def kernel_name(op: str, device: torch.device | str, int8: bool = False) -> str:

@@ -16,34 +16,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sandcat.ops.sparse_linear import check_arguments, reference, sparse_linear
 from sandcat.ops.triton.launch import dependent_launch, multiprocessors
-from sandcat.ops.triton.sparse_mlp import activated, append, gated
+from sandcat.ops.triton.pieces import activated, finish, gated, keep_neurons, which_of_three, widen
 
 OPS = INT8_OPS = ("sparse_linear",)
 
 MOST_SQUARES = tl.constexpr(1024)
 """Most partial sums of squares that a kernel may leave for the norm of the next one."""
-
-
-@triton.jit
-def widen(w):
-    """Weights as float32; int8 by its bits, as there are more units for sums than for conversions."""
-    if w.dtype == tl.int8:
-        return (w.to(tl.int32) + 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
-    return w.to(tl.float32)
-
-
-@triton.jit
-def which_of_three(tile, a, b, c, A, B, C, SIZE: tl.constexpr):
-    """Which of three, of A, B and C rows or columns, a tile of SIZE of them belongs to, which they are there, and how
-    many there are before."""
-    at, size, before = a, A, tile * 0
-    if tile >= tl.cdiv(A, SIZE):
-        tile -= tl.cdiv(A, SIZE)
-        at, size, before = b, B, A
-        if tile >= tl.cdiv(B, SIZE):
-            tile -= tl.cdiv(B, SIZE)
-            at, size, before = c, C, A + B
-    return at, size, tile * SIZE + tl.arange(0, SIZE), before
 
 
 @triton.jit
@@ -70,14 +48,15 @@ def _split_of_x(x, gate, norm, norm_i, eps, squares, n_squares, i, K, CODE: tl.c
 @triton.jit
 def sparse_rows(
     x, gate, norm, eps, squares, n_squares, a, b, c, a_threshold, b_threshold, c_threshold, a_bias, b_bias, c_bias,
-    a_scale, b_scale, c_scale, list_i, list_x, parts, arrived, y, h, count, neurons, list_n, a_n, x_normed, A, B, C, K,
-    CODE: tl.constexpr, PAD: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    a_scale, b_scale, c_scale, list_i, list_x, parts, arrived, y, h, count, neurons, list_n, a_n, x_normed, position,
+    A, B, C, K, CODE: tl.constexpr, PAD: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Up to three matrices of K channels, and A, B and C columns, with the kept channels of one input.
 
     The results go one of three ways: one after another into y; added to h, whose sums of squares it leaves in squares;
-    or, as a gate with the thresholds `neurons`, into the list of neurons that `up_down_kernel` walks.
+    or, as a gate with the thresholds `neurons`, into the list of neurons that `up_down_kernel` walks. With `position`
+    see `project`.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     w, size, cols, before = which_of_three(tile, a, b, c, A, B, C, BLOCK)
@@ -125,25 +104,23 @@ def sparse_rows(
             total = tl.sum(tl.load(at, mask=mask, other=0.0, cache_modifier=".cg"), 0)
             tl.store(arrived + tile, 0)
         if a_scale is not None:
-            scale = which_of_three(tile, a_scale, b_scale, c_scale, A, B, C, BLOCK)[0]
-            total *= tl.load(scale + cols, mask=cols < size, other=0.0).to(tl.float32)
+            a_scale = which_of_three(tile, a_scale, b_scale, c_scale, A, B, C, BLOCK)[0]
         if a_bias is not None:
-            bias = which_of_three(tile, a_bias, b_bias, c_bias, A, B, C, BLOCK)[0]
-            total += tl.load(bias + cols, mask=cols < size, other=0.0).to(tl.float32)
+            a_bias = which_of_three(tile, a_bias, b_bias, c_bias, A, B, C, BLOCK)[0]
+        total = finish(total, a_scale, a_bias, cols, size)
         if h is not None:
             total += tl.load(h + cols, mask=cols < size, other=0.0)
             tl.store(h + cols, total, mask=cols < size)
             tl.store(squares + tile, tl.sum(tl.where(cols < size, total * total, 0.0)))
         elif neurons is not None:
             dtype: tl.constexpr = x_normed.dtype.element_ty
-            g = activated(total, dtype, CODE)
-            limit = tl.load(neurons + cols, mask=cols < size, other=0.0).to(tl.float32)
-            wanted = (cols < size) & ~(tl.abs(g) <= limit)
-            tl.store(a_n + append(list_n, count, cols, wanted), g, mask=wanted)
+            keep_neurons(list_n, a_n, count, cols, activated(total, dtype, CODE), neurons, size)
         else:
             tl.store(y + before + cols, total.to(y.dtype.element_ty), mask=cols < size)
     if h is not None and count is not None:
         tl.store(count, 0, mask=(tile == 0) & (split == 0))
+    if position is not None:
+        tl.store(position, tl.load(position) + 1, mask=(tile == 0) & (split == 0))
 
 
 def sparse_rows_config(columns: list[int], channels: int, itemsize: int, multiprocessors: int) -> tuple[dict, tuple]:
@@ -191,7 +168,7 @@ def launch(
     with torch.cuda.device(x.device):
         sparse_rows[(tiles, splits)](
             x, None, None, 0.0, None, 0, *[weight] * 3, *[threshold] * 3, *[bias] * 3, *[scale] * 3, list_i, list_x,
-            parts, arrived, y_TO, None, None, None, None, None, None, O, 0, 0, I, CODE=0, **config,
+            parts, arrived, y_TO, None, None, None, None, None, None, None, O, 0, 0, I, CODE=0, **config,
             **dependent_launch(x.device),
         )  # fmt: skip
     return y_TO

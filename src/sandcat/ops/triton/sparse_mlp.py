@@ -1,10 +1,13 @@
-"""CUDA kernels of `sandcat::sparse_mlp`. Shapes: see ops/sparse_mlp.py.
+"""CUDA kernels of `sandcat::sparse_mlp` and `sandcat::sparse_up_down` for one token. Shapes: see ops/sparse_mlp.py.
 
-`_clear` zeroes the sums and the counter. One token: `gate_kernel` computes a = act(gate(x)) for all neurons and appends
-the kept ones to a list; `up_down_kernel` walks the list, a few neurons at a time: up row . x, times a, times the down
-row, summed in registers over all of a program's neurons, so that the intermediate state never leaves the chip; one
-atomic add a program and column at the end. Several tokens: the same list of all neurons that any token keeps, with
-tensor-core products for up and down.
+`_clear` zeroes the sums and the counter. `gate_kernel` computes a = act(gate(x)) for all neurons and appends the kept
+ones to a list (`_list_kernel`: those of a given a); `up_down_kernel` walks the list, a few neurons at a time: up row .
+x, times a, times the down row, summed in registers over all of a program's neurons, so that the intermediate state
+never leaves the chip; one atomic add a program and column at the end.
+
+The list and the sums are in the order in which programs come, so two runs may differ in the last bits. Under
+`torch.use_deterministic_algorithms` they are not: the gate only marks what it keeps, `in_order` makes the list,
+programs leave their sums, and `add_parts` adds those up.
 
 Sums are float32; gate, up and their product are rounded to the model's dtype as the reference rounds them. From compute
 capability 9.0 on, a kernel is launched while the one before it still runs (programmatic dependent launch) and waits
@@ -19,56 +22,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sandcat.ops.sparse_mlp import ACTIVATIONS, check_arguments, reference, sparse_mlp
+from sandcat.ops.sparse_mlp import check_arguments, reference, reference_up_down, sparse_mlp, sparse_up_down
 from sandcat.ops.triton.launch import dependent_launch, multiprocessors
+from sandcat.ops.triton.pieces import CODES, activated, finish, keep_neurons, load_rows, widen
+from sandcat.ops.triton.tokens import add_tokens
 
-OPS, INT8_OPS = ("sparse_mlp",), ()
-CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
-_SILU, _GELU, _GELU_TANH = (tl.constexpr(CODES[name]) for name in ("silu", "gelu", "gelu_tanh"))
-
-TOKENS = 16
-"""Tokens are padded to this for the tensor cores."""
-
-
-@triton.jit
-def activate(g, CODE: tl.constexpr):
-    if CODE == _SILU:
-        return g / (1.0 + tl.exp(-g))
-    if CODE == _GELU:
-        return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
-    if CODE == _GELU_TANH:
-        inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
-        return 0.5 * g * (2.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0))
-    return tl.where(g <= 0, 0.0, g)
-
-
-@triton.jit
-def activated(g, dtype: tl.constexpr, CODE: tl.constexpr):
-    """act(g), rounded where the reference rounds."""
-    return activate(g.to(dtype).to(tl.float32), CODE).to(dtype).to(tl.float32)
-
-
-@triton.jit
-def gated(g, u, dtype: tl.constexpr, CODE: tl.constexpr):
-    """act(g) * u, rounded where the reference rounds."""
-    return (activated(g, dtype, CODE) * u).to(dtype).to(tl.float32)
-
-
-@triton.jit
-def _finish_gate(g, bias, rows, I, CODE: tl.constexpr, dtype: tl.constexpr):
-    """act(g + bias), rounded where the reference rounds."""
-    if bias is not None:
-        g += tl.load(bias + rows, mask=rows < I, other=0.0).to(tl.float32)
-    return activated(g, dtype, CODE)
-
-
-@triton.jit
-def append(list_n, count, rows, wanted):
-    """Appends the wanted rows to the list; their places in it."""
-    base = tl.atomic_add(count, tl.sum(wanted.to(tl.int32)), sem="relaxed")
-    place = base + tl.cumsum(wanted.to(tl.int32)) - 1
-    tl.store(list_n + place, rows, mask=wanted)
-    return place
+OPS = INT8_OPS = ("sparse_mlp", "sparse_up_down")
 
 
 @triton.jit
@@ -83,19 +42,14 @@ def _clear(y, count, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
 
 
 @triton.jit
-def load_rows(w, rows, N, k, K):
-    """Rows of a matrix of N rows and K columns; those beyond its end are zero. Nothing reads them again."""
-    here = (rows < N)[:, None] & (k < K)[None, :]
-    at = w + rows.to(tl.int64)[:, None] * K + k[None, :]
-    return tl.load(at, mask=here, other=0, eviction_policy="evict_first")
-
-
-@triton.jit
 def gate_kernel(
-    x, norm, eps, gate, bias, threshold, count, list_n, a_n, x_normed, I, H,
+    x, norm, eps, gate, bias, gate_scale, threshold, count, list_n, a_n, x_normed, I, H,
     CODE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """With `norm`, x is normed first (which is a number that the sums are multiplied with), and kept in x_normed."""
+    """With `norm`, x is normed first (which is a number that the sums are multiplied with), and kept in x_normed.
+
+    Without `count` see `keep_neurons`.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = gate + rows.to(tl.int64)[:, None] * H
     total = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -105,12 +59,12 @@ def gate_kernel(
     for start in range(0, H, BLOCK):
         k = start + tl.arange(0, BLOCK)
         here = (rows < I)[:, None] & (k < H)[None, :]
-        w = tl.load(at + k[None, :], mask=here, other=0.0, eviction_policy="evict_first")
+        w = tl.load(at + k[None, :], mask=here, other=0, eviction_policy="evict_first")
         x_k = tl.load(x + k, mask=k < H, other=0.0).to(tl.float32)
         if norm is not None:
             square += x_k * x_k
             x_k *= tl.load(norm + k, mask=k < H, other=0.0).to(tl.float32)
-        total += w.to(tl.float32) * x_k[None, :]
+        total += widen(w) * x_k[None, :]
     if PDL:
         gdc_launch_dependents()
     g = tl.sum(total, 1)
@@ -123,19 +77,46 @@ def gate_kernel(
                 x_k = tl.load(x + k, mask=k < H, other=0.0).to(tl.float32) * scale
                 x_k *= tl.load(norm + k, mask=k < H, other=0.0).to(tl.float32)
                 tl.store(x_normed + k, x_k.to(x_normed.dtype.element_ty), mask=k < H)
-    a = _finish_gate(g, bias, rows, I, CODE, gate.dtype.element_ty)
-    t = tl.load(threshold + rows, mask=rows < I, other=0.0).to(tl.float32)
-    wanted = (rows < I) & ~(tl.abs(a) <= t)
-    place = append(list_n, count, rows, wanted)
-    tl.store(a_n + place, a, mask=wanted)
+    a = activated(finish(g, gate_scale, bias, rows, I), threshold.dtype.element_ty, CODE)
+    keep_neurons(list_n, a_n, count, rows, a, threshold, I)
+
+
+@triton.jit
+def _list_kernel(a, threshold, count, list_n, a_n, I, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep_neurons(list_n, a_n, count, rows, tl.load(a + rows, mask=rows < I, other=0.0).to(tl.float32), threshold, I)
+
+
+@triton.jit
+def in_order(list_n, a_n, count, I, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Makes the list of neurons, in their order, in place of their marks. One program."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    kept = 0
+    for start in range(0, I, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        wanted = tl.load(list_n + n, mask=n < I, other=0)
+        a = tl.load(a_n + n, mask=n < I, other=0.0)
+        place = kept + tl.cumsum(wanted) - 1
+        tl.debug_barrier()  # places are never behind what is still to be read
+        tl.store(list_n + place, n, mask=wanted == 1)
+        tl.store(a_n + place, a, mask=wanted == 1)
+        kept += tl.sum(wanted)
+    tl.store(count, kept)
 
 
 @triton.jit
 def up_down_kernel(
-    x, up, down, bias, count, list_n, a_n, y, I, H, NEURONS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    x, up, down, bias, up_scale, down_scale, count, list_n, a_n, y, I, H,
+    NEURONS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """y += up and down of the listed neurons; or, with PARTS, row p of y is the share of program p."""
     k = tl.arange(0, BLOCK)
-    dtype: tl.constexpr = up.dtype.element_ty
+    dtype: tl.constexpr = x.dtype.element_ty
     first, step = tl.program_id(0) * NEURONS, tl.num_programs(0) * NEURONS
     i = first + tl.arange(0, NEURONS)
     if PDL:
@@ -153,106 +134,78 @@ def up_down_kernel(
         row_next = row_ahead
         row_ahead = tl.load(list_n + i + 2 * step, mask=i + 2 * step < n, other=I)
         a = tl.load(a_n + i, mask=i < n, other=0.0)
-        u = tl.sum(w_up.to(tl.float32) * x_k.to(tl.float32)[None, :], 1)
-        if bias is not None:
-            u += tl.load(bias + row, mask=i < n, other=0.0).to(tl.float32)
+        u = finish(tl.sum(widen(w_up) * x_k.to(tl.float32)[None, :], 1), up_scale, bias, row, I)
         h = (a * u.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-        total += tl.sum(h[:, None] * w_down.to(tl.float32), 0)
+        total += tl.sum(h[:, None] * widen(w_down), 0)
         row, w_up, w_down = row_next, up_ahead, down_ahead
-    if first < n:
+    total = finish(total, down_scale, None, k, H)
+    if PARTS:
+        tl.store(y + tl.program_id(0) * H + k, total, mask=k < H)
+    elif first < n:
         tl.atomic_add(y + k, total, mask=k < H, sem="relaxed")
 
 
 @triton.jit
-def _gate_tokens(
-    x, gate, bias, threshold, count, list_n, a_nT, keep_n, T, I, H,
-    CODE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    t = tl.arange(0, TOKENS)
-    at = gate + rows.to(tl.int64)[:, None] * H
-    g = tl.zeros((ROWS, TOKENS), tl.float32)
-    for start in range(0, H, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        w = tl.load(at + k[None, :], mask=(rows < I)[:, None] & (k < H)[None, :], other=0.0)
-        x_kt = tl.load(x + t[None, :] * H + k[:, None], mask=(t < T)[None, :] & (k < H)[:, None], other=0.0)
-        g = tl.dot(w, x_kt, g, input_precision="ieee")
-    if bias is not None:
-        g += tl.load(bias + rows, mask=rows < I, other=0.0).to(tl.float32)[:, None]
-    a = _finish_gate(g, None, rows, I, CODE, gate.dtype.element_ty)
-    limit = tl.load(threshold + rows, mask=rows < I, other=0.0).to(tl.float32)
-    keep = ~(tl.abs(a) <= limit[:, None]) & (t < T)[None, :] & (rows < I)[:, None]
-    keep_bits = tl.sum(keep.to(tl.int32) << t[None, :], 1)
-    wanted = keep_bits != 0
-    place = append(list_n, count, rows, wanted)
-    tl.store(keep_n + place, keep_bits, mask=wanted)
-    tl.store(a_nT + place[:, None] * TOKENS + t[None, :], a, mask=wanted[:, None])
-
-
-@triton.jit
-def _up_tokens(
-    x, up, bias, count, list_n, a_nT, keep_n, h_nT, T, H, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    n = tl.load(count)
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if tl.program_id(0) * ROWS < n:
-        t = tl.arange(0, TOKENS)
-        row = tl.load(list_n + i, mask=i < n, other=0).to(tl.int64)
-        u = tl.zeros((ROWS, TOKENS), tl.float32)
-        for start in range(0, H, BLOCK):
-            k = start + tl.arange(0, BLOCK)
-            w = tl.load(up + row[:, None] * H + k[None, :], mask=(i < n)[:, None] & (k < H)[None, :], other=0.0)
-            x_kt = tl.load(x + t[None, :] * H + k[:, None], mask=(t < T)[None, :] & (k < H)[:, None], other=0.0)
-            u = tl.dot(w, x_kt, u, input_precision="ieee")
-        if bias is not None:
-            u += tl.load(bias + row, mask=i < n, other=0.0).to(tl.float32)[:, None]
-        at = i[:, None] * TOKENS + t[None, :]
-        a = tl.load(a_nT + at, mask=(i < n)[:, None], other=0.0)
-        keep = (tl.load(keep_n + i, mask=i < n, other=0)[:, None] >> t[None, :]) & 1
-        h = tl.where(keep == 1, a * u.to(up.dtype.element_ty).to(tl.float32), 0.0)
-        tl.store(h_nT + at, h.to(up.dtype.element_ty), mask=(i < n)[:, None])
-
-
-@triton.jit
-def _down_tokens(
-    h_nT, down, count, list_n, y, T, H, SPLITS: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    n = tl.load(count)
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    t = tl.arange(0, TOKENS)
-    total = tl.zeros((TOKENS, BLOCK), tl.float32)
-    for start in range(tl.program_id(1) * ROWS, n, SPLITS * ROWS):
-        i = start + tl.arange(0, ROWS)
-        row = tl.load(list_n + i, mask=i < n, other=0).to(tl.int64)
-        w = tl.load(down + row[:, None] * H + k[None, :], mask=(i < n)[:, None] & (k < H)[None, :], other=0.0)
-        h = tl.load(h_nT + i[None, :] * TOKENS + t[:, None], mask=(i < n)[None, :], other=0.0)
-        total = tl.dot(h, w, total, input_precision="ieee")
-    if tl.program_id(1) * ROWS < n:
-        mask = (t < T)[:, None] & (k < H)[None, :]
-        tl.atomic_add(y + t[:, None] * H + k[None, :], total, mask=mask, sem="relaxed")
+def add_parts(parts, y, squares, P, H, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """y += the sums of P programs, in their order; with `squares`, its sum of squares, in parts."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    k, r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, ROWS)
+    acc = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, P, ROWS):
+        p = start + r
+        acc += tl.load(parts + p[:, None] * H + k[None, :], mask=(p < P)[:, None] & (k < H)[None, :], other=0.0)
+    total = tl.sum(acc, 0) + tl.load(y + k, mask=k < H, other=0.0)
+    tl.store(y + k, total, mask=k < H)
+    if squares is not None:
+        tl.store(squares + tl.program_id(0), tl.sum(tl.where(k < H, total * total, 0.0)))
 
 
 def gate_config(hidden: int, itemsize: int) -> dict:
     """Rows and columns that a program of `gate_kernel` takes at a time, and its warps."""
+    if itemsize == 1:
+        return {"ROWS": 8, "BLOCK": 1024, "num_warps": 4}
     return {"ROWS": 16, "BLOCK": 512 // itemsize, "num_warps": 4}
 
 
 def up_down_config(hidden: int, itemsize: int) -> dict:
     """Neurons that a program takes at a time, its columns (all), its warps, and programs a multiprocessor."""
     block = triton.next_power_of_2(hidden)
-    neurons = max(1, min(4, 16384 // (block * itemsize)))
-    return {"NEURONS": neurons, "BLOCK": block, "num_warps": 8, "per_multiprocessor": 2}
+    neurons = max(1, min(4 if block <= 4096 else 1, 16384 // (block * itemsize)))
+    return {"NEURONS": neurons, "BLOCK": block, "num_warps": 16 if itemsize == 1 else 8, "per_multiprocessor": 2}
 
 
-def rows_config(itemsize: int) -> dict:
-    """Neurons and columns that `_gate_tokens` and `_up_tokens` multiply at a time."""
-    return {"TOKENS": TOKENS, "ROWS": 16, "BLOCK": 512 // itemsize, "num_warps": 4}
+def parts_like(y_H: Tensor) -> Tensor | None:
+    """Room for what the programs of `up_down_kernel` leave where sums have a fixed order; None where they have not."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return None
+    return y_H.new_empty(2 * multiprocessors(y_H.device), len(y_H), dtype=torch.float32)
 
 
-def columns_config(itemsize: int) -> dict:
-    """Neurons and columns that `_down_tokens` multiplies at a time."""
-    return {"TOKENS": TOKENS, "ROWS": 32, "BLOCK": 256 // itemsize, "num_warps": 4}
+def up_down(
+    x: Tensor, up: Tensor, down: Tensor, bias: Tensor | None, up_scale: Tensor | None, down_scale: Tensor | None,
+    count: Tensor, list_n: Tensor, a_n: Tensor, y: Tensor, squares: Tensor | None, parts: Tensor | None,
+) -> int | None:  # fmt: skip
+    """y += up and down of the neurons of the list; with `parts` they are only marked, and all is done in their order.
+
+    Returns into how many parts the squares of y went; None if nobody knows them.
+    """
+    (I, H), dependent = up.shape, dependent_launch(x.device)
+    config = up_down_config(H, max(up.element_size(), down.element_size()))
+    programs = multiprocessors(x.device) * config.pop("per_multiprocessor")
+    if parts is not None:
+        programs = len(parts)
+        in_order[(1,)](list_n, a_n, count, I, BLOCK=8192, num_warps=32, **dependent)
+    up_down_kernel[(programs,)](
+        x, up, down, bias, up_scale, down_scale, count, list_n, a_n, y if parts is None else parts, I, H,
+        PARTS=parts is not None, **config, **dependent,
+    )  # fmt: skip
+    if parts is None:
+        return None
+    tiles = triton.cdiv(H, 64)
+    add_parts[(tiles,)](parts, y, squares, programs, H, ROWS=32, BLOCK=64, **dependent)
+    return tiles
 
 
 @sparse_mlp.register_kernel("cuda")
@@ -270,56 +223,68 @@ def launch(
     up_scale_I: Tensor | None = None,
     down_scale_H: Tensor | None = None,
 ) -> Tensor:
-    T, H = x_TH.shape
-    I = gate_IH.shape[0]
-    biases = (gate_bias_I, up_bias_I, down_bias_H)
-    scales = (gate_scale_I, up_scale_I, down_scale_H)
+    (I, H), T = gate_IH.shape, len(x_TH)
+    biases, scales = (gate_bias_I, up_bias_I, down_bias_H), (gate_scale_I, up_scale_I, down_scale_H)
     check_arguments("sparse_mlp", x_TH, gate_IH, None, up_IH, down_IH, threshold_I, *biases, *scales)
-    if any(scale is not None for scale in scales):
+    if T > 1 and (torch.are_deterministic_algorithms_enabled() or any(scale is not None for scale in scales)):
         return reference(x_TH, gate_IH, up_IH, down_IH, threshold_I, activation, *biases, *scales)
-    tensors = (x_TH, gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I)
-    x, gate, up, down, threshold, gate_bias, up_bias = (None if t is None else t.contiguous() for t in tensors)
-    code, itemsize, device = CODES[activation], gate.element_size(), x.device
-    y_TH = torch.empty(T, H, dtype=torch.float32, device=device)
-    count = torch.empty(1, dtype=torch.int32, device=device)
-    list_n = torch.empty(I, dtype=torch.int32, device=device)
-    dependent = dependent_launch(device)
-    with torch.cuda.device(device):
+    y_TH, count, list_n, a_n, parts = _room(x_TH, I)
+    x, gate, up, down, threshold = (t.contiguous() for t in (x_TH, gate_IH, up_IH, down_IH, threshold_I))
+    gate_bias, up_bias, *scales = _contiguous(gate_bias_I, up_bias_I, *scales)
+    dependent = dependent_launch(x.device)
+    with torch.cuda.device(x.device):
         _clear[(triton.cdiv(T * H, 1024),)](y_TH, count, T * H, BLOCK=1024, **dependent)
         if T == 1:
-            a_n = torch.empty(I, dtype=torch.float32, device=device)
-            config = gate_config(H, itemsize)
-            grid = (triton.cdiv(I, config["ROWS"]),)
-            gate_kernel[grid](
-                x,
-                None,
-                0.0,
-                gate,
-                gate_bias,
-                threshold,
-                count,
-                list_n,
-                a_n,
-                None,
-                I,
-                H,
-                CODE=code,
-                **config,
-                **dependent,
-            )
-            config = up_down_config(H, itemsize)
-            grid = (multiprocessors(device) * config.pop("per_multiprocessor"),)
-            up_down_kernel[grid](x, up, down, up_bias, count, list_n, a_n, y_TH, I, H, **config, **dependent)
+            config = gate_config(H, gate.element_size())
+            gate_kernel[(triton.cdiv(I, config["ROWS"]),)](
+                x, None, 0.0, gate, gate_bias, scales[0], threshold, None if parts is not None else count, list_n, a_n,
+                None, I, H, CODE=CODES[activation], **config, **dependent,
+            )  # fmt: skip
+            up_down(x, up, down, up_bias, *scales[1:], count, list_n, a_n, y_TH[0], None, parts)
         else:
-            a_nT = torch.empty(I, TOKENS, dtype=torch.float32, device=device)
-            h_nT = torch.empty(I, TOKENS, dtype=gate.dtype, device=device)
-            keep_n = torch.empty_like(list_n)
-            config = rows_config(itemsize)
-            grid = (triton.cdiv(I, config["ROWS"]),)
-            _gate_tokens[grid](x, gate, gate_bias, threshold, count, list_n, a_nT, keep_n, T, I, H, CODE=code, **config)
-            _up_tokens[grid](x, up, up_bias, count, list_n, a_nT, keep_n, h_nT, T, H, **config)
-            config = columns_config(itemsize)
-            columns = triton.cdiv(H, config["BLOCK"])
-            splits = max(1, 4 * multiprocessors(device) // columns)
-            _down_tokens[(columns, splits)](h_nT, down, count, list_n, y_TH, T, H, SPLITS=splits, **config)
+            add_tokens(x, gate, up, down, threshold, gate_bias, up_bias, CODES[activation], count, list_n, y_TH)
     return y_TH if down_bias_H is None else y_TH + down_bias_H
+
+
+@sparse_up_down.register_kernel("cuda")
+def launch_up_down(
+    x_TH: Tensor,
+    a_TI: Tensor,
+    up_IH: Tensor,
+    down_IH: Tensor,
+    threshold_I: Tensor,
+    up_bias_I: Tensor | None = None,
+    down_bias_H: Tensor | None = None,
+    up_scale_I: Tensor | None = None,
+    down_scale_H: Tensor | None = None,
+) -> Tensor:
+    (I, H), T, rest = up_IH.shape, len(x_TH), (up_bias_I, down_bias_H, up_scale_I, down_scale_H)
+    check_arguments(
+        "sparse_up_down", x_TH, None, a_TI, up_IH, down_IH, threshold_I, None, up_bias_I, down_bias_H, None,
+        up_scale_I, down_scale_H,
+    )  # fmt: skip
+    if T > 1:
+        return reference_up_down(x_TH, a_TI, up_IH, down_IH, threshold_I, *rest)
+    x, a, up, down, threshold = (t.contiguous() for t in (x_TH, a_TI, up_IH, down_IH, threshold_I))
+    up_bias, up_scale, down_scale = _contiguous(up_bias_I, up_scale_I, down_scale_H)
+    y_TH, count, list_n, a_n, parts = _room(x_TH, I)
+    dependent = dependent_launch(x.device)
+    with torch.cuda.device(x.device):
+        _clear[(triton.cdiv(H, 1024),)](y_TH, count, H, BLOCK=1024, **dependent)
+        _list_kernel[(triton.cdiv(I, 1024),)](
+            a, threshold, None if parts is not None else count, list_n, a_n, I, BLOCK=1024, **dependent
+        )  # fmt: skip
+        up_down(x, up, down, up_bias, up_scale, down_scale, count, list_n, a_n, y_TH[0], None, parts)
+    return y_TH if down_bias_H is None else y_TH + down_bias_H
+
+
+def _room(x_TH: Tensor, neurons: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Memory for the sums, the counter and the list of neurons with their activations; and `parts_like` the sums."""
+    device = x_TH.device
+    y_TH = torch.empty(x_TH.shape, dtype=torch.float32, device=device)
+    count, list_n = (torch.empty(size, dtype=torch.int32, device=device) for size in (1, neurons))
+    return y_TH, count, list_n, torch.empty(neurons, dtype=torch.float32, device=device), parts_like(y_TH[0])
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]

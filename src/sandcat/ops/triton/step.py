@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sandcat.ops.triton.sparse_linear import which_of_three, widen
-from sandcat.ops.triton.sparse_mlp import gated, load_rows
+from sandcat.ops.triton.pieces import finish, gated, load_rows, which_of_three, widen
 
 
 @triton.jit
@@ -30,14 +29,15 @@ def load_x(x, gate, norm, eps, k, K, CODE: tl.constexpr):
 
 
 @triton.jit
-def embed(ids, table, h, squares, H, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """h = the row of the token; and its sum of squares, in parts."""
+def embed(ids, table, h, squares, row_stride, stride, H, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """h = the row of the token; and its sum of squares, in parts. Strides: a table that is the head too, and skips
+    inputs there, is stored by columns."""
     if PDL:
         gdc_wait()  # before the next kernel may start: that one reads weights, which must be written by now
         gdc_launch_dependents()
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(ids).to(tl.int64)
-    h_k = tl.load(table + row * H + k, mask=k < H, other=0.0).to(tl.float32)
+    h_k = tl.load(table + row * row_stride + k.to(tl.int64) * stride, mask=k < H, other=0.0).to(tl.float32)
     tl.store(h + k, h_k, mask=k < H)
     tl.store(squares + tl.program_id(0), tl.sum(h_k * h_k))
 
@@ -64,13 +64,12 @@ def project(
             tile + tl.num_programs(0), a, b, c, A, B, C, ROWS
         )  # fmt: skip
         w_ahead = load_rows(at, rows_ahead, size_ahead, k, H)
-        total = tl.sum(widen(w) * x_k[None, :], 1)
+        scale, bias = a_scale, a_bias
         if a_scale is not None:
             scale = which_of_three(tile, a_scale, b_scale, c_scale, A, B, C, ROWS)[0]
-            total *= tl.load(scale + rows, mask=rows < size, other=0.0).to(tl.float32)
         if a_bias is not None:
             bias = which_of_three(tile, a_bias, b_bias, c_bias, A, B, C, ROWS)[0]
-            total += tl.load(bias + rows, mask=rows < size, other=0.0).to(tl.float32)
+        total = finish(tl.sum(widen(w) * x_k[None, :], 1), scale, bias, rows, size)
         tl.store(y + before + rows, total.to(y.dtype.element_ty), mask=rows < size)
         w, size, rows, before = w_ahead, size_ahead, rows_ahead, before_ahead
     if position is not None:
@@ -95,11 +94,7 @@ def add_rows(
         rows = tile * ROWS + r
         ahead = load_rows(w, rows + tl.num_programs(0) * ROWS, N, k, K)
         h_r = tl.load(h + rows, mask=rows < N, other=0.0)
-        total = tl.sum(widen(w_rk) * x_k[None, :], 1)
-        if scale is not None:
-            total *= tl.load(scale + rows, mask=rows < N, other=0.0).to(tl.float32)
-        if bias is not None:
-            total += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
+        total = finish(tl.sum(widen(w_rk) * x_k[None, :], 1), scale, bias, rows, N)
         total += h_r
         square += tl.where(rows < N, total * total, 0.0)
         tl.store(h + rows, total, mask=rows < N)
@@ -126,14 +121,8 @@ def gate_up(
         rows = tile * ROWS + r
         ahead = rows + tl.num_programs(0) * ROWS
         gate_ahead, up_ahead = load_rows(gate, ahead, I, k, H), load_rows(up, ahead, I, k, H)
-        g = tl.sum(widen(w_gate) * x_k[None, :], 1)
-        u = tl.sum(widen(w_up) * x_k[None, :], 1)
-        if gate_scale is not None:
-            g *= tl.load(gate_scale + rows, mask=rows < I, other=0.0).to(tl.float32)
-            u *= tl.load(up_scale + rows, mask=rows < I, other=0.0).to(tl.float32)
-        if gate_bias is not None:
-            g += tl.load(gate_bias + rows, mask=rows < I, other=0.0).to(tl.float32)
-            u += tl.load(up_bias + rows, mask=rows < I, other=0.0).to(tl.float32)
+        g = finish(tl.sum(widen(w_gate) * x_k[None, :], 1), gate_scale, gate_bias, rows, I)
+        u = finish(tl.sum(widen(w_up) * x_k[None, :], 1), up_scale, up_bias, rows, I)
         tl.store(y + rows, gated(g, u.to(dtype).to(tl.float32), dtype, CODE).to(dtype), mask=rows < I)
         w_gate, w_up = gate_ahead, up_ahead
 
@@ -243,6 +232,7 @@ def attend_config(group: int, size: int, itemsize: int, length: int, splits: int
 def whole_rows_config(columns: int, itemsize: int, matrices: int = 1) -> dict:
     """Rows that a program takes at a time of each matrix, its columns (all), its warps, programs a multiprocessor."""
     block = triton.next_power_of_2(columns)
-    rows = max(1, min(4, 8192 // block // matrices))
-    warps = min(32, max(2, rows * matrices * block * itemsize // 4096))  # 128 bytes a thread
+    at_once = 32768 if itemsize == 1 else 8192  # int8 by as many bytes as need twice the threads for their sums
+    rows = max(1, min(4, at_once // block // matrices))
+    warps = min(32, max(2, rows * matrices * block * max(2, itemsize) // 4096))  # at most 64 numbers a thread
     return {"ROWS": rows, "BLOCK": block, "num_warps": warps, "per_multiprocessor": 4}
