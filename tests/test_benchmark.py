@@ -38,6 +38,25 @@ def test_bytes_of_a_step(pair):
     assert benchmark.step_bytes(sparse, ids) == weights + cache + thresholds - dropped * 2 * 32 * 4
 
 
+@torch.inference_mode()
+def test_bytes_of_a_batch(pair):
+    """Shared lists read what one sequence reads; above what pays everything is read, and the report says so."""
+    dense, sparse = pair
+    shared = copy.deepcopy(dense)
+    sandcat.sparsify(shared, None, "cats:batch=shared", calibration=text())
+    ids = torch.randint(4, 96, (8, 10), generator=torch.Generator().manual_seed(0))
+    own, common = (benchmark.step_bytes(model, ids) for model in (sparse, shared))
+    alone = sum(benchmark.step_bytes(sparse, ids[i : i + 1]) for i in range(8)) / 8
+    cache = 2 * 2 * 2 * 10 * 8 * 4
+    assert common - 8 * cache == pytest.approx(alone - cache, rel=0.02) and own > 1.1 * common
+    many = torch.randint(4, 96, (17, 30), generator=torch.Generator().manual_seed(0))
+    thresholds = 2 * 72 * 4
+    assert benchmark.step_bytes(shared, many) == benchmark.step_bytes(dense, many) + thresholds
+    found = benchmark.benchmark(dense, shared, many, steps=3, runs=1, compile=False)
+    assert found.kernel == "dense" and found.parity_error == 0
+    assert benchmark.benchmark(dense, shared, many[:4], steps=3, runs=1, compile=False).kernel == "numba"
+
+
 def test_a_tied_head_is_read(pair):
     tied = tiny("llama", tie_word_embeddings=True)
     assert benchmark.read_bytes(tied) == sum(p.nbytes for p in tied.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import nn
@@ -60,7 +61,8 @@ def measure(
         texts: sources as in `data.load_text`; calibration text must not be among them.
         tokens: of each text.
         tasks, limit: names, or what `tasks.load_tasks` gave; as in `tasks.run_tasks`.
-        speed: time decode steps, at each of `batches`, `context`, `steps`, `runs`, `compile` as in `benchmark`.
+        batches: sequences at once: of a decode step that is timed, and of an evaluation as in `evaluate_text`.
+        speed: time decode steps, at `context`, `steps`, `runs`, `compile` as in `benchmark`.
         curve: the plan's method with other options, to measure the quality of, each calibrated on `curve_text`; see
             `at_sparsities`.
         prompts: written on by both models.
@@ -83,9 +85,10 @@ def measure(
                 benchmark(dense, sparse, ids_BT, steps=steps, runs=runs, compile=compile, int8_dense=int8_dense)
             )
     results, realised, points = [], {}, []
-    for text in loaded:
+    for text, batch in product(loaded, batches):
         others = [] if results else _others(dense, sparse, plan, curve, curve_text)
-        (result, realised_here), *curve_results = evaluate_text(dense, [sparse, *(model for _, model in others)], text)
+        models = [sparse, *(model for _, model in others)]
+        (result, realised_here), *curve_results = evaluate_text(dense, models, text, batch=batch)
         results.append(result)
         realised = realised or realised_here
         own = [(plan.steps[0].method, sparse, result, realised_here)] if others else []
@@ -93,6 +96,7 @@ def measure(
         points += sorted((_point(*row) for row in own + swept), key=lambda point: point.sparsity)
     modules = kernel_modules(sparse)
     sites = [name for name, module in modules.items() if isinstance(module, Thresholded)]
+    kernels = {op: text for m in modules.values() for op, text in m.runs(sparse.device, sparse.dtype).items()}
     chosen = list(dict.fromkeys([sites[0], sites[len(sites) // 2], sites[-1]] if sites else []))
     return Report(
         model={
@@ -112,7 +116,7 @@ def measure(
         speed=speeds,
         curve=points,
         samples=[write(dense, sparse, tokenizer, prompt) for prompt in prompts],
-        kernels=dict(sorted((f"sandcat::{m.op}", m.kernel(sparse.device)) for m in modules.values())),
+        kernels={f"sandcat::{op}": runs for op, runs in sorted(kernels.items())},
         machine=machine(sparse.device),
         commands=[command] if command else [],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MAX_TOKENS = 8
+MAX_TOKENS = 16
 """Most tokens that the kernels take at once. What any of them keeps is read, so more tokens would gain nothing."""
 
 PROMPT_CHUNK = 1024
