@@ -40,6 +40,19 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
 
 
 @pytest.fixture
+def kernels_pay(monkeypatch):
+    """Small models run by kernels too, up to 8 tokens (in 16 bits 2, and 4 that share), where else they would run dense
+    as that is faster."""
+    from sandcat import ops
+
+    def most(op: str, dtype: torch.dtype) -> int:
+        return 8 if dtype == torch.float32 else 4 if "shared" in op else 2
+
+    table = {key: (most(key[0], key[2]),) * 2 for key in ops._MOST_TOKENS}
+    monkeypatch.setattr(ops, "_MOST_TOKENS", table)
+
+
+@pytest.fixture
 def poisoned(monkeypatch):
     """Fills what `torch.empty` gives with NaN (integers: a large number), so that what is left unwritten shows."""
     empty = torch.empty

@@ -161,6 +161,7 @@ def _reference(mlp, activation, sparse):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("kernels_pay")
 @torch.inference_mode()
 def test_equals_reference(family, recipe, dtype, monkeypatch):
     _, sparse, expected, _ = sparsified(family, recipe, dtype)
@@ -196,6 +197,7 @@ def test_equals_reference(family, recipe, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.usefixtures("kernels_pay")
 @torch.inference_mode()
 def test_batches(family, recipe, dtype):
     """One more token after a prompt, for 1 to more sequences than any kernel takes."""
@@ -239,6 +241,7 @@ def test_all_neurons_kept_is_dense(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("kernels_pay")
 @torch.inference_mode()
 def test_dense_prompt(family):
     """The prompt is exact, what follows is sparse."""
@@ -469,6 +472,7 @@ def test_no_matrix_is_held_twice():
                 assert getattr(module, "down", module).weight.t().is_contiguous()
 
 
+@pytest.mark.usefixtures("kernels_pay")
 @torch.inference_mode()
 def test_transformers_generate_in_a_padded_batch():
     """`model.generate` on three prompts of different lengths gives what each prompt alone gives."""

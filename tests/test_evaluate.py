@@ -49,6 +49,7 @@ def test_against_direct_computation(pair):
 SHARED = ["cats:batch=shared", "teal:batch=shared", "teal:sites=[q,k,v,o,gate],batch=shared cats:batch=shared"]
 
 
+@pytest.mark.usefixtures("kernels_pay")
 @pytest.mark.parametrize("recipe", SHARED)
 @torch.inference_mode()
 def test_lockstep_is_what_decoding_gives(recipe):

@@ -17,7 +17,7 @@ from sandcat.data import Text, load_text, same_source
 from sandcat.errors import BadRecipe, DataError
 from sandcat.evaluate import WINDOW, TextResult, evaluate_text, histograms, layer_sparsity
 from sandcat.generate import generate
-from sandcat.layers.kernel import kernel_modules
+from sandcat.layers.kernel import kernel_modules, kernels_of
 from sandcat.layers.sparse import Thresholded
 from sandcat.method import Method
 from sandcat.plan import Calibration, Plan
@@ -96,7 +96,6 @@ def measure(
         points += sorted((_point(*row) for row in own + swept), key=lambda point: point.sparsity)
     modules = kernel_modules(sparse)
     sites = [name for name, module in modules.items() if isinstance(module, Thresholded)]
-    kernels = {op: text for m in modules.values() for op, text in m.runs(sparse.device, sparse.dtype).items()}
     chosen = list(dict.fromkeys([sites[0], sites[len(sites) // 2], sites[-1]] if sites else []))
     return Report(
         model={
@@ -116,7 +115,7 @@ def measure(
         speed=speeds,
         curve=points,
         samples=[write(dense, sparse, tokenizer, prompt) for prompt in prompts],
-        kernels={f"sandcat::{op}": runs for op, runs in sorted(kernels.items())},
+        kernels={f"sandcat::{op}": text for op, text in kernels_of(sparse).items()},
         machine=machine(sparse.device),
         commands=[command] if command else [],
     )

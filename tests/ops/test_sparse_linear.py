@@ -110,7 +110,7 @@ def test_arguments_that_do_not_fit():
 def test_dense_product(dtype, shape, tokens):
     x, weight, _, bias = arguments(tokens, *shape, dtype, bias=True)
     want = x.double() @ weight.double() + bias.double()
-    assert_close(dense_product(x[:, None], weight, bias)[:, 0], want, dtype)
+    assert_close(dense_product(x[:, None], weight.t(), bias)[:, 0], want, dtype)
 
 
 def test_a_kernel_runs_here():

@@ -69,9 +69,9 @@ class Kernel(nn.Module, ABC):
         """The op that runs such tokens."""
         return self.op
 
-    def runs(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-        """What runs its ops there, and above which batch it runs dense."""
-        return {self.op: self.kernel(device)}
+    def largest_batch(self, x: Tensor) -> int | None:
+        """Above how many sequences a step runs dense, for steps like x; None: never."""
+        return None
 
     def step_kernel(self, x: Tensor) -> str:
         """What runs a decode step of these sequences, x [B, 1, H]: as `kernel`, or "dense" where nothing is skipped."""
@@ -84,6 +84,21 @@ class Kernel(nn.Module, ABC):
 
 def tokens_of(x: Tensor) -> int:
     return math.prod(x.shape[:-1])
+
+
+def kernels_of(model: nn.Module) -> dict[str, str]:
+    """What runs each op of a model on its device, and above which batch its modules run dense (by their sizes)."""
+    two_21H = torch.empty(2, 1, 0, dtype=model.dtype, device=model.device)
+    kernels, largest = {}, {}
+    for module in kernel_modules(model).values():
+        kernels |= dict.fromkeys((module.op, module.op_for(two_21H)), module.kernel(model.device))
+        if (batch := module.largest_batch(two_21H)) is not None:
+            largest.setdefault(module.op_for(two_21H), set()).add(batch)
+    texts = {}
+    for op, kernel in sorted(kernels.items()):
+        batches = " to ".join(map(str, sorted({min(largest[op]), max(largest[op])}))) if op in largest else ""
+        texts[op] = f"{kernel}, dense above batch {batches}" if batches and kernel != "reference" else kernel
+    return texts
 
 
 def kernel_modules(model: nn.Module) -> dict[str, Kernel]:

@@ -52,7 +52,7 @@ class SparseLinear(Thresholded):
         return run(x, self.weight.t(), self.threshold, self.bias, scale_of(self))
 
     def dense(self, x: Tensor) -> Tensor:
-        return dense_product(x, self.weight.t(), self.bias, scale_of(self))
+        return dense_product(x, self.weight, self.bias, scale_of(self))
 
     def weight_bytes(self, kept: float = 1.0) -> int:
         small = sum(t.nbytes for t in (self.threshold, self.bias, self.weight_scale) if t is not None)

@@ -67,7 +67,7 @@ class GatedMLP(Sparse):
         else:
             gate, up = self._whole_gate()(x), self.get_submodule(self.up_name)(x)
         down = self.down
-        return dense_product(ACTIVATIONS[self.activation](gate) * up, down.weight.t(), down.bias, scale_of(down))
+        return dense_product(ACTIVATIONS[self.activation](gate) * up, down.weight, down.bias, scale_of(down))
 
     def _whole_gate(self) -> Callable[[Tensor], Tensor]:
         gate = self.get_submodule(self.gate_name)

@@ -48,18 +48,13 @@ class Sparse(Kernel):
 
     def runs_dense(self, x: Tensor) -> bool:
         """Whether this is a decode step of more sequences than skipping pays for."""
-        return is_batch(x) and not self.pays(x)
+        return is_batch(x) and tokens_of(x) > self.most_tokens(x)
 
     def step_kernel(self, x: Tensor) -> str:
         return "dense" if self.runs_dense(x) else super().step_kernel(x)
 
-    def runs(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-        kernel = self.kernel(device)
-        if kernel == "reference":
-            return {self.op: kernel}
-        two_21H = torch.empty(2, 1, 0, device=device, dtype=dtype)
-        most = max(1, self.most_tokens(two_21H))
-        return {self.op: kernel, self.op_for(two_21H): f"{kernel}, dense above batch {most}"}
+    def largest_batch(self, x: Tensor) -> int:
+        return max(1, self.most_tokens(x))
 
     def bytes_read(self, x: Tensor) -> int:
         if self.runs_dense(x):

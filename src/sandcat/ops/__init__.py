@@ -9,7 +9,7 @@ import importlib
 
 import torch
 
-from sandcat.ops.arguments import MAX_TOKENS, PROMPT_CHUNK
+from sandcat.ops.arguments import LARGE, MAX_TOKENS, PROMPT_CHUNK
 from sandcat.ops.core_mlp import core_mlp
 from sandcat.ops.int8_linear import int8_linear
 from sandcat.ops.shared import shared_linear, shared_up_down
@@ -41,22 +41,22 @@ if torch.cuda.is_available():
     _register("cuda", "triton")
 
 
-LARGE = 2**20
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_MLP = ("core_mlp", "sparse_mlp", "sparse_up_down")
+_MLP = ("sparse_mlp", "sparse_up_down")
+_ALL = (*_MLP, "core_mlp", "sparse_linear", "int8_linear", "shared_linear", "shared_up_down")
 _MOST_TOKENS = {
     **{(op, "cpu", torch.float32, False): (1, 8) for op in _MLP},
-    **{("sparse_linear", "cpu", dtype, False): (2, 2) for dtype in _FLOATS},
-    **{(op, "cpu", dtype, True): (8, 8) for op in (*_MLP, "sparse_linear", "int8_linear") for dtype in _FLOATS},
-    ("shared_linear", "cpu", torch.float32, False): (16, 16),
-    ("shared_up_down", "cpu", torch.float32, False): (1, 16),
-    **{("shared_linear", "cpu", dtype, False): (8, 4) for dtype in _FLOATS[1:]},
+    **{("sparse_linear", "cpu", dtype, False): (1, 2) for dtype in _FLOATS},
+    ("core_mlp", "cpu", torch.float32, False): (8, 8),
+    **{("core_mlp", "cpu", dtype, False): (2, 2) for dtype in _FLOATS[1:]},
+    **{(op, "cpu", torch.float32, False): (1, 16) for op in ("shared_linear", "shared_up_down")},
+    **{("shared_linear", "cpu", dtype, False): (1, 4) for dtype in _FLOATS[1:]},
     **{("shared_up_down", "cpu", dtype, False): (1, 8) for dtype in _FLOATS[1:]},
-    **{(op, "cpu", dtype, True): (8, 8) for op in ("shared_linear", "shared_up_down") for dtype in _FLOATS},
+    **{(op, "cpu", dtype, True): (16, 16) for op in _ALL for dtype in _FLOATS},
 }
 """Tokens at once up to which a kernel is the fastest way of its layer, by op, device, dtype and whether weights are
-int8, for matrices of fewer than `LARGE` numbers and for larger ones; 1 where nothing is said. benchmarks/batch.py
-measures it (docs/performance.md); float16 is taken for bfloat16, unmeasured."""
+int8, for matrices of fewer than `LARGE` numbers and for larger ones; 1 where nothing is said. Measured by
+benchmarks/batch.py (docs/performance.md); float16 is taken for bfloat16, unmeasured."""
 
 
 def kernel_name(op: str, device: torch.device | str, int8: bool = False) -> str:
@@ -74,5 +74,4 @@ def most_tokens(op: str, device: torch.device | str, dtype: torch.dtype, size: i
     """
     if dtype not in _FLOATS or (int8 and kernel_name(op, device, int8) == "reference"):
         return 0
-    small, large = _MOST_TOKENS.get((op, torch.device(device).type, dtype, int8), (1, 1))
-    return large if size >= LARGE else small
+    return _MOST_TOKENS.get((op, torch.device(device).type, dtype, int8), (1, 1))[size >= LARGE]
