@@ -1,10 +1,10 @@
-"""Decode steps of 1 to 16 sequences, layer by layer: dense, and what a sparse layer can do instead. Prints the table of
-`sandcat.ops.most_tokens`: the largest batch up to which each kernel beats the dense layer at every shape.
+"""Decode steps of 1 to 16 sequences, layer by layer: dense, and what a sparse layer can do instead. What the limits of
+`sandcat.ops.most_tokens` are read from. Last come the largest batches up to which each kernel beats the dense layer.
 
     python benchmarks/batch.py                                   # a CPU: float32, bfloat16 and int8 weights
     python benchmarks/batch.py --dtype bfloat16 --shapes 4096x14336 --int8 no
 
-Random weights, in several copies that are used in turn so that none stays in the cache. "as dense" is the sparse layer
+Random weights, in up to 40 copies that are used in turn, so that large ones leave the cache. "as dense" is the layer
 where nothing is skipped: its weights are stored row by row of what can be skipped, and int8 is widened first. Times are
 medians of interleaved runs, over those of the dense layer in the same dtype.
 """
