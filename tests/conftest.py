@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -48,8 +49,8 @@ def kernels_pay(monkeypatch):
     def most(op: str, dtype: torch.dtype) -> int:
         return 8 if dtype == torch.float32 else 4 if "shared" in op else 2
 
-    table = {key: (most(key[0], key[2]),) * 2 for key in ops._MOST_TOKENS}
-    monkeypatch.setattr(ops, "_MOST_TOKENS", table)
+    cases = itertools.product(ops._ALL, ["cpu"], ops._FLOATS, [False, True])
+    monkeypatch.setattr(ops, "_MOST_TOKENS", {case: (most(case[0], case[2]),) * 2 for case in cases})
 
 
 @pytest.fixture

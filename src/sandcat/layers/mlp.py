@@ -62,16 +62,13 @@ class GatedMLP(Sparse):
         return self.down.weight.numel()
 
     def dense(self, x: Tensor) -> Tensor:
+        """With all neurons; a gate that is itself sparse decides for itself."""
         if self.gate_name == self.up_name:
             gate, up = self.get_submodule(self.gate_name)(x).chunk(2, -1)
         else:
-            gate, up = self._whole_gate()(x), self.get_submodule(self.up_name)(x)
+            gate, up = self.get_submodule(self.gate_name)(x), self.get_submodule(self.up_name)(x)
         down = self.down
         return dense_product(ACTIVATIONS[self.activation](gate) * up, down.weight, down.bias, scale_of(down))
-
-    def _whole_gate(self) -> Callable[[Tensor], Tensor]:
-        gate = self.get_submodule(self.gate_name)
-        return gate.dense if isinstance(gate, Sparse) else gate
 
     def pack(self) -> None:
         """Stores the down projection neuron-major, once; its shape [H, I] and its values stay, as a transposed view."""
