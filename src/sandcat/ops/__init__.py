@@ -50,8 +50,7 @@ _MOST_TOKENS = {
     ("core_mlp", "cpu", torch.float32, False): (8, 8),
     **{("core_mlp", "cpu", dtype, False): (2, 2) for dtype in _FLOATS[1:]},
     **{(op, "cpu", torch.float32, False): (1, 16) for op in ("shared_linear", "shared_up_down")},
-    **{("shared_linear", "cpu", dtype, False): (1, 4) for dtype in _FLOATS[1:]},
-    **{("shared_up_down", "cpu", dtype, False): (1, 8) for dtype in _FLOATS[1:]},
+    **{(op, "cpu", dtype, False): (1, 4) for op in ("shared_linear", "shared_up_down") for dtype in _FLOATS[1:]},
     **{(op, "cpu", dtype, True): (16, 16) for op in _ALL for dtype in _FLOATS},
 }
 """Tokens at once up to which a kernel is the fastest way of its layer, by op, device, dtype and whether weights are
