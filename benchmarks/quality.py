@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=32_768)
     parser.add_argument("--text", action="append", required=True)
     parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--batch", default="1", help="read so many windows in lockstep, each size in turn")
     parser.add_argument("--tasks", default="")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--json", type=Path, help="write all figures there too")
@@ -78,18 +79,22 @@ def measure(options: argparse.Namespace) -> tuple[str, list[dict]]:
                 "model": model,
             })  # fmt: skip
     models = [variant["model"] for variant in variants]
+    batches = [int(batch) for batch in options.batch.split(",")]
+    variants = [{**variant, "batch": batch} for variant in variants for batch in batches]
     for source in options.text:
         if any(same_source(source, other) for other in options.calibration or ()):
             raise SystemExit(f"{source} is calibrated on: measure on another text")
         text = load_text(source, dense, tokenizer, tokens=options.tokens, window=WINDOW, seed=1)
-        for variant, (result, realised) in zip(variants, evaluate_text(dense, models, text), strict=True):
-            variant.setdefault("text", []).append(dataclasses.asdict(result))
-            variant.setdefault("realised", realised)
+        for place, batch in enumerate(batches):
+            found = evaluate_text(dense, models, text, batch=batch)
+            for variant, (result, realised) in zip(variants[place :: len(batches)], found, strict=True):
+                variant.setdefault("text", []).append(dataclasses.asdict(result))
+                variant.setdefault("realised", realised)
     if options.tasks:
         from sandcat.tasks import run_tasks
 
         found = run_tasks(dense, models, tokenizer, options.tasks.split(","), limit=options.limit)
-        for variant, results in zip(variants, found, strict=True):
+        for variant, results in zip(variants[:: len(batches)], found, strict=True):
             variant["tasks"] = [dataclasses.asdict(result) for result in results]
     for variant in variants:
         variant["bytes"] = bytes_share(variant.pop("model"), variant["realised"])
@@ -119,7 +124,7 @@ def points(variants: list[dict]) -> list[tuple[float, float]]:
 
 def markdown(variants: list[dict]) -> str:
     texts, tasks = variants[0].get("text", []), variants[0].get("tasks", [])
-    head = ["recipe", "target", "calibration", "dropped", "bytes"]
+    head = ["recipe", "target", "calibration", "batch", "dropped", "bytes"]
     for text in texts:
         name = Path(text["source"]).name
         head += [f"perplexity, {name} (dense {text['dense_perplexity']:.2f})", "KL", "agreement"]
@@ -131,6 +136,7 @@ def markdown(variants: list[dict]) -> str:
             f"`{variant['recipe']}`",
             variant["target"] or "",
             variant["calibration"],
+            str(variant["batch"]),
             f"{sum(realised) / len(realised):.3f}" if realised else "",
             f"{variant['bytes']:.3f}",
         ]

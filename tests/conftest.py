@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -37,6 +38,19 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     error = relative_error(found, expected)
     assert error <= TOLERANCE[dtype], f"relative RMS error {error:.2e} > {TOLERANCE[dtype]:.0e}"
+
+
+@pytest.fixture
+def kernels_pay(monkeypatch):
+    """Small models run by kernels too, up to 8 tokens (in 16 bits 2, and 4 that share), where else they would run dense
+    as that is faster."""
+    from sandcat import ops
+
+    def most(op: str, dtype: torch.dtype) -> int:
+        return 8 if dtype == torch.float32 else 4 if "shared" in op else 2
+
+    cases = itertools.product(ops._ALL, ["cpu"], ops._FLOATS, [False, True])
+    monkeypatch.setattr(ops, "_MOST_TOKENS", {case: (most(case[0], case[2]),) * 2 for case in cases})
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from torch import nn
 import sandcat
 from sandcat import benchmark
 from sandcat.errors import ParityError
+from sandcat.layers.kernel import kernels_of
 from sandcat.layers.sparse import sparse_modules
 
 
@@ -24,6 +25,7 @@ def pair():
     return dense, sparse
 
 
+@pytest.mark.usefixtures("kernels_pay")
 @torch.inference_mode()
 def test_bytes_of_a_step(pair):
     dense, sparse = pair
@@ -38,6 +40,40 @@ def test_bytes_of_a_step(pair):
     dropped = sum(72 - count for count in kept[-2:])
     thresholds = 2 * 72 * 4
     assert benchmark.step_bytes(sparse, ids) == weights + cache + thresholds - dropped * 2 * 32 * 4
+
+
+@pytest.mark.usefixtures("kernels_pay")
+@torch.inference_mode()
+def test_bytes_of_a_batch(pair):
+    """Shared lists read what one sequence reads; above what pays everything is read, and the report says so."""
+    dense, sparse = pair
+    shared = copy.deepcopy(dense)
+    sandcat.sparsify(shared, None, "cats:batch=shared", calibration=text())
+    ids = torch.randint(4, 96, (8, 10), generator=torch.Generator().manual_seed(0))
+    own, common = (benchmark.step_bytes(model, ids) for model in (sparse, shared))
+    alone = sum(benchmark.step_bytes(sparse, ids[i : i + 1]) for i in range(8)) / 8
+    cache = 2 * 2 * 2 * 10 * 8 * 4
+    assert common - 8 * cache == pytest.approx(alone - cache, rel=0.02) and own > 1.1 * common
+    many = torch.randint(4, 96, (17, 30), generator=torch.Generator().manual_seed(0))
+    thresholds = 2 * 72 * 4
+    assert benchmark.step_bytes(shared, many) == benchmark.step_bytes(dense, many) + thresholds
+    found = benchmark.benchmark(dense, shared, many, steps=3, runs=1, compile=False)
+    assert found.kernel == "dense" and found.parity_error == 0
+    assert benchmark.benchmark(dense, shared, many[:4], steps=3, runs=1, compile=False).kernel == "numba"
+
+
+def test_the_report_says_above_which_batch_a_step_is_dense(pair, monkeypatch):
+    from sandcat import ops
+
+    dense, sparse = pair
+    assert kernels_of(sparse) == {"sparse_mlp": "numba, dense above batch 1"}
+    assert kernels_of(dense) == {}
+    table = {(op, "cpu", torch.float32, False): (2, 4) for op in ("shared_linear", "shared_up_down")}
+    monkeypatch.setattr(ops, "_MOST_TOKENS", table)
+    monkeypatch.setattr(ops, "LARGE", 32 * 32)
+    shared = copy.deepcopy(dense)
+    sandcat.sparsify(shared, None, "teal:batch=shared", calibration=text())
+    assert kernels_of(shared) == {"shared_linear": "numba, dense above batch 2 to 4", "sparse_linear": "numba"}
 
 
 def test_a_tied_head_is_read(pair):

@@ -135,8 +135,10 @@ def test_generate(sparse, capsys, monkeypatch):
 
 def test_eval_and_bench(sparse, other, tmp_path, capsys):
     folder = tmp_path / "report"
-    assert main("eval", sparse, "--text", other, "--tokens", 512, "--json", "--report", folder) == 0
+    evaluate = ["eval", sparse, "--text", other, "--tokens", 512, "--batch", "1,2", "--json", "--report", folder]
+    assert main(*evaluate) == 0
     found = json.loads(capsys.readouterr().out)
+    assert [text["batch"] for text in found["text"]] == [1, 2]
     assert found["text"][0]["tokens"] > 200 and not found["speed"]
     assert (folder / "report.html").exists()
     assert (
@@ -255,6 +257,7 @@ BAD = [
     ("binary jsonl", ["sparsify", "DENSE", "cats", "-o", "OUT", "--calibration", "BINARYJSONL"], "UTF-8"),
     ("option twice", ["sparsify", "DENSE", "cats:sparsity=0.1,sparsity=0.2", "-o", "OUT"], "given twice"),
     ("config that is a list", ["show", "list!"], "folder is damaged"),
+    ("batch of windows", ["eval", "SPARSE", "--text", "OTHER", "--tokens", 512, "--batch", "600"], "a batch of 600"),
     ("batch 0", ["bench", "SPARSE", "--batch", "0"], "whole numbers"),
     ("batch 1.5", ["bench", "SPARSE", "--batch", "1.5"], "whole numbers"),
     ("bad curve", ["sparsify", "DENSE", "cats", "-o", "OUT", "--curve", "a,b"], "give numbers"),

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,19 +18,15 @@ from sandcat.errors import BadRecipe, NothingMatched, PlanError, SandcatError, U
 from sandcat.layers import kernel as kernel_layer
 from sandcat.layers.sparse import sparse_modules
 from sandcat.methods import METHODS, Cats, Coreinfer, Int8, Relufy, Rsparse, Teal
-from sandcat.ops import MAX_TOKENS
+from sandcat.ops import MAX_TOKENS, most_tokens
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def _cats(a, threshold):
-    return torch.where(a.abs() > threshold, a, 0)
-
-
 RECIPES = {
-    "cats": ([Cats(sparsity=0.5)], None, _cats),
-    "cats-output": ([Cats(sparsity=0.5, score="output")], None, _cats),
-    "relufy": ([Relufy()], torch.relu, lambda a, threshold: a),
+    "cats": ([Cats(sparsity=0.5)], None, True),
+    "cats-output": ([Cats(sparsity=0.5, score="output")], None, True),
+    "relufy": ([Relufy()], torch.relu, False),
     "teal": ([Teal(sparsity=0.3)], None, None),
     "teal-output": ([Teal(sparsity=0.3, score="output")], None, None),
     "rsparse": ([Rsparse(sparsity=0.3, alpha=[0.7])], None, None),
@@ -38,17 +35,31 @@ RECIPES = {
     "coreinfer": ([Coreinfer(sparsity=0.5)], None, None),
     "coreinfer-similarity": ([Coreinfer(sparsity=0.5, rule="similarity", clusters=3)], None, None),
     "coreinfer-teal": ([Coreinfer(sparsity=0.5), Teal(sparsity=0.3, sites=("o",))], None, None),
-    "cats-rsparse": ([Cats(sparsity=0.3), Rsparse(sparsity=0.3, alpha=[0.7], sites=("o",))], None, _cats),
+    "cats-rsparse": ([Cats(sparsity=0.3), Rsparse(sparsity=0.3, alpha=[0.7], sites=("o",))], None, True),
     "teal-head": ([Teal(sparsity=0.3, sites="all+head")], None, None),
-    "cats-teal": ([Cats(sparsity=0.3), Teal(sparsity=0.3, sites=("o",))], None, _cats),
-    "teal-cats": ([Teal(sparsity=0.3, sites=("q", "k", "v", "o", "gate")), Cats(sparsity=0.3)], None, _cats),
+    "cats-teal": ([Cats(sparsity=0.3), Teal(sparsity=0.3, sites=("o",))], None, True),
+    "teal-cats": ([Teal(sparsity=0.3, sites=("q", "k", "v", "o", "gate")), Cats(sparsity=0.3)], None, True),
+    "cats-shared": ([Cats(sparsity=0.5, batch="shared")], None, True),
+    "teal-shared": ([Teal(sparsity=0.3, batch="shared")], None, None),
+    "teal-cats-shared": (
+        [Teal(sparsity=0.3, sites=("o", "gate"), batch="shared"), Cats(sparsity=0.3, batch="shared")],
+        None,
+        True,
+    ),
+    "int8-cats-shared": ([Int8(), Cats(sparsity=0.5, batch="shared")], None, True),
     "int8": ([Int8()], None, None),
     "int8-clip": ([Int8(clip="search", sites=("down", "o", "head"))], None, None),
     "int8-teal": ([Teal(sparsity=0.3), Int8()], None, None),
-    "int8-cats": ([Int8(), Cats(sparsity=0.3, score="output")], None, _cats),
-    "int8-teal-cats": ([Teal(sparsity=0.3, sites=("o",)), Cats(sparsity=0.3), Int8()], None, _cats),
+    "int8-cats": ([Int8(), Cats(sparsity=0.3, score="output")], None, True),
+    "int8-teal-cats": ([Teal(sparsity=0.3, sites=("o",)), Cats(sparsity=0.3), Int8()], None, True),
 }
-"""Per recipe: the methods, the activation that they put in place of the model's, what they do to the activation."""
+"""Per recipe: the methods, the activation that they put in place of the model's, whether they mask it."""
+
+
+WHOLE = [(recipe, dtype) for recipe in RECIPES for dtype in DTYPES]
+WHOLE.remove(("int8-cats-shared", torch.bfloat16))
+"""What is compared as a whole model. The one left out puts other units on its list when the layers before it round
+otherwise, as its reference does, so it is compared module by module, on the same inputs."""
 
 
 def test_every_method_is_here():
@@ -57,9 +68,9 @@ def test_every_method_is_here():
 
 def sparsified(family, recipe, dtype=torch.float32):
     """The dense model, the sparse one, and one that computes what the sparse one should, written independently."""
-    methods, activation, mask = RECIPES[recipe]
-    if recipe == "teal-cats" and family == "phi3":  # whose projections are fused
-        methods = [Teal(sparsity=0.3, sites=("qkv", "o")), methods[1]]
+    methods, activation, masks = RECIPES[recipe]
+    if recipe.startswith("teal-cats") and family == "phi3":  # whose projections are fused
+        methods = [replace(methods[0], sites=("qkv", "o")), methods[1]]
     dense = tiny(family, dtype)
     sparse = copy.deepcopy(dense)
     plan = sandcat.sparsify(sparse, None, methods, calibration=text())
@@ -75,18 +86,35 @@ def sparsified(family, recipe, dtype=torch.float32):
         elif isinstance(methods[0], Coreinfer):
             place.forward = _core(place.forward, module, place)
         else:
-            place.forward = _reference(place, activation, mask, module.threshold)
+            place.forward = _reference(place, activation, module if masks else None)
     return dense, sparse, expected, plan
 
 
+def _used(scores, module, op):
+    """What each token uses: all in a decode step of more sequences than the op pays for, else what is above the
+    threshold, or the sequences' common list."""
+    own = scores > module.threshold
+    if scores.shape[-2] > 1 or len(scores) == 1:
+        return own
+    scale = scores.dtype if scores.dtype != torch.float64 else module.threshold.dtype
+    op = module.shared_op if module.batch == "shared" else op
+    if len(scores) > most_tokens(op, "cpu", scale, module.size, module.int8):
+        return torch.ones_like(own)
+    if module.batch == "own":
+        return own
+    total = (scores.double() / module.threshold.double().clamp(min=1e-15)).square().sum(0)[0]
+    first = total.argsort(descending=True, stable=True)[: -(-int(own.sum()) // len(scores))]
+    return torch.zeros_like(total, dtype=torch.bool).scatter(0, first, True).expand_as(own)
+
+
 def _linear(linear, sparse):
-    threshold, factors = sparse.threshold, [f for name, f in sparse.named_buffers() if "factor" in name]
+    factors = [f for name, f in sparse.named_buffers() if "factor" in name]
     whole = linear.forward  # by int8 weights, where they are
 
     def forward(x):
-        kept = x.abs() > threshold
-        y = whole(x * kept)
-        return y if not factors else y + (x * ~kept) @ factors[0].t() @ factors[1].t()
+        used = _used(x.abs(), sparse, "sparse_linear")
+        y = whole(x * used)
+        return y if not factors or used.all() else y + (x * ~used) @ factors[0].t() @ factors[1].t()
 
     return forward
 
@@ -95,7 +123,8 @@ def _core(dense, sparse, mlp):
     """Prompts whole, then the neurons that the sparse model chose (tests/test_coreinfer.py says which it has to)."""
 
     def forward(x):
-        if sparse.prompts.fresh or x.shape[1] > 1:
+        most = most_tokens("core_mlp", "cpu", x.dtype, 0, sparse.int8)
+        if sparse.prompts.fresh or x.shape[1] > 1 or (len(x) > max(1, most)):
             return dense(x)
         core = sparse.prompts.cores[sparse.layer]
         handle = mlp.down_proj.register_forward_pre_hook(lambda m, args: (args[0] * core[:, None],))
@@ -116,31 +145,28 @@ def _int8(linear, codes, scale):
     assert (codes * scale.t() - linear.weight).abs().max() <= 0.12 * linear.weight.abs().max()
 
     def forward(x):
-        at_once = torch.float64 if x[..., 0].numel() <= MAX_TOKENS else x.dtype
+        few = x[..., 0].numel() <= most_tokens("int8_linear", "cpu", x.dtype, 0, int8=True)
+        at_once = torch.float64 if few else x.dtype
         return ((x.to(at_once) @ codes.to(at_once).t()).double() * scale + bias).to(x.dtype)
 
     return forward
 
 
-def _reference(mlp, activation, mask, threshold):
-    if hasattr(mlp, "gate_up_proj"):
-        act = activation or mlp.activation_fn
+def _reference(mlp, activation, sparse):
+    fused = hasattr(mlp, "gate_up_proj")
+    act = activation or (mlp.activation_fn if fused else mlp.act_fn)
 
-        def forward(x):
-            gate, up = mlp.gate_up_proj(x).chunk(2, -1)
-            return mlp.down_proj(mask(act(gate), threshold) * up)
-    else:
-        act = activation or mlp.act_fn
-
-        def forward(x):
-            return mlp.down_proj(mask(act(mlp.gate_proj(x)), threshold) * mlp.up_proj(x))
+    def forward(x):
+        gate, up = mlp.gate_up_proj(x).chunk(2, -1) if fused else (mlp.gate_proj(x), mlp.up_proj(x))
+        a = act(gate)
+        return mlp.down_proj((a if sparse is None else a * _used(a.abs(), sparse, sparse.op)) * up)
 
     return forward
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe, dtype", WHOLE, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("kernels_pay")
 @torch.inference_mode()
 def test_equals_reference(family, recipe, dtype, monkeypatch):
     _, sparse, expected, _ = sparsified(family, recipe, dtype)
@@ -173,6 +199,57 @@ def test_equals_reference(family, recipe, dtype, monkeypatch):
     assert_close(found, want, dtype)
 
 
+@pytest.mark.parametrize("recipe, dtype", WHOLE, ids=str)
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.usefixtures("kernels_pay")
+@torch.inference_mode()
+def test_batches(family, recipe, dtype):
+    """One more token after a prompt, for 1 to more sequences than any kernel takes."""
+    _, sparse, expected, _ = sparsified(family, recipe, dtype)
+    for sequences in (1, 2, 4, 5, 8, 9, MAX_TOKENS, MAX_TOKENS + 1):
+        ids = torch.randint(4, VOCABULARY, (sequences, 6), generator=torch.Generator().manual_seed(sequences))
+        found, want = (
+            model(ids[:, 5:], past_key_values=model(ids[:, :5]).past_key_values).logits for model in (sparse, expected)
+        )
+        assert_close(found, want, dtype)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("kernels_pay")
+@torch.inference_mode()
+def test_modules_that_share(family):
+    _, sparse, expected, _ = sparsified(family, "int8-cats-shared", torch.bfloat16)
+    modules, seen = sparse_modules(sparse), {}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda m, args, y, name=name: seen.update({name: (args[0], y)}))
+    for sequences in (2, 3, 4):
+        ids = torch.randint(4, VOCABULARY, (sequences, 6), generator=torch.Generator().manual_seed(sequences))
+        sparse(ids[:, 5:], past_key_values=sparse(ids[:, :5]).past_key_values)
+        for name in modules:
+            x, found = seen[name]
+            assert x.shape[:2] == (sequences, 1)
+            assert_close(found, expected.get_submodule(name)(x), torch.bfloat16)
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe not in ("relufy", "int8", "int8-clip")])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_large_batches_run_dense(family, recipe):
+    """Above what pays a step is that of the dense model (or of its int8 weights), and says so."""
+    dense, sparse, *_ = sparsified(family, recipe)
+    if "int8" in recipe:
+        dense = copy.deepcopy(tiny(family))
+        sandcat.sparsify(dense, None, Int8())
+    ids = torch.randint(4, VOCABULARY, (MAX_TOKENS + 1, 6), generator=torch.Generator().manual_seed(1))
+    cache = sparse(ids[:, :5]).past_key_values
+    other = copy.deepcopy(cache)
+    found, want = (model(ids[:, 5:], past_key_values=c).logits for model, c in ((sparse, cache), (dense, other)))
+    assert_close(found, want, torch.float32)
+    x = torch.empty(MAX_TOKENS + 1, 1, 0)
+    assert {module.step_kernel(x) for module in sparse_modules(sparse).values()} == {"dense"}
+    assert {module.step_kernel(x[:1]) for module in sparse_modules(sparse).values()} == {"numba"}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_all_neurons_kept_is_dense(family):
@@ -185,6 +262,7 @@ def test_all_neurons_kept_is_dense(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("kernels_pay")
 @torch.inference_mode()
 def test_dense_prompt(family):
     """The prompt is exact, what follows is sparse."""
@@ -415,6 +493,7 @@ def test_no_matrix_is_held_twice():
                 assert getattr(module, "down", module).weight.t().is_contiguous()
 
 
+@pytest.mark.usefixtures("kernels_pay")
 @torch.inference_mode()
 def test_transformers_generate_in_a_padded_batch():
     """`model.generate` on three prompts of different lengths gives what each prompt alone gives."""

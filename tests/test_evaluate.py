@@ -8,9 +8,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import assert_close
 from tiny import text, tiny
 
 import sandcat
+from sandcat.errors import DataError
 from sandcat.evaluate import evaluate_text, every_token_sparse, histograms, layer_sparsity
 from sandcat.layers.sparse import sparse_modules
 from sandcat.methods import Cats
@@ -42,6 +44,49 @@ def test_against_direct_computation(pair):
     assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     assert found.agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()), rel=1e-6)
     assert found.kl > 0.01 and found.ratio != 1
+
+
+SHARED = ["cats:batch=shared", "teal:batch=shared", "teal:sites=[q,k,v,o,gate],batch=shared cats:batch=shared"]
+
+
+@pytest.mark.usefixtures("kernels_pay")
+@pytest.mark.parametrize("recipe", SHARED)
+@torch.inference_mode()
+def test_lockstep_is_what_decoding_gives(recipe):
+    """Position by position the sequences share what they share in decode steps."""
+    dense = tiny("llama")
+    sparse = copy.deepcopy(dense)
+    sandcat.sparsify(sparse, None, recipe, calibration=text())
+    ids = text(3 * 12, 12, seed=3).ids_NL
+    with every_token_sparse(sparse, lockstep=True):
+        found = sparse(ids).logits
+    cache = sparse(ids[:, :1]).past_key_values
+    steps = [sparse(ids[:, i : i + 1], past_key_values=cache).logits for i in range(1, 12)]
+    assert_close(found[:, 1:], torch.cat(steps, 1), torch.float32)
+    assert (found - sparse(ids).logits).norm() > 0.05 * found.norm()  # which is what each sequence gives alone
+
+
+@torch.inference_mode()
+def test_a_batch_of_windows(pair):
+    """Windows far apart go together; with lists of their own it does not matter which."""
+    dense, sparse, _ = pair
+    words = text(7 * 32, 32, seed=9)
+    shared = copy.deepcopy(dense)
+    sandcat.sparsify(shared, None, Cats(sparsity=0.5, batch="shared"), calibration=text())
+    (found, realised), (own, own_realised) = evaluate_text(dense, [shared, sparse], words, batch=3)
+    assert found.batch == own.batch == 3 and found.tokens == own.tokens == 6 * 31
+    ((alone, _),) = evaluate_text(dense, [sparse], text(7 * 32, 32, seed=9).part(0, 6))
+    assert own.kl == pytest.approx(alone.kl, rel=1e-5) and own.ratio == pytest.approx(alone.ratio, rel=1e-5)
+    with every_token_sparse(shared, lockstep=True):
+        q = torch.cat([shared(words.ids_NL[i:6:2]).logits[:, :-1].log_softmax(-1) for i in (0, 1)])
+    p = torch.cat([dense(words.ids_NL[i:6:2]).logits[:, :-1].log_softmax(-1) for i in (0, 1)])
+    assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert found.kl > 1.2 * own.kl
+    for site, share in realised.items():  # as long as the lists of one sequence, on average
+        assert share == pytest.approx(own_realised[site], abs=0.05)
+    assert not any(module.lockstep for module in sparse_modules(shared).values())
+    with pytest.raises(DataError, match="a batch of 8 needs as many windows"):
+        evaluate_text(dense, [shared], words, batch=8)
 
 
 def test_a_model_against_itself(pair):

@@ -53,6 +53,7 @@ def test_stops_at_the_end_of_the_context(sparse):
 
 @pytest.mark.parametrize("compile", [None, "default"])
 @torch.inference_mode()
+@pytest.mark.usefixtures("kernels_pay")
 def test_steps_batch_rewind_and_compile(sparse, compile):
     ids = torch.randint(4, 96, (3, 12))
     want = sparse(ids).logits

@@ -212,6 +212,22 @@ def test_the_reference_is_said():
     assert any("the reference ran" in note for note in without.notes())
 
 
+def test_a_dense_step_is_said():
+    report = full(dataclasses.replace(FAST, batch=8, kernel="dense"))
+    for text in spoken(report).values():
+        assert "Batch 8: skipping does not pay for so many sequences at once here, so the step runs dense" in text
+        assert "eager, dense" in text
+    assert "so the step runs dense" in report.summary()
+
+
+def test_a_report_from_before_batches():
+    data = full().to_json()
+    del data["text"][0]["batch"]
+    assert Report.from_json(data) == full()
+    batched = dataclasses.replace(full().text[0], batch=4)
+    assert "Quality on model, batch 4" in dataclasses.replace(full(), text=[full().text[0], batched]).pairs()
+
+
 @pytest.mark.parametrize("name", ["model", HOSTILE, "a/very/long/path/" * 8])
 @pytest.mark.parametrize("speed", [FAST, REFERENCE])
 def test_table_fits_80_columns(name, speed):

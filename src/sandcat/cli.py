@@ -40,6 +40,7 @@ Texts = Annotated[
 Tokens = Annotated[int, typer.Option(help="Tokens of each text.")]
 Tasks = Annotated[str, typer.Option(help="lm-eval tasks, or local files, by commas; paper for the CATS paper's eight.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many examples of each task.")]
+Batch = Annotated[str, typer.Option(help="Sequences at once, in decode steps, by commas.")]
 Runs = Annotated[int, typer.Option(min=1, help="Interleaved timing runs; the median counts.")]
 Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Time steps under torch.compile too.")]
 Twin = Annotated[
@@ -216,6 +217,7 @@ def evaluate(
     tokens: Tokens = EVALUATION_TOKENS,
     tasks: Tasks = "",
     limit: Limit = None,
+    batch: Batch = "1",
     dense: Twin = None,
     report: Report_ = None,
     device: Device = "auto",
@@ -230,7 +232,8 @@ def evaluate(
     with shown(not as_json):
         found = _measure(
             folder, folder, dense, texts=text, tokens=tokens, tasks=listed(tasks), limit=limit, speed=False,
-            device=device, dtype=dtype, seed=seed, trust_remote_code=trust_remote_code,
+            batches=whole_numbers(batch, "--batch"), device=device, dtype=dtype, seed=seed,
+            trust_remote_code=trust_remote_code,
         )  # fmt: skip
     if report is not None:
         found.write(report)
@@ -240,7 +243,7 @@ def evaluate(
 @app.command()
 def bench(
     folder: Folder,
-    batch: Annotated[str, typer.Option(help="Sequences at once, by commas.")] = "1",
+    batch: Batch = "1",
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache.")] = 128,
     steps: Annotated[int, typer.Option(min=2, help="Steps a run.")] = 20,
     runs: Runs = 7,

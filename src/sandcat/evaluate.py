@@ -47,6 +47,8 @@ class TextResult:
     agreement: float
     """Share of positions where both models' likeliest next token is the same."""
     agreement_error: float
+    batch: int = 1
+    """Windows that the sparse model read in lockstep, each position a decode step of so many sequences."""
 
 
 @dataclass(frozen=True)
@@ -78,52 +80,66 @@ class Histogram:
 
 @torch.inference_mode()
 def evaluate_text(
-    dense: nn.Module, sparse: Sequence[nn.Module], text: Text
+    dense: nn.Module, sparse: Sequence[nn.Module], text: Text, *, batch: int = 1
 ) -> list[tuple[TextResult, dict[str, float]]]:
     """For each sparse model: perplexity beside the dense one, KL and agreement; and the neurons dropped at each site.
 
     Args:
         dense, sparse: models with one vocabulary.
         text: windows of token ids, as `data.load_text` gives them.
+        batch: so many windows, from places far apart, are read in lockstep by the sparse models: each position is a
+            decode step of so many sequences. What is left over is not read. Every module skips, also where a step of so
+            many sequences would run dense.
 
     Raises:
-        DataError: windows too short for a prompt.
+        DataError: windows too short for a prompt, or fewer than `batch`.
     """
+    if batch < 1 or batch > len(text.ids_NL):
+        raise DataError(
+            f"a batch of {batch} needs as many windows of {WINDOW} tokens, and {text.source} gives "
+            f"{len(text.ids_NL)}: ask for more tokens."
+        )
+    steps_NBL = text.ids_NL[: len(text.ids_NL) // batch * batch].unflatten(0, (batch, -1)).transpose(0, 1)
     length = text.ids_NL.shape[1]
     prompt = length // PROMPT_SHARE if any(map(chooses_in_prompt, sparse)) else 0
     if prompt and length < 4 * PROMPT_SHARE:
         raise DataError(f"windows of {length} tokens are too short to choose neurons in a prompt: give a longer text.")
-    measured = [torch.zeros(len(text.ids_NL), 4, dtype=torch.float64) for _ in sparse]  # losses, KL, agreement
+    measured: list[list[Tensor]] = [[] for _ in sparse]
     with ExitStack() as stack:
         dropped = []
         for model in sparse:
-            stack.enter_context(every_token_sparse(model, prompt=prompt))
+            stack.enter_context(every_token_sparse(model, prompt=prompt, lockstep=batch > 1))
             dropped.append(stack.enter_context(counting_dropped(model)))
-        for window, ids_L in enumerate(track(text.ids_NL, f"evaluating on {Path(text.source).name}")):
-            log_p = _log_probabilities(dense, ids_L)[prompt:]
-            target = ids_L[prompt + 1 :, None].to(log_p.device)
+        for ids_BL in track(steps_NBL, f"evaluating on {Path(text.source).name}"):
+            log_p = [_log_probabilities(dense, ids_1L)[0, prompt:] for ids_1L in ids_BL[:, None]]
             for model, rows in zip(sparse, measured, strict=True):
-                log_q = _log_probabilities(model, ids_L)[prompt:].to(log_p.device)
-                rows[window, 0] = -log_p.gather(1, target).double().mean()
-                rows[window, 1] = -log_q.gather(1, target).double().mean()
-                rows[window, 2] = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / len(target)
-                rows[window, 3] = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean()
+                log_q = _log_probabilities(model, ids_BL)[:, prompt:]
+                rows += [_compared(*row) for row in zip(log_p, log_q, ids_BL[:, prompt + 1 :], strict=True)]
     results = []
-    for rows, counts in zip(measured, dropped, strict=True):
+    for windows, counts in zip(measured, dropped, strict=True):
+        rows = torch.stack(windows)
         change = mean_and_error(rows[:, 1] - rows[:, 0])
         ratio = math.exp(change[0])
         result = TextResult(
             text.source, text.sha256, len(rows) * (length - prompt - 1), length, prompt,
             math.exp(rows[:, 0].mean()), math.exp(rows[:, 1].mean()), ratio, ratio * change[1],
-            *mean_and_error(rows[:, 2]), *mean_and_error(rows[:, 3]),
+            *mean_and_error(rows[:, 2]), *mean_and_error(rows[:, 3]), batch,
         )  # fmt: skip
         results.append((result, {name: drops / max(1, total) for name, (drops, total) in counts.items()}))
     return results
 
 
-def _log_probabilities(model: nn.Module, ids_L: Tensor) -> Tensor:
-    logits = model(ids_L[None].to(model.device), use_cache=False).logits[0, :-1]
+def _log_probabilities(model: nn.Module, ids_BL: Tensor) -> Tensor:
+    logits = model(ids_BL.to(model.device), use_cache=False).logits[:, :-1]
     return logits.float().log_softmax(-1)
+
+
+def _compared(log_p: Tensor, log_q: Tensor, target_L: Tensor) -> Tensor:
+    """Both losses, KL and agreement of one window, float64 [4], from log probabilities [L, vocabulary]."""
+    log_q, target = log_q.to(log_p.device), target_L[:, None].to(log_p.device)
+    losses = [-log.gather(1, target).double().mean() for log in (log_p, log_q)]
+    kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / len(target)
+    return torch.stack([*losses, kl.double(), (log_p.argmax(-1) == log_q.argmax(-1)).double().mean()]).cpu()
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
@@ -137,23 +153,30 @@ def chooses_in_prompt(model: nn.Module) -> bool:
 
 
 @contextmanager
-def every_token_sparse(model: nn.Module, *, prompt: int = 1) -> Iterator[None]:
+def every_token_sparse(model: nn.Module, *, prompt: int = 1, lockstep: bool = False) -> Iterator[None]:
     """Within this context prompts are computed sparsely too, so that a whole text measures what decoding would give.
 
     Args:
         prompt: the first so many tokens of each forward without a cache are what a model that chooses in a prompt
             chooses by; it computes them whole, and the others as decoding would after them.
+        lockstep: the sequences of a forward go on together, so that they share at each position what they would share
+            in a decode step.
     """
     modules = sparse_modules(model).values()
+    together = [module for module in modules if lockstep and isinstance(module, Thresholded)]
     changed = [module for module in modules if module.dense_prompt]
     for module in changed:
         module.dense_prompt = False
     for module in modules:
         if module.chooses_in_prompt:
             module.prompt_tokens = max(1, prompt)
+    for module in together:
+        module.lockstep = True
     try:
         yield
     finally:
+        for module in together:
+            module.lockstep = False
         for module in changed:
             module.dense_prompt = True
 
@@ -167,7 +190,7 @@ def counting_dropped(model: nn.Module) -> Iterator[dict[str, list[int]]]:
         counts[name] = [0, 0]
 
         def count(module: Sparse, args: tuple, output: Tensor, entry: list[int] = counts[name]) -> None:
-            kept = module.kept(args[0].flatten(0, -2))
+            kept = module.kept(args[0])
             entry[0] += kept.numel() - int(kept.sum())
             entry[1] += kept.numel()
 

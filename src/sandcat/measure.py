@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from sandcat.data import Text, load_text, same_source
 from sandcat.errors import BadRecipe, DataError
 from sandcat.evaluate import WINDOW, TextResult, evaluate_text, histograms, layer_sparsity
 from sandcat.generate import generate
-from sandcat.layers.kernel import kernel_modules
+from sandcat.layers.kernel import kernel_modules, kernels_of
 from sandcat.layers.sparse import Thresholded
 from sandcat.method import Method
 from sandcat.plan import Calibration, Plan
@@ -60,7 +61,8 @@ def measure(
         texts: sources as in `data.load_text`; calibration text must not be among them.
         tokens: of each text.
         tasks, limit: names, or what `tasks.load_tasks` gave; as in `tasks.run_tasks`.
-        speed: time decode steps, at each of `batches`, `context`, `steps`, `runs`, `compile` as in `benchmark`.
+        batches: sequences at once: of a decode step that is timed, and of an evaluation as in `evaluate_text`.
+        speed: time decode steps, at `context`, `steps`, `runs`, `compile` as in `benchmark`.
         curve: the plan's method with other options, to measure the quality of, each calibrated on `curve_text`; see
             `at_sparsities`.
         prompts: written on by both models.
@@ -83,9 +85,10 @@ def measure(
                 benchmark(dense, sparse, ids_BT, steps=steps, runs=runs, compile=compile, int8_dense=int8_dense)
             )
     results, realised, points = [], {}, []
-    for text in loaded:
+    for text, batch in product(loaded, batches):
         others = [] if results else _others(dense, sparse, plan, curve, curve_text)
-        (result, realised_here), *curve_results = evaluate_text(dense, [sparse, *(model for _, model in others)], text)
+        models = [sparse, *(model for _, model in others)]
+        (result, realised_here), *curve_results = evaluate_text(dense, models, text, batch=batch)
         results.append(result)
         realised = realised or realised_here
         own = [(plan.steps[0].method, sparse, result, realised_here)] if others else []
@@ -112,7 +115,7 @@ def measure(
         speed=speeds,
         curve=points,
         samples=[write(dense, sparse, tokenizer, prompt) for prompt in prompts],
-        kernels=dict(sorted((f"sandcat::{m.op}", m.kernel(sparse.device)) for m in modules.values())),
+        kernels={f"sandcat::{op}": text for op, text in kernels_of(sparse).items()},
         machine=machine(sparse.device),
         commands=[command] if command else [],
     )

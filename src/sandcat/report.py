@@ -113,7 +113,7 @@ class Report:
     def pairs(self) -> dict[str, list[wording.Pair]]:
         """The rows of every output, by the title of their table."""
         missing = ("not measured", "not measured", "")
-        tables = {f"Quality on {text.source}": wording.text_pairs(text) for text in self.text}
+        tables = {wording.text_title(text): wording.text_pairs(text) for text in self.text}
         if not self.text:
             tables["Quality"] = [wording.Pair("Perplexity", *missing)]
         if self.tasks:
@@ -135,7 +135,8 @@ class Report:
         without = [f"{op}: {wording.REFERENCE_NOTE}." for op, kernel in self.kernels.items() if kernel == "reference"]
         if not without and any(speed.kernel == "reference" for speed in self.speed):
             without = [f"{wording.REFERENCE_NOTE[0].upper()}{wording.REFERENCE_NOTE[1:]}."]
-        return notes + without
+        dense = [f"Batch {s.batch}: {wording.DENSE_NOTE}." for s in self.speed if s.kernel == "dense"]
+        return notes + without + dense
 
     def summary(self) -> str:
         """What it costs and what it gains, in one sentence."""
@@ -209,8 +210,8 @@ def _cpu() -> str:
 
 def _row(kind: type, data: dict[str, Any]) -> Any:
     """A row of its dataclass; null stands for a number that was not finite."""
-    lost = {f.name for f in fields(kind) if f.type in ("float", float) and data[f.name] is None}
-    return kind(**{f.name: math.nan if f.name in lost else data[f.name] for f in fields(kind)})
+    lost = {f.name for f in fields(kind) if f.type in ("float", float) and data.get(f.name, 0) is None}
+    return kind(**{f.name: math.nan if f.name in lost else data[f.name] for f in fields(kind) if f.name in data})
 
 
 def _finite(value: Any) -> Any:

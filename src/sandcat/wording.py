@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sandcat.tasks import TaskResult
 
 REFERENCE_NOTE = "no kernel pays for this device and batch: the reference ran, nothing is saved"
+DENSE_NOTE = "skipping does not pay for so many sequences at once here, so the step runs dense, and nothing is saved"
 
 
 class Pair(NamedTuple):
@@ -52,6 +53,10 @@ def _error(error: float | None, form: str) -> str:
     return f" ± {error:{form}}" if error and math.isfinite(error) else ""
 
 
+def text_title(text: TextResult) -> str:
+    return f"Quality on {text.source}" + (f", batch {text.batch}" if text.batch > 1 else "")
+
+
 def text_pairs(text: TextResult) -> list[Pair]:
     """Perplexity, KL and agreement on one text."""
     change = f"{figure(text.ratio)}x{_error(text.ratio_error, '.4f')}"
@@ -86,12 +91,12 @@ def more(speed: SpeedResult) -> str:
 
 def speed_pairs(s: SpeedResult) -> list[Pair]:
     """Time, bytes and gain of one decode step. What the reference runs saves nothing, and its row says so."""
-    saved = s.kernel != "reference"
+    saved = s.kernel not in ("reference", "dense")
     rates = [s.batch / seconds for seconds in (s.dense_seconds, s.sparse_seconds)]
     used = [count / seconds / s.read_bandwidth for count, seconds in
             ((s.dense_bytes, s.dense_seconds), (s.sparse_bytes, s.sparse_seconds))]  # fmt: skip
     fewer = f"{100 * (s.sparse_bytes / s.dense_bytes - 1):+.1f} %" if saved else "nothing is saved"
-    by_kernel = "" if saved else " by a kernel"
+    by_kernel = " by a kernel" if s.kernel == "reference" else ""
     gain = f"{s.gain:.2f}x" if s.gain >= 1 else f"{s.gain:.2f}x: slower"
     over_int8 = []
     if s.int8_dense_seconds is not None:
@@ -124,7 +129,8 @@ def speed_gain(s: SpeedResult) -> str:
     times = f"{_unit(s)} takes {milliseconds(s.sparse_seconds)} instead of {milliseconds(s.dense_seconds)}"
     gain = f"slower than dense by {more(s)}" if s.gain < 1 else f"{s.gain:.2f}x as fast"
     verb = "would allow" if s.gain < 1 or s.kernel == "reference" else "allow"
-    end = f"; {REFERENCE_NOTE}" if s.kernel == "reference" else ""
+    note = {"reference": REFERENCE_NOTE, "dense": DENSE_NOTE}.get(s.kernel)
+    end = f"; {note}" if note else ""
     return f"{times}: {gain}, where the bytes {verb} {s.allowed_gain:.2f}x{end}"
 
 

@@ -7,6 +7,7 @@ import torch
 from conftest import assert_close
 
 from sandcat.ops import core_mlp, kernel_name
+from sandcat.ops.arguments import MAX_TOKENS
 from sandcat.ops.core_mlp import reference
 
 
@@ -58,5 +59,5 @@ def test_opcheck_and_bad_arguments():
     torch.library.opcheck(core_mlp, args, test_utils=("test_schema", "test_faketensor"))
     with pytest.raises(ValueError, match="core is"):
         core_mlp(*args[:4], args[4].float(), *args[5:])
-    with pytest.raises(ValueError, match="1 to 8 tokens"):
-        core_mlp(*arguments(9, 16, 24, torch.float32))
+    with pytest.raises(ValueError, match=f"1 to {MAX_TOKENS} tokens"):
+        core_mlp(*arguments(MAX_TOKENS + 1, 16, 24, torch.float32))

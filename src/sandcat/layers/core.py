@@ -108,6 +108,8 @@ class CoreMLP(GatedMLP):
                 f"this cache's core neurons are those of {len(core_BI)} prompts, and {len(x)} sequences go on with it. "
                 "Give the sequences their own prompts, with an empty cache."
             )
+        if self.runs_dense(x):
+            return self.dense(x)
         core_TI = core_BI.repeat_interleave(x.shape[1], 0)
         x_TH = x.reshape(-1, x.shape[-1])
         run = self.by_kernel if self.pays(x_TH) and not self.by_reference else self.by_definition
@@ -128,10 +130,10 @@ class CoreMLP(GatedMLP):
         biases, scales = (gate_bias, up_bias, down.bias), (gate_scale, up_scale, scale_of(down))
         return x_TH, gate, up, down.weight.t(), core_TI, self.activation, *biases, *scales
 
-    def kept(self, x_TH: Tensor) -> Tensor:
+    def kept(self, x: Tensor) -> Tensor:
         """The core of the last forward, which a token after its prompt keeps."""
         core_BI = self.prompts.cores[self.layer]
-        return core_BI.repeat_interleave(len(x_TH) // len(core_BI), 0)
+        return core_BI[:, None].expand(-1, x.shape[1], -1)
 
     def weight_bytes(self, kept: float = 1.0) -> int:
         (gate, *gate_small), (up, *up_small), down = self.gate(), self.up(), self.down

@@ -27,11 +27,15 @@ class Int8Linear(Kernel):
         self.weight_scale = nn.Parameter(like.new_ones(len(like), 1), requires_grad=False)
         self.bias = linear.bias
 
-    def by_kernel(self, x_TH: Tensor) -> Tensor:
-        return int8_linear(x_TH, self.weight, self.weight_scale[:, 0], self.bias)
+    @property
+    def size(self) -> int:
+        return self.weight.numel()
 
-    def by_definition(self, x_TH: Tensor) -> Tensor:
-        return reference(x_TH, self.weight, self.weight_scale[:, 0], self.bias)
+    def by_kernel(self, x: Tensor) -> Tensor:
+        return int8_linear(x.flatten(0, -2), self.weight, self.weight_scale[:, 0], self.bias)
+
+    def by_definition(self, x: Tensor) -> Tensor:
+        return reference(x, self.weight, self.weight_scale[:, 0], self.bias)
 
     def weight_bytes(self, kept: float = 1.0) -> int:
         return sum(p.nbytes for p in self.parameters())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -14,7 +13,7 @@ from sandcat.ops import PROMPT_CHUNK, kernel_name, most_tokens
 
 
 class Kernel(nn.Module, ABC):
-    """Runs a few tokens by the kernel of its op, and more by dense products. Shapes: T tokens, H numbers a token."""
+    """Runs a few tokens by the kernel of its op, and more by dense products. Shapes: x [..., H], H numbers a token."""
 
     op: ClassVar[str]
     """The op that runs it."""
@@ -28,53 +27,78 @@ class Kernel(nn.Module, ABC):
     def int8(self) -> bool:
         """Whether its weights are int8."""
 
+    @property
     @abstractmethod
-    def by_kernel(self, x_TH: Tensor, *settings: Tensor) -> Tensor:
-        """The op on a few tokens."""
+    def size(self) -> int:
+        """Numbers in one of its weight matrices."""
 
     @abstractmethod
-    def by_definition(self, x_TH: Tensor, *settings: Tensor) -> Tensor:
-        """The same by dense products, for any number of tokens."""
+    def by_kernel(self, x: Tensor, *settings: Tensor) -> Tensor:
+        """The op on a few tokens, [tokens, outputs]."""
 
-    def settings(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What a forward on x goes by, besides the weights."""
-        return ()
+    @abstractmethod
+    def by_definition(self, x: Tensor, *settings: Tensor) -> Tensor:
+        """The same by dense products, for any number of tokens, [..., outputs]."""
 
     @abstractmethod
     def weight_bytes(self, kept: float = 1.0) -> int:
         """Bytes that are read if a share `kept` of what can be skipped is."""
 
-    def bytes_read(self, x_TH: Tensor) -> int:
-        """Bytes that the kernels read for these tokens."""
+    def bytes_read(self, x: Tensor) -> int:
+        """Bytes that a decode step of these sequences reads, x [B, 1, H]."""
         return self.weight_bytes()
 
     def forward(self, x: Tensor) -> Tensor:
-        x_TH, settings = x.reshape(-1, x.shape[-1]), self.settings(x)
-        if self.pays(x_TH) and not self.by_reference:
-            y_TH = self.by_kernel(x_TH, *settings).to(x.dtype)
-        else:
-            y_TH = torch.cat([self.by_definition(part, *settings).to(x.dtype) for part in x_TH.split(PROMPT_CHUNK)])
-        return y_TH.view(*x.shape[:-1], y_TH.shape[-1])
+        if self.pays(x) and not self.by_reference:
+            return self.by_kernel(x).to(x.dtype).view(*x.shape[:-1], -1)
+        if x.shape[-2] == 1:
+            return self.by_definition(x).to(x.dtype)
+        parts = x.reshape(1, -1, x.shape[-1]).split(PROMPT_CHUNK, 1)
+        y_1TO = torch.cat([self.by_definition(part).to(x.dtype) for part in parts], 1)
+        return y_1TO.view(*x.shape[:-1], y_1TO.shape[-1])
 
-    def pays(self, x_TH: Tensor) -> bool:
+    def pays(self, x: Tensor) -> bool:
         """Whether the kernel is the faster way for these tokens."""
-        return len(x_TH) <= most_tokens(self.op, x_TH.device, x_TH.dtype, self.int8)
+        return tokens_of(x) <= self.most_tokens(x)
+
+    def most_tokens(self, x: Tensor) -> int:
+        """Up to how many tokens it is, for tokens like these."""
+        return most_tokens(self.op_for(x), x.device, x.dtype, self.size, self.int8)
+
+    def op_for(self, x: Tensor) -> str:
+        """The op that runs such tokens."""
+        return self.op
+
+    def largest_batch(self, x: Tensor) -> int | None:
+        """Above how many sequences a step runs dense, for steps like x; None: never."""
+        return None
+
+    def step_kernel(self, x: Tensor) -> str:
+        """What runs a decode step of these sequences, x [B, 1, H]: as `kernel`, or "dense" where nothing is skipped."""
+        return self.kernel(x.device) if self.pays(x) else "reference"
 
     def kernel(self, device: torch.device) -> str:
         """What runs the op there: "numba", "triton" or "reference"."""
         return kernel_name(self.op, device, self.int8)
 
 
-@contextmanager
-def references(model: nn.Module) -> Iterator[None]:
-    """Within this context the modules run their definition instead of the kernels."""
+def tokens_of(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def kernels_of(model: nn.Module) -> dict[str, str]:
+    """What runs each op of a model on its device, and above which batch its modules run dense (by their sizes)."""
+    two_21H = torch.empty(2, 1, 0, dtype=model.dtype, device=model.device)
+    kernels, largest = {}, {}
     for module in kernel_modules(model).values():
-        module.by_reference = True
-    try:
-        yield
-    finally:
-        for module in kernel_modules(model).values():
-            module.by_reference = False
+        kernels |= dict.fromkeys((module.op, module.op_for(two_21H)), module.kernel(model.device))
+        if (batch := module.largest_batch(two_21H)) is not None:
+            largest.setdefault(module.op_for(two_21H), set()).add(batch)
+    texts = {}
+    for op, kernel in sorted(kernels.items()):
+        batches = " to ".join(map(str, sorted({min(largest[op]), max(largest[op])}))) if op in largest else ""
+        texts[op] = f"{kernel}, dense above batch {batches}" if batches and kernel != "reference" else kernel
+    return texts
 
 
 def kernel_modules(model: nn.Module) -> dict[str, Kernel]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from sandcat.layers.int8 import Int8Linear, dtype_like, scale_of
-from sandcat.layers.sparse import Thresholded
-from sandcat.ops.sparse_linear import reference, sparse_linear
+from sandcat.layers.sparse import Batch, Thresholded
+from sandcat.ops.shared import reference_linear, shared_linear
+from sandcat.ops.sparse_linear import dense_product, reference, sparse_linear
 
 
 class SparseLinear(Thresholded):
@@ -14,13 +15,14 @@ class SparseLinear(Thresholded):
 
     Args:
         linear: the layer, whose parameters are shared, not copied; on the meta device too.
-        dense_prompt: see `Sparse`.
+        dense_prompt, batch: see `Sparse` and `Thresholded`.
     """
 
     op = "sparse_linear"
+    shared_op = "shared_linear"
 
-    def __init__(self, linear: nn.Linear | Int8Linear, *, dense_prompt: bool = False):
-        super().__init__(dense_prompt=dense_prompt)
+    def __init__(self, linear: nn.Linear | Int8Linear, *, dense_prompt: bool = False, batch: Batch = "own"):
+        super().__init__(dense_prompt=dense_prompt, batch=batch)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.weight_scale = getattr(linear, "weight_scale", None)
@@ -30,18 +32,27 @@ class SparseLinear(Thresholded):
     def int8(self) -> bool:
         return self.weight_scale is not None
 
+    @property
+    def size(self) -> int:
+        return self.weight.numel()
+
     def pack(self) -> None:
         """Stores the weight channel-major, once; its shape [O, I] and its values stay, as a transposed view."""
         self.weight.data = self.weight.data.t().contiguous().t()
 
-    def scores(self, x_TH: Tensor) -> Tensor:
-        return x_TH.abs()
+    def scores(self, x: Tensor) -> Tensor:
+        return x.abs()
 
-    def by_kernel(self, x_TH: Tensor, threshold_U: Tensor) -> Tensor:
-        return sparse_linear(x_TH, self.weight.t(), threshold_U, self.bias, scale_of(self))
+    def by_kernel(self, x: Tensor) -> Tensor:
+        run = shared_linear if self.shares(x) else sparse_linear
+        return run(x.flatten(0, -2), self.weight.t(), self.threshold, self.bias, scale_of(self))
 
-    def by_definition(self, x_TH: Tensor, threshold_U: Tensor) -> Tensor:
-        return reference(x_TH, self.weight.t(), threshold_U, self.bias, scale_of(self))
+    def by_definition(self, x: Tensor) -> Tensor:
+        run = reference_linear if self.shares(x) else reference
+        return run(x, self.weight.t(), self.threshold, self.bias, scale_of(self))
+
+    def dense(self, x: Tensor) -> Tensor:
+        return dense_product(x, self.weight, self.bias, scale_of(self))
 
     def weight_bytes(self, kept: float = 1.0) -> int:
         small = sum(t.nbytes for t in (self.threshold, self.bias, self.weight_scale) if t is not None)

@@ -24,16 +24,16 @@ class LowRankLinear(SparseLinear):
         self.register_buffer("factor_a", like.new_zeros(rank, linear.in_features))
         self.register_buffer("factor_b", like.new_zeros(linear.out_features, rank))
 
-    def by_kernel(self, x_TH: Tensor, threshold_U: Tensor) -> Tensor:
-        return self._with_dropped(super().by_kernel(x_TH, threshold_U), x_TH, threshold_U)
+    def by_kernel(self, x: Tensor) -> Tensor:
+        return self._with_dropped(super().by_kernel(x), x.flatten(0, -2))
 
-    def by_definition(self, x_TH: Tensor, threshold_U: Tensor) -> Tensor:
-        return self._with_dropped(super().by_definition(x_TH, threshold_U), x_TH, threshold_U)
+    def by_definition(self, x: Tensor) -> Tensor:
+        return self._with_dropped(super().by_definition(x), x)
 
-    def _with_dropped(self, kept_TO: Tensor, x_TI: Tensor, threshold_I: Tensor) -> Tensor:
-        dropped_TI = torch.where(x_TI.abs() <= threshold_I, x_TI, 0)
+    def _with_dropped(self, kept: Tensor, x: Tensor) -> Tensor:
+        dropped = torch.where(x.abs() <= self.threshold, x, 0)
         # Rounded before the sum, as products in the model's dtype are, so that kernel and definition do not differ.
-        return kept_TO.to(x_TI.dtype) + F.linear(F.linear(dropped_TI, self.factor_a), self.factor_b)
+        return kept.to(x.dtype) + F.linear(F.linear(dropped, self.factor_a), self.factor_b)
 
     def weight_bytes(self, kept: float = 1.0) -> int:
         return super().weight_bytes(kept) + self.factor_a.nbytes + self.factor_b.nbytes

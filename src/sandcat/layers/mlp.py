@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from sandcat.architectures import Site
 from sandcat.layers.int8 import Int8Linear, dtype_like, scale_of
-from sandcat.layers.sparse import Sparse, Thresholded
+from sandcat.layers.sparse import Batch, Sparse, Thresholded
 from sandcat.ops.int8_linear import product
+from sandcat.ops.shared import reference_up_down as reference_shared
+from sandcat.ops.shared import shared_up_down
+from sandcat.ops.sparse_linear import dense_product
 from sandcat.ops.sparse_mlp import ACTIVATIONS, reference, reference_up_down, sparse_mlp, sparse_up_down
 
 
@@ -20,11 +23,11 @@ class GatedMLP(Sparse):
         site: the dense MLP. Its linear layers are shared, not copied; on the meta device too. They may be
             `Int8Linear`s.
         activation: a name of `ops.sparse_mlp.ACTIVATIONS`; default the model's own.
-        dense_prompt: see `Sparse`.
+        options: of `Sparse`.
     """
 
-    def __init__(self, site: Site, *, activation: str | None = None, dense_prompt: bool = False):
-        super().__init__(dense_prompt=dense_prompt)
+    def __init__(self, site: Site, *, activation: str | None = None, **options):
+        super().__init__(**options)
         row = site.architecture
         self.gate_name, self.up_name, self.down_name = row.gate, row.up, row.down
         for name in dict.fromkeys((row.gate, row.up, row.down)):
@@ -54,6 +57,19 @@ class GatedMLP(Sparse):
     def int8(self) -> bool:
         return any(scale_of(linear) is not None for linear in self.children())
 
+    @property
+    def size(self) -> int:
+        return self.down.weight.numel()
+
+    def dense(self, x: Tensor) -> Tensor:
+        """With all neurons; a gate that is itself sparse decides for itself."""
+        if self.gate_name == self.up_name:
+            gate, up = self.get_submodule(self.gate_name)(x).chunk(2, -1)
+        else:
+            gate, up = self.get_submodule(self.gate_name)(x), self.get_submodule(self.up_name)(x)
+        down = self.down
+        return dense_product(ACTIVATIONS[self.activation](gate) * up, down.weight, down.bias, scale_of(down))
+
     def pack(self) -> None:
         """Stores the down projection neuron-major, once; its shape [H, I] and its values stay, as a transposed view."""
         weight = self.down.weight
@@ -66,11 +82,13 @@ class GatedMLP(Sparse):
 class SparseMLP(GatedMLP, Thresholded):
     """Has one threshold a neuron, for what its gate gives. The gate projection may be a `SparseLinear`.
 
-    Args: see `GatedMLP`.
+    Args: see `GatedMLP` and `Thresholded`.
     """
 
-    def __init__(self, site: Site, *, activation: str | None = None, dense_prompt: bool = False):
-        super().__init__(site, activation=activation, dense_prompt=dense_prompt)
+    shared_op = "shared_up_down"
+
+    def __init__(self, site: Site, *, activation: str | None = None, dense_prompt: bool = False, batch: Batch = "own"):
+        super().__init__(site, activation=activation, dense_prompt=dense_prompt, batch=batch)
         self.set_threshold(self.down.in_features, dtype_like(self.down))
 
     @property
@@ -81,28 +99,33 @@ class SparseMLP(GatedMLP, Thresholded):
         """Whether the gate projection is itself sparse, and so runs by its own op."""
         return isinstance(self.get_submodule(self.gate_name), Sparse)
 
-    def by_kernel(self, x_TH: Tensor, threshold_U: Tensor) -> Tensor:
-        return self._run(x_TH, threshold_U, sparse_mlp, sparse_up_down)
+    def by_kernel(self, x: Tensor) -> Tensor:
+        return self._run(x, sparse_mlp, sparse_up_down, shared_up_down, flat=True)
 
-    def by_definition(self, x_TH: Tensor, threshold_U: Tensor) -> Tensor:
-        return self._run(x_TH, threshold_U, reference, reference_up_down)
+    def by_definition(self, x: Tensor) -> Tensor:
+        return self._run(x, reference, reference_up_down, reference_shared)
 
-    def _run(self, x_TH: Tensor, threshold_I: Tensor, whole: Callable, second_half: Callable) -> Tensor:
+    def _run(self, x: Tensor, whole: Callable, own: Callable, shared: Callable, *, flat: bool = False) -> Tensor:
+        shares, given = self.shares(x), None
+        if shares or self._gate_skips():
+            given = self.activations(x)
+        if flat:
+            x, given = x.flatten(0, -2), None if given is None else given.flatten(0, -2)
         (up, up_bias, up_scale), down_HI, down_bias = self.up(), self.down.weight, self.down.bias
         biases, scales = (up_bias, down_bias), (up_scale, scale_of(self.down))
-        if self._gate_skips():
-            return second_half(x_TH, self.activations(x_TH), up, down_HI.t(), threshold_I, *biases, *scales)
+        if given is not None:
+            return (shared if shares else own)(x, given, up, down_HI.t(), self.threshold, *biases, *scales)
         gate, gate_bias, gate_scale = self.gate()
-        return whole(x_TH, gate, up, down_HI.t(), threshold_I, self.activation, gate_bias, *biases, gate_scale, *scales)
+        return whole(x, gate, up, down_HI.t(), self.threshold, self.activation, gate_bias, *biases, gate_scale, *scales)
 
-    def activations(self, x_TH: Tensor) -> Tensor:
-        """a = activation(gate(x)), [T, I]."""
-        gate = self.get_submodule(self.gate_name)
-        g_TI = gate(x_TH) if self._gate_skips() else product(x_TH, *self.gate())
-        return ACTIVATIONS[self.activation](g_TI)
+    def activations(self, x: Tensor) -> Tensor:
+        """a = activation(gate(x)), [..., I]."""
+        fused = self.gate_name == self.up_name
+        g = product(x, *self.gate()) if fused else self.get_submodule(self.gate_name)(x)
+        return ACTIVATIONS[self.activation](g)
 
-    def scores(self, x_TH: Tensor) -> Tensor:
-        return self.activations(x_TH).abs()
+    def scores(self, x: Tensor) -> Tensor:
+        return self.activations(x).abs()
 
     def weight_bytes(self, kept: float = 1.0) -> int:
         (up, *up_small), down = self.up(), self.down

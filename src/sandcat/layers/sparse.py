@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sandcat.layers.kernel import Kernel
+from sandcat.layers.kernel import Kernel, tokens_of
+from sandcat.ops.shared import shared_units
+
+Batch = Literal["own", "shared"]
+"""What the sequences of a decode step read, where there are several: what each keeps, or one list for all."""
 
 
 class Sparse(Kernel):
     """Reads, for each token, only the weights of some units (neurons, input channels).
 
-    Shapes: T tokens, H numbers a token, U units.
+    A decode step of more sequences than skipping pays for runs dense. Shapes: x [..., H], H numbers a token; B
+    sequences, T tokens, U units.
 
     Args:
         dense_prompt: a forward with more than one token a sequence (a prompt) drops nothing.
@@ -30,39 +35,87 @@ class Sparse(Kernel):
         self.dense_prompt = dense_prompt
 
     @abstractmethod
-    def kept(self, x_TH: Tensor) -> Tensor:
-        """Which units each token keeps, bool [T, U]."""
+    def kept(self, x: Tensor) -> Tensor:
+        """Which units each token uses if it skips, bool [..., U]."""
+
+    @abstractmethod
+    def dense(self, x: Tensor) -> Tensor:
+        """With all units, as the dense module has it."""
 
     @abstractmethod
     def pack(self) -> None:
         """Lays the weights out for the kernels; shapes and values stay."""
 
-    def bytes_read(self, x_TH: Tensor) -> int:
-        """Bytes that the kernels read for these tokens: what any of them keeps."""
-        return self.weight_bytes(float(self.kept(x_TH).any(0).float().mean()))
+    def runs_dense(self, x: Tensor) -> bool:
+        """Whether this is a decode step of more sequences than skipping pays for."""
+        return is_batch(x) and tokens_of(x) > self.most_tokens(x)
+
+    def step_kernel(self, x: Tensor) -> str:
+        return "dense" if self.runs_dense(x) else super().step_kernel(x)
+
+    def largest_batch(self, x: Tensor) -> int:
+        return max(1, self.most_tokens(x))
+
+    def bytes_read(self, x: Tensor) -> int:
+        if self.runs_dense(x):
+            return self.weight_bytes()
+        return self.weight_bytes(float(self.kept(x).flatten(0, -2).any(0).float().mean()))
 
     def extra_repr(self) -> str:
         return f"dense_prompt={self.dense_prompt}"
 
 
 class Thresholded(Sparse):
-    """Keeps the units whose score is above a threshold. Subclasses call `set_threshold` when they have weights."""
+    """Keeps the units whose score is above a threshold. Subclasses call `set_threshold` when they have weights.
+
+    Args:
+        batch: with "shared", the sequences of a decode step use one list of units (see ops/shared.py).
+    """
+
+    shared_op: ClassVar[str]
+    """The op that runs a step of several sequences then."""
+
+    def __init__(self, *, dense_prompt: bool, batch: Batch = "own"):
+        super().__init__(dense_prompt=dense_prompt)
+        self.batch = batch
+        self.lockstep = False
+        """Every position of the sequences of a forward is a decode step of them."""
 
     def set_threshold(self, units: int, like: Tensor) -> None:
         self.register_buffer("threshold", torch.zeros(units, dtype=like.dtype, device=like.device))
 
     @abstractmethod
-    def scores(self, x_TH: Tensor) -> Tensor:
-        """What the thresholds are compared with, at least 0, [T, U]."""
+    def scores(self, x: Tensor) -> Tensor:
+        """What the thresholds are compared with, at least 0, [..., U]."""
 
-    def settings(self, x: Tensor) -> tuple[Tensor]:
-        if self.dense_prompt and x.shape[-2] > 1:
-            return (torch.full_like(self.threshold, -1),)
-        return (self.threshold,)
+    def forward(self, x: Tensor) -> Tensor:
+        if self.lockstep and self.shares(x):
+            return self.by_definition(x).to(x.dtype)
+        if self.runs_dense(x) or (self.dense_prompt and x.shape[-2] > 1):
+            return self.dense(x)
+        return super().forward(x)
 
-    def kept(self, x_TH: Tensor) -> Tensor:
+    def shares(self, x: Tensor) -> bool:
+        """Whether the sequences of this forward use one list."""
+        return self.batch == "shared" and (self.lockstep or is_batch(x))
+
+    def op_for(self, x: Tensor) -> str:
+        return self.shared_op if self.shares(x) else self.op
+
+    def kept(self, x: Tensor) -> Tensor:
+        scores = self.scores(x)
+        if self.shares(x):
+            return shared_units(scores, self.threshold).expand_as(scores)
         # A NaN is kept: it comes out, as it would of the dense module.
-        return ~(self.scores(x_TH) <= self.threshold)
+        return ~(scores <= self.threshold)
+
+    def extra_repr(self) -> str:
+        return f"batch={self.batch}, {super().extra_repr()}"
+
+
+def is_batch(x: Tensor) -> bool:
+    """Whether x [..., H] are tokens of several sequences, one each, as a decode step has them."""
+    return x.shape[-2] == 1 and tokens_of(x) > 1
 
 
 def sparse_modules(model: nn.Module) -> dict[str, Sparse]:

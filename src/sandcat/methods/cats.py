@@ -37,6 +37,10 @@ class Cats(Method):
         "activation", "activation: |a_j|, the paper's; output: |a_j| * sqrt(E[u_j^2]) * norm of row j of Wd, same cost"
     )
     dense_prompt: bool = option(False, "compute prompts (more than one token a sequence) with all neurons")
+    batch: Literal["own", "shared"] = option(
+        "own",
+        "decoding several sequences at once: own: each keeps its neurons; shared: all use one list of that length",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,4 +58,4 @@ class Cats(Method):
         return {"threshold": common, "sparsity": dropped}, {"threshold": threshold_I}
 
     def build(self, site: Site, spec: Spec) -> SparseMLP:
-        return SparseMLP(site, dense_prompt=self.dense_prompt)
+        return SparseMLP(site, dense_prompt=self.dense_prompt, batch=self.batch)

@@ -40,6 +40,10 @@ class Teal(Method):
         "all", 'linear layers to change: "all" of the decoder layers, "all+head", or a list [q,k,v,o,gate,up,down,head]'
     )
     dense_prompt: bool = option(False, "compute prompts (more than one token a sequence) with all channels")
+    batch: Literal["own", "shared"] = option(
+        "own",
+        "decoding several sequences at once: own: each keeps its channels; shared: all use one list of that length",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,4 +68,4 @@ class Teal(Method):
         return {"threshold": common, "sparsity": dropped}, {"threshold": threshold_I}
 
     def build(self, site: Site, spec: Spec) -> SparseLinear:
-        return SparseLinear(site.module, dense_prompt=self.dense_prompt)
+        return SparseLinear(site.module, dense_prompt=self.dense_prompt, batch=self.batch)

@@ -9,15 +9,16 @@ import importlib
 
 import torch
 
-from sandcat.ops.arguments import MAX_TOKENS, PROMPT_CHUNK
+from sandcat.ops.arguments import LARGE, MAX_TOKENS, PROMPT_CHUNK
 from sandcat.ops.core_mlp import core_mlp
 from sandcat.ops.int8_linear import int8_linear
+from sandcat.ops.shared import shared_linear, shared_up_down
 from sandcat.ops.sparse_linear import sparse_linear
 from sandcat.ops.sparse_mlp import sparse_mlp, sparse_up_down
 
 __all__ = [
-    "MAX_TOKENS", "PROMPT_CHUNK", "core_mlp", "int8_linear", "kernel_name", "most_tokens", "sparse_linear",
-    "sparse_mlp", "sparse_up_down",
+    "MAX_TOKENS", "PROMPT_CHUNK", "core_mlp", "int8_linear", "kernel_name", "most_tokens",
+    "shared_linear", "shared_up_down", "sparse_linear", "sparse_mlp", "sparse_up_down",
 ]  # fmt: skip
 
 _KERNELS: dict[tuple[str, str, bool], str] = {}
@@ -26,7 +27,7 @@ _KERNELS: dict[tuple[str, str, bool], str] = {}
 
 def _register(device: str, library: str) -> None:
     """Imports the kernels of a library, where it is installed and has them; else the references run."""
-    for name in ("core_mlp", "int8_linear", "sparse_linear", "sparse_mlp"):
+    for name in ("core_mlp", "int8_linear", "shared", "sparse_linear", "sparse_mlp"):
         try:
             kernels = importlib.import_module(f"sandcat.ops.{library}.{name}")
         except ImportError:
@@ -41,18 +42,20 @@ if torch.cuda.is_available():
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MLP = ("sparse_mlp", "sparse_up_down")
+_ALL = (*_MLP, "core_mlp", "sparse_linear", "int8_linear", "shared_linear", "shared_up_down")
 _MOST_TOKENS = {
-    **{(op, "cpu", dtype, False): 2 for op in ("core_mlp", "sparse_mlp", "sparse_up_down") for dtype in _FLOATS[1:]},
-    **{("sparse_linear", "cpu", dtype, False): 1 for dtype in _FLOATS},
-    **{
-        (op, "cuda", dtype, int8): 1
-        for op in ("int8_linear", "sparse_linear", "sparse_mlp", "sparse_up_down")
-        for dtype in _FLOATS
-        for int8 in (False, True)
-    },
+    **{(op, "cpu", torch.float32, False): (1, 8) for op in _MLP},
+    **{("sparse_linear", "cpu", dtype, False): (1, 2) for dtype in _FLOATS},
+    ("core_mlp", "cpu", torch.float32, False): (8, 8),
+    **{("core_mlp", "cpu", dtype, False): (2, 2) for dtype in _FLOATS[1:]},
+    **{(op, "cpu", torch.float32, False): (1, 16) for op in ("shared_linear", "shared_up_down")},
+    **{(op, "cpu", dtype, False): (1, 4) for op in ("shared_linear", "shared_up_down") for dtype in _FLOATS[1:]},
+    **{(op, "cpu", dtype, True): (16, 16) for op in _ALL for dtype in _FLOATS},
 }
-"""Tokens at once up to which a kernel beats dense matrix products on its device, where that is fewer than it can take.
-Measured: docs/performance.md; on a GPU int8 has no kernel for more."""
+"""Tokens at once up to which a kernel is the fastest way of its layer, by op, device, dtype and whether weights are
+int8, for matrices of fewer than `LARGE` numbers and for larger ones; 1 where nothing is said. Measured by
+benchmarks/batch.py (docs/performance.md); float16 is taken for bfloat16, unmeasured."""
 
 
 def kernel_name(op: str, device: torch.device | str, int8: bool = False) -> str:
@@ -60,13 +63,14 @@ def kernel_name(op: str, device: torch.device | str, int8: bool = False) -> str:
     return _KERNELS.get((op, torch.device(device).type, int8), "reference")
 
 
-def most_tokens(op: str, device: torch.device | str, dtype: torch.dtype, int8: bool = False) -> int:
-    """Tokens at once up to which skipping pays here; more run as dense products with the mask applied.
+def most_tokens(op: str, device: torch.device | str, dtype: torch.dtype, size: int, int8: bool = False) -> int:
+    """Tokens at once up to which the kernel pays here; more run as dense products.
 
     Args:
         dtype: of the activations.
+        size: numbers in a weight matrix.
         int8: whether the weights are int8.
     """
     if dtype not in _FLOATS or (int8 and kernel_name(op, device, int8) == "reference"):
         return 0
-    return _MOST_TOKENS.get((op, torch.device(device).type, dtype, int8), MAX_TOKENS)
+    return _MOST_TOKENS.get((op, torch.device(device).type, dtype, int8), (1, 1))[size >= LARGE]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MAX_TOKENS = 8
+MAX_TOKENS = 16
 """Most tokens that the kernels take at once. What any of them keeps is read, so more tokens would gain nothing."""
+
+LARGE = 2**20
+"""Numbers of a weight matrix from which on a CPU spends its time on reading it, not on calling a kernel."""
 
 PROMPT_CHUNK = 1024
 """Tokens that the dense form computes at once, so that a prompt's intermediate states stay bounded."""

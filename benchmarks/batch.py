@@ -1,0 +1,138 @@
+"""Decode steps of 1 to 16 sequences, layer by layer: dense, and what a sparse layer can do instead. What the limits of
+`sandcat.ops.most_tokens` are read from. Last come the largest batches up to which each kernel beats the dense layer.
+
+    python benchmarks/batch.py                                   # a CPU: float32, bfloat16 and int8 weights
+    python benchmarks/batch.py --dtype bfloat16 --shapes 4096x14336 --int8 no
+
+Random weights, in up to 40 copies that are used in turn, so that large ones leave the cache. "as dense" is the layer
+where nothing is skipped: its weights are stored row by row of what can be skipped, and int8 is widened first. Times are
+medians of interleaved runs, over those of the dense layer in the same dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sandcat.architectures import ModelView, Site
+from sandcat.benchmark import Timer
+from sandcat.hub import pick_dtype
+from sandcat.layers.int8 import Int8Linear
+from sandcat.layers.linear import SparseLinear
+from sandcat.layers.mlp import SparseMLP
+from sandcat.layers.sparse import Thresholded
+from sandcat.methods.int8 import quantised
+
+COPIES_BYTES = 256 << 20
+MOST_COPIES = 40
+KINDS = ("linear", "mlp")
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="float32,bfloat16")
+    parser.add_argument("--int8", default="no,yes", help="weights as they are, as int8, or both")
+    parser.add_argument("--shapes", default="576x1536,2048x8192", help="hidden x neurons; a linear layer has both")
+    parser.add_argument("--sparsity", type=float, default=0.4)
+    parser.add_argument("--batch", default="1,2,3,4,6,8,12,16")
+    parser.add_argument("--runs", type=int, default=5)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    batches = [int(batch) for batch in options.batch.split(",")]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, sparsity {options.sparsity}")
+    print("layer   shape        dtype     int8  batch dense us  as dense    own  shared")
+    most: dict[tuple, list[int]] = {}
+    for dtype in map(pick_dtype, options.dtype.split(",")):
+        for int8 in (word == "yes" for word in options.int8.split(",")):
+            for shape in options.shapes.split(","):
+                for kind in KINDS:
+                    dense, sparse = layers(kind, *map(int, shape.split("x")), dtype, int8)
+                    name = str(dtype).removeprefix("torch.")
+                    pays = {"own": 0, "shared": 0}
+                    for batch in batches:
+                        took = times(dense, sparse, batch, dtype, options)
+                        base = took.pop("dense")
+                        ratios = "".join(f"{took[key] / base:>8.2f}" for key in took)
+                        print(f"{kind:7} {shape:12} {name:9} {'yes' if int8 else 'no':5} {batch:>5} "
+                              f"{base * 1e6:>8.0f}  {ratios}", flush=True)  # fmt: skip
+                        for key, largest in pays.items():
+                            if took[key] <= base and largest == ([0, *batches][batches.index(batch)]):
+                                pays[key] = batch
+                    for key, largest in pays.items():
+                        most.setdefault((kind, key, name, int8), []).append(largest)
+    print("\nlargest batch that pays at every shape")
+    for (kind, key, name, int8), found in most.items():
+        print(f"{kind:7} {key:7} {name:9} {'int8' if int8 else '':5} {min(found):>3}   by shape: {found}")
+
+
+def layers(kind: str, hidden: int, neurons: int, dtype: torch.dtype, int8: bool) -> tuple[list, list[Thresholded]]:
+    """The dense layers, in several copies, and as many sparse ones of the same weights."""
+    size = hidden * neurons * dtype.itemsize * (1 if kind == "linear" else 3)
+    copies = min(max(2, COPIES_BYTES // size), MOST_COPIES)
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=neurons, num_hidden_layers=copies, num_attention_heads=1, head_dim=8,
+        num_key_value_heads=1, vocab_size=8,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(dtype).eval()
+    dense, sparse = [], []
+    for site in ModelView(model).sites():
+        if site.kind == "mlp":
+            dense.append(site.module if kind == "mlp" else site.module.up_proj)
+            sparse.append(sparse_twin(site, kind, int8))
+    return dense, sparse
+
+
+def sparse_twin(site: Site, kind: str, int8: bool) -> Thresholded:
+    module = copy.deepcopy(site.module)
+    if int8:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(module, name, as_int8(getattr(module, name)))
+    twin = SparseMLP(replace(site, module=module)) if kind == "mlp" else SparseLinear(module.up_proj)
+    twin.pack()
+    return twin
+
+
+def as_int8(linear: nn.Linear) -> Int8Linear:
+    made = Int8Linear(linear)
+    made.weight.data, made.weight_scale.data = quantised(linear.weight)
+    return made
+
+
+def times(dense: list, sparse: list[Thresholded], batch: int, dtype: torch.dtype, options) -> dict[str, float]:
+    """Seconds a layer of each way."""
+    x = torch.randn(batch, 1, hidden_of(sparse[0])).to(dtype)
+    for layer in sparse:
+        level = layer.scores(x).float().quantile(options.sparsity)
+        layer.threshold.data = torch.full_like(layer.threshold, float(level))
+
+    def by_kernel(batch: str):
+        def run() -> None:
+            for layer in sparse:
+                layer.batch = batch
+                layer.by_kernel(x).to(dtype).view(len(x), 1, -1)
+
+        return run
+
+    variants = {
+        "dense": lambda: [layer(x) for layer in dense],
+        "as dense": lambda: [layer.dense(x) for layer in sparse],
+        "own": by_kernel("own"),
+        "shared": by_kernel("shared"),
+    }
+    taken = Timer(variants, torch.device("cpu")).medians(options.runs)
+    return {name: seconds / len(sparse) for name, seconds in taken.items()}
+
+
+def hidden_of(layer: Thresholded) -> int:
+    weight: Tensor = layer.weight if isinstance(layer, SparseLinear) else layer.up()[0]
+    return weight.shape[1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""CPU kernels of `sandcat::shared_linear` and `sandcat::shared_up_down`. Shapes: see ops/shared.py.
+
+Every thread makes the same list and takes its share of it. Four rows are read at once for four sequences at once, so
+that a row comes from memory once and is widened once for four.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from sandcat.ops.numba import floats, threads, vectors
+from sandcat.ops.numba.floats import STORAGE, rounded, widen
+from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of, version_of
+from sandcat.ops.numba.vectors import add_rows, dots4
+from sandcat.ops.shared import LEAST_THRESHOLD, shared_linear, shared_up_down
+from sandcat.ops.sparse_linear import check_arguments as check_linear
+from sandcat.ops.sparse_mlp import check_arguments as check_mlp
+
+OPS = INT8_OPS = ("shared_linear", "shared_up_down")
+BLOCK = 64
+VERSION = version_of(floats, threads, vectors, sys.modules["sandcat.ops.shared"])
+"""A digest of the sources, besides this file, that the compiled kernels depend on."""
+
+_LEAST, _INFINITY = np.float32(LEAST_THRESHOLD), np.float32(np.inf)
+_AFTER_INFINITY = 0x7F800001
+
+
+@njit
+def list_shared(scores, threshold, units):
+    """Writes the shared units in order, and returns how many they are; `scores` [B, U] may have signs."""
+    total = np.zeros(threshold.size, np.float32)
+    kept = 0
+    for b in range(len(scores)):
+        for u in range(threshold.size):
+            score, t = abs(widen(scores[b, u])), widen(threshold[u])
+            kept += not score <= t
+            ratio = score / (t if t > _LEAST else _LEAST)
+            total[u] += ratio * ratio
+    for u in range(threshold.size):
+        if total[u] != total[u]:
+            total[u] = _INFINITY
+    count = (kept + len(scores) - 1) // len(scores)
+    bits = total.view(np.int32)  # in the order of the numbers, as none is negative
+    cut, above = np.int32(0), np.int32(_AFTER_INFINITY)
+    while above - cut > 1:  # count or more are at least cut, and fewer are at least above
+        middle = np.int32(cut + (above - cut) // 2)
+        found = 0
+        for u in range(bits.size):
+            found += bits[u] >= middle
+        if found >= count:
+            cut = middle
+        else:
+            above = middle
+    equals = count
+    for u in range(bits.size):
+        equals -= bits[u] > cut
+    n = 0
+    for u in range(bits.size):
+        if bits[u] > cut or (bits[u] == cut and equals > 0):
+            equals -= bits[u] == cut
+            units[n] = u
+            n += 1
+    return n
+
+
+@cache
+def _linear_kernel(weight_dtype: torch.dtype, dtype: torch.dtype):
+    """The kernel for weights and thresholds of these dtypes, compiled on first use (and then cached on disk)."""
+    weight_storage, storage, version = STORAGE[weight_dtype], STORAGE[dtype], VERSION
+
+    def body(args, thread, threads):
+        if args[4] != version:  # never: it ties the code that Numba caches to all sources it was made from
+            return
+        sequences, channels, outputs = args[5], args[6], args[7]
+        x = carray(pointer(args[0]), (sequences, channels), np.float32)
+        weight = carray(pointer(args[1]), (channels, outputs), weight_storage)
+        threshold = carray(pointer(args[2]), (channels,), storage)
+        y = carray(pointer(args[3]), (threads, sequences, outputs), np.float32)[thread]
+        units = np.empty(channels, np.int64)
+        count = list_shared(x, threshold, units)
+        first, end = count * thread // threads, count * (thread + 1) // threads
+        values = np.empty((end - first, sequences), np.float32)
+        for c in range(first, end):
+            for b in range(sequences):
+                values[c - first, b] = x[b, units[c]]
+        add_rows(y, values, weight, units[first:end])
+
+    return on_all_threads(body)
+
+
+@shared_linear.register_kernel("cpu")
+def _(
+    x_BI: Tensor,
+    weight_IO: Tensor,
+    threshold_I: Tensor,
+    bias_O: Tensor | None = None,
+    scale_O: Tensor | None = None,
+) -> Tensor:
+    check_linear(x_BI, weight_IO, threshold_I, bias_O, scale_O)
+    (sequences, channels), outputs = x_BI.shape, weight_IO.shape[1]
+    tensors = [x_BI.float().contiguous(), weight_IO.contiguous(), threshold_I.contiguous()]
+    threads = threads_of()
+    partial_PBO = torch.zeros(threads, sequences, outputs)
+    addresses = [tensor.data_ptr() for tensor in (*tensors, partial_PBO)]
+    _linear_kernel(weight_IO.dtype, x_BI.dtype)([*addresses, VERSION, sequences, channels, outputs], threads)
+    y_BO = partial_PBO.sum(0) if scale_O is None else partial_PBO.sum(0) * scale_O
+    return y_BO if bias_O is None else y_BO + bias_O
+
+
+@cache
+def _up_down_kernel(dtype: torch.dtype, up_dtype: torch.dtype, down_dtype: torch.dtype):
+    """The kernel for the model's dtype and the weights', compiled on first use (and then cached on disk)."""
+    storage, up_storage, down_storage = STORAGE[dtype], STORAGE[up_dtype], STORAGE[down_dtype]
+    unit, version = storage.type(0), VERSION
+
+    def body(args, thread, threads):
+        if args[8] != version:  # never: as above
+            return
+        sequences, neurons, hidden = args[9], args[10], args[11]
+        x = carray(pointer(args[0]), (sequences, hidden), np.float32)
+        a = carray(pointer(args[1]), (sequences, neurons), storage)
+        up = carray(pointer(args[2]), (neurons, hidden), up_storage)
+        down = carray(pointer(args[3]), (neurons, hidden), down_storage)
+        threshold = carray(pointer(args[4]), (neurons,), storage)
+        up_bias = carray(pointer(args[5]), (neurons if args[5] else 0,), storage)
+        up_scale = carray(pointer(args[6]), (neurons if args[6] else 0,), storage)
+        y = carray(pointer(args[7]), (threads, sequences, hidden), np.float32)[thread]
+        units = np.empty(neurons, np.int64)
+        count = list_shared(a, threshold, units)
+        h = np.empty((BLOCK, sequences), np.float32)
+        end = count * (thread + 1) // threads
+        for start in range(count * thread // threads, end, BLOCK):
+            block = units[start : min(start + BLOCK, end)]
+            dots4(x, up, block, h)
+            for c in range(block.size):
+                j = block[c]
+                for b in range(sequences):
+                    u = h[c, b] * widen(up_scale[j]) if up_scale.size else h[c, b]
+                    u = u + widen(up_bias[j]) if up_bias.size else u
+                    h[c, b] = rounded(widen(a[b, j]) * rounded(u, unit), unit)
+            add_rows(y, h, down, block)
+
+    return on_all_threads(body)
+
+
+@shared_up_down.register_kernel("cpu")
+def _(
+    x_BH: Tensor,
+    a_BI: Tensor,
+    up_IH: Tensor,
+    down_IH: Tensor,
+    threshold_I: Tensor,
+    up_bias_I: Tensor | None = None,
+    down_bias_H: Tensor | None = None,
+    up_scale_I: Tensor | None = None,
+    down_scale_H: Tensor | None = None,
+) -> Tensor:
+    check_mlp(
+        "shared_up_down", x_BH, None, a_BI, up_IH, down_IH, threshold_I, None, up_bias_I, down_bias_H, None, up_scale_I,
+        down_scale_H,
+    )  # fmt: skip
+    (sequences, hidden), neurons = x_BH.shape, len(up_IH)
+    tensors = [x_BH.float(), a_BI, up_IH, down_IH, threshold_I, up_bias_I, up_scale_I]
+    tensors = [None if t is None else t.contiguous() for t in tensors]
+    threads = threads_of()
+    partial_PBH = torch.zeros(threads, sequences, hidden)
+    addresses = [0 if t is None else t.data_ptr() for t in (*tensors, partial_PBH)]
+    _up_down_kernel(x_BH.dtype, up_IH.dtype, down_IH.dtype)([*addresses, VERSION, sequences, neurons, hidden], threads)
+    y_BH = partial_PBH.sum(0) if down_scale_H is None else partial_PBH.sum(0) * down_scale_H
+    return y_BH if down_bias_H is None else y_BH + down_bias_H

@@ -1,0 +1,81 @@
+"""Units that the sequences of a decode step share: one list for all of them, as long as what one of them keeps. The ops
+`sandcat::shared_linear` (input channels) and `sandcat::shared_up_down` (neurons).
+
+Shapes: B sequences, one token each, U units; I, O, H and the layouts of weights as in sparse_linear.py and
+sparse_mlp.py. The references take more dimensions after B, as [B, T, I], and choose for each place of them: T steps.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from sandcat.ops.int8_linear import product
+
+LEAST_THRESHOLD = 1e-15
+"""Thresholds below count as this one, so that units which nothing but 0 drops are still told apart."""
+
+
+def shared_units(scores: Tensor, threshold_U: Tensor) -> Tensor:
+    """Which units all sequences use, bool [..., U], from what the thresholds are compared with, [B, ..., U].
+
+    They are the first k by the sum over sequences of (score / threshold)^2, where k is how many units a sequence keeps
+    by its own thresholds, on average and rounded up; among equals the first ones. A NaN comes before all.
+    """
+    kept = (~(scores <= threshold_U)).sum((0, -1))
+    count = (kept + len(scores) - 1)[..., None] // len(scores)
+    least_U = threshold_U.float().clamp(min=LEAST_THRESHOLD)
+    total = reduce(torch.add, ((s.float() / least_U).square() for s in scores))  # in this order, as the kernel adds
+    total = torch.where(total.isnan(), torch.inf, total)
+    cut = total.sort(-1, descending=True).values.gather(-1, (count - 1).clamp(min=0))
+    above, equal = total > cut, total == cut
+    return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+
+
+def reference_linear(
+    x_BI: Tensor,
+    weight_IO: Tensor,
+    threshold_I: Tensor,
+    bias_O: Tensor | None = None,
+    scale_O: Tensor | None = None,
+) -> Tensor:
+    """The definition: a linear layer of the channels that are shared by |x|. Returns float32 [B, ..., O]."""
+    units = shared_units(x_BI.abs(), threshold_I)
+    return product(torch.where(units, x_BI, 0), weight_IO.t(), bias_O, scale_O).float()
+
+
+def reference_up_down(
+    x_BH: Tensor,
+    a_BI: Tensor,
+    up_IH: Tensor,
+    down_IH: Tensor,
+    threshold_I: Tensor,
+    up_bias_I: Tensor | None = None,
+    down_bias_H: Tensor | None = None,
+    up_scale_I: Tensor | None = None,
+    down_scale_H: Tensor | None = None,
+) -> Tensor:
+    """The definition: an MLP, from what its gate gave, of the neurons that are shared by |a|. float32 [B, ..., H]."""
+    units = shared_units(a_BI.abs(), threshold_I)
+    h_BI = torch.where(units, a_BI * product(x_BH, up_IH, up_bias_I, up_scale_I), 0)
+    return product(h_BI, down_IH.t(), down_bias_H, down_scale_H).float()
+
+
+shared_linear = torch.library.custom_op("sandcat::shared_linear", reference_linear, mutates_args=())
+"""`reference_linear` for 1 to `MAX_TOKENS` sequences, by the kernel of the device where there is one."""
+
+
+@shared_linear.register_fake
+def _(x_BI, weight_IO, threshold_I, bias_O=None, scale_O=None):
+    return x_BI.new_empty((x_BI.shape[0], weight_IO.shape[1]), dtype=torch.float32)
+
+
+shared_up_down = torch.library.custom_op("sandcat::shared_up_down", reference_up_down, mutates_args=())
+"""`reference_up_down` for 1 to `MAX_TOKENS` sequences, by the kernel of the device where there is one."""
+
+
+@shared_up_down.register_fake
+def _(x_BH, a_BI, up_IH, down_IH, threshold_I, up_bias_I=None, down_bias_H=None, up_scale_I=None, down_scale_H=None):
+    return x_BH.new_empty((x_BH.shape[0], down_IH.shape[1]), dtype=torch.float32)
