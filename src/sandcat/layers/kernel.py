@@ -53,7 +53,8 @@ class Kernel(nn.Module, ABC):
         if self.pays(x_TH) and not self.by_reference:
             y_TH = self.by_kernel(x_TH, *settings).to(x.dtype)
         else:
-            y_TH = torch.cat([self.by_definition(part, *settings).to(x.dtype) for part in x_TH.split(PROMPT_CHUNK)])
+            parts = [self.by_definition(part, *settings).to(x.dtype) for part in x_TH.split(PROMPT_CHUNK)]
+            y_TH = parts[0] if len(parts) == 1 else torch.cat(parts)
         return y_TH.view(*x.shape[:-1], y_TH.shape[-1])
 
     def pays(self, x_TH: Tensor) -> bool:

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from sandcat.ops.arguments import check_tensors
 
+AT_ONCE = 2**24
+"""Numbers of an int8 weight that are widened at once for a dense product: it never lies in memory as a whole twice."""
+
 
 def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, scale_O: Tensor | None = None) -> Tensor:
     """x times a weight in x's dtype, or times an int8 weight if there are scales; in x's dtype, [T, O].
@@ -21,7 +24,9 @@ def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, scale
     """
     if scale_O is None:
         return F.linear(x_TI, weight_OI, bias_O)
-    y_TO = F.linear(x_TI, weight_OI.to(x_TI.dtype) * 2**-7).float() * (scale_O.float() * 2**7)
+    rows = max(1, AT_ONCE // x_TI.shape[-1])
+    parts = [F.linear(x_TI, part.to(x_TI.dtype).mul_(2**-7)) for part in weight_OI.split(rows)]
+    y_TO = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).float() * (scale_O.float() * 2**7)
     return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
 
 
