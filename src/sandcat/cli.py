@@ -120,11 +120,11 @@ def sparsify(
     if output is not None and not dry_run:
         check_free(output, overwrite)
     measured = measure and not dry_run
-    place = hub.pick_device(device)
+    place = None
     if offload:
+        place, device = hub.pick_device(device), "cpu"  # where it is loaded, saved, compared and measured
         if str(place) == "cpu":
             raise DeviceError("--offload brings layers from the host to a GPU, and --device is cpu here: leave it out.")
-        device = "cpu"  # there the model is loaded, saved, compared and measured
     with shown(not as_json):
         questions = load_tasks(listed(tasks)) if tasks and measured else {}
         dense, tokenizer = hub.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -138,7 +138,7 @@ def sparsify(
             load_texts(texts, dense, tokenizer, tokens=tokens, seed=seed, calibration=words)
         plan = sparsify(
             dense, tokenizer, methods, target=goal, allocate=how, calibration=words or "self", sequential=sequential,
-            device=place if offload else None, dry_run=dry_run,
+            device=place, dry_run=dry_run,
         )  # fmt: skip
         if dry_run:
             print_json(plan.to_json()) if as_json else print_plan(plan)
