@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
 from typing import Literal
 
 import numpy as np
-from torch import nn
 
 from sandcat import calibrate
 from sandcat.architectures import ModelView
@@ -24,6 +24,7 @@ from sandcat.data import Text
 from sandcat.errors import BadRecipe, BudgetError
 from sandcat.evaluate import TextResult, evaluate_text
 from sandcat.method import Decided, Method, suggest
+from sandcat.offload import streaming
 from sandcat.plan import Budget, HeldOut, Plan
 from sandcat.target import Target
 
@@ -141,7 +142,7 @@ def allocate(
     """
     fit, held = split(text) if how == "search" or target.kind == "quality" else (text, None)
     others = [method for method in methods if not method.has_sparsity]
-    start = twin(view.model, *calibrate.decide(view, others, opening(fit), sequential=sequential)) if others else view
+    start = twin(view, *calibrate.decide(view, others, opening(fit), sequential=sequential)) if others else view
     sites = [(method, site) for method in methods if method.has_sparsity for site in method.select(start)]
     whole_bytes = read_bytes(view.model)
     curves = collect(start, sites, fit, whole_bytes)
@@ -155,11 +156,11 @@ def allocate(
         return calibrate.decide(view, methods, text, sequential=sequential, sparsities=sparsities)
 
     def measured(spreads: list[Spread], saving: float) -> list[TextResult]:
-        return losses(view.model, [decide(spread, saving, opening(fit)) for spread in spreads], opening(held))
+        return losses(view, [decide(spread, saving, opening(fit)) for spread in spreads], opening(held))
 
     def finished(spread: Spread, saving: float) -> tuple[Plan, Decided]:
         plan, tensors = decide(spread, saving, fit)
-        result = losses(view.model, [(plan, tensors)], held)[0] if held else None
+        result = losses(view, [(plan, tensors)], held)[0] if held else None
         held_out = result and HeldOut(result.tokens, result.ratio, result.kl)
         return replace(plan, budget=Budget(str(target), how, round(at_first - saving, 6), held_out)), tensors
 
@@ -238,15 +239,18 @@ def opening(text: Text) -> Text:
     return text.part(0, max(1, PROBE_TOKENS // text.ids_NL.shape[1]))
 
 
-def losses(dense: nn.Module, plans: list[tuple[Plan, Decided]], text: Text) -> list[TextResult]:
+def losses(dense: ModelView, plans: list[tuple[Plan, Decided]], text: Text) -> list[TextResult]:
     """What each plan loses on a text."""
-    twins = [twin(dense, plan, tensors).model for plan, tensors in plans]
-    return [result for result, _ in evaluate_text(dense, twins, text)]
+    twins = [twin(dense, plan, tensors) for plan, tensors in plans]
+    with ExitStack() as stack:
+        for view in (dense, *twins):
+            stack.enter_context(streaming(view))
+        return [result for result, _ in evaluate_text(dense.model, [view.model for view in twins], text)]
 
 
-def twin(dense: nn.Module, plan: Plan, tensors: Decided) -> ModelView:
+def twin(dense: ModelView, plan: Plan, tensors: Decided) -> ModelView:
     """Another model, with a plan in place, that shares the weights of the dense one."""
-    model = copy.deepcopy(dense, {id(parameter): parameter for parameter in dense.parameters()})
-    view = ModelView(model)
+    model = copy.deepcopy(dense.model, {id(parameter): parameter for parameter in dense.model.parameters()})
+    view = ModelView(model, dense.device if dense.offloaded else None)
     plan.place(view, tensors)
     return view

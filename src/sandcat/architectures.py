@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from sandcat.errors import UnsupportedModel
@@ -103,11 +104,14 @@ class Block:
 class ModelView:
     """A Hugging Face causal language model seen as layers and sites; the only one that replaces modules.
 
+    Args:
+        device: where layers are computed, one at a time, if that is not where the weights lie; see `offload.py`.
+
     Raises:
         UnsupportedModel: no row for `model.config.model_type`, or the row does not fit the model.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, device: torch.device | None = None):
         self.model = model
         self.config = getattr(model, "config", None)
         model_type = getattr(self.config, "model_type", None)
@@ -117,6 +121,8 @@ class ModelView:
                 f"gated MLP, act(gate(x)) * up(x) -> down, add the row {model_type!r}: Architecture(...) to "
                 "ARCHITECTURES in sandcat/architectures.py."
             )
+        self.offloaded = device is not None
+        self.device = device if self.offloaded else model.device
         self.architecture = ARCHITECTURES[model_type]
         self.text_config = self.config.get_text_config()
         try:
@@ -137,6 +143,11 @@ class ModelView:
     def stages(self) -> list[Callable[..., Tensor]]:
         """What a token goes through, in order: the layers, then the final norm with the head that stands there then."""
         return [*self.layers, lambda state: self.model.get_output_embeddings()(self.decoder.norm(state))]
+
+    def parts(self, stage: int) -> list[nn.Module]:
+        """The modules that a stage runs."""
+        tail = [self.decoder.norm, self.model.get_output_embeddings()]
+        return tail if stage == len(self.layers) else [self.layers[stage]]
 
     def layer_name(self, layer: int) -> str:
         return f"{self.architecture.layers}.{layer}"

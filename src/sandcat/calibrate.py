@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from sandcat.architectures import ModelView, Site
 from sandcat.data import Text
 from sandcat.method import SLOTS, Decided, Method, Spec
+from sandcat.offload import at_hand, idle_layers, moved
 from sandcat.plan import Calibration, Plan, Step
 from sandcat.progress import track
 from sandcat.registration import fingerprint
@@ -43,7 +45,7 @@ def decide(
         sparsities: by site name, in place of the methods' own; a site at 0 skips nothing and is left out of the plan.
 
     Within a layer the weights are changed first, so that everything else is decided on the weights that will be read.
-    The model is left as it was found, whatever happens.
+    The model is left as it was found, whatever happens. The tensors lie where the model does.
     """
 
     def sparsity_of(method: Method, site: Site) -> float | None:
@@ -64,24 +66,25 @@ def decide(
         site = view.current(site)
         sparsity = sparsity_of(method, site)
         at = method if sparsity is None else method.at(sparsity)
-        spec, tensors[method, site.name] = at.decide(site, x_TH)
+        spec, found = at.decide(site, x_TH)
         module = method.build(site, spec)
-        method.fill(module, tensors[method, site.name])
+        method.fill(module, found)
+        tensors[method, site.name] = {name: tensor.to(host) for name, tensor in found.items()}
         specs[method][site.name] = {**spec, "fingerprint": fingerprint(module)}
         if sequential or method.slot == "weight":
             view.replace(site, module)
 
-    stages = view.stages
-    states, kwargs = _first_states(view, text) if text is not None else ([], [{}] * len(stages))
+    host, stages = view.model.device, view.stages
+    states, kwargs = first_states(view, text.ids_NL) if text is not None else ([], [{}] * len(stages))
     last = max(by_stage, default=-1)
     for index in track(range(last + 1), "calibrating layers" if text is not None else "deciding"):
-        stage = stages[index]
-        with _restored(view, by_stage.get(index, [])):
+        run = partial(run_stage, view, stages[index], kwargs=moved(kwargs[index], view.device))
+        with at_hand(view, index), _restored(view, by_stage.get(index, [])):
             for method, site in by_stage.get(index, []):
-                inputs = _inputs(stage, view.current(site).module, states, kwargs[index]) if method.calibrated else []
+                inputs = _inputs(run, view.current(site).module, states) if method.calibrated else []
                 settle(method, site, inputs)
             if index < last:
-                states = [_run(stage, state, kwargs[index]) for state in states]
+                states = [run(state) for state in states]
     calibration = text and Calibration(text.source, text.sha256, text.tokens, sequential)
     steps = [Step(method, specs[method]) for method in methods if specs[method] or sparsities is None]
     return Plan(steps, calibration), tensors
@@ -97,30 +100,34 @@ def _restored(view: ModelView, sites: list[tuple[Method, Site]]) -> Iterator[Non
             view.replace(site, site.module)
 
 
-def _first_states(view: ModelView, text: Text) -> tuple[list[Tensor], list[dict]]:
-    """What enters the first layer for each batch, and each stage's other arguments: one row's, which fit any batch."""
+def first_states(view: ModelView, ids_NL: Tensor, at_once: int = BATCH_TOKENS) -> tuple[list[Tensor], list[dict]]:
+    """What enters the first layer for each batch, and each stage's other arguments: one row's, which fit any batch.
+
+    Args:
+        at_once: tokens of a batch, but at least one row.
+    """
     states: list[Tensor] = []
     kwargs: list[dict] = []
 
     def remember(module: nn.Module, args: tuple, kw: dict) -> None:
-        kwargs.append(kw)
+        kwargs.append({key: value for key, value in kw.items() if key != "hidden_states"})
 
     def capture(module: nn.Module, args: tuple, kw: dict) -> None:
-        states.append(args[0] if args else kw.pop("hidden_states"))
+        states.append(args[0] if args else kw["hidden_states"])
         raise _Stop
 
-    with _hooks([(layer, remember) for layer in view.layers]):
-        view.model(text.ids_NL[:1].to(view.model.device), use_cache=False, logits_to_keep=1)
+    with _hooks([(layer, remember) for layer in view.layers]), idle_layers(view):
+        view.model(ids_NL[:1].to(view.model.device), use_cache=False, logits_to_keep=1)
     with _hooks([(view.layers[0], capture)]):
-        for batch in text.ids_NL.split(max(1, BATCH_TOKENS // text.ids_NL.shape[1])):
+        for batch in ids_NL.split(max(1, at_once // ids_NL.shape[1])):
             try:
                 view.model(batch.to(view.model.device), use_cache=False)
             except _Stop:
                 continue
-    return states, [*({k: v for k, v in kw.items() if k != "hidden_states"} for kw in kwargs), {}]
+    return states, [*kwargs, {}]
 
 
-def _inputs(layer: Callable[..., Tensor], module: nn.Module, states: list[Tensor], kwargs: dict) -> list[Tensor]:
+def _inputs(run: Callable[[Tensor], Tensor], module: nn.Module, states: list[Tensor]) -> list[Tensor]:
     """What `module` gets, [T, H] for each batch, without the first positions of each window."""
     seen: list[Tensor] = []
 
@@ -131,15 +138,16 @@ def _inputs(layer: Callable[..., Tensor], module: nn.Module, states: list[Tensor
     with _hooks([(module, capture)]):
         for state in states:
             try:
-                layer(state, **kwargs)
+                run(state)
             except _Stop:
                 continue
     return seen
 
 
-def _run(layer: Callable[..., Tensor], state: Tensor, kwargs: dict) -> Tensor:
-    out = layer(state, **kwargs)
-    return out[0] if isinstance(out, tuple) else out
+def run_stage(view: ModelView, stage: Callable[..., Tensor], state: Tensor, kwargs: dict) -> Tensor:
+    """A stage that is at hand, on a state that lies where its result will."""
+    out = stage(state.to(view.device), **kwargs)
+    return (out[0] if isinstance(out, tuple) else out).to(state.device)
 
 
 @contextmanager

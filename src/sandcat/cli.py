@@ -77,6 +77,10 @@ def sparsify(
     sequential: Annotated[
         bool, typer.Option(help="Calibrate each layer on what the sparse layers before it give.")
     ] = True,
+    offload: Annotated[
+        bool,
+        typer.Option("--offload", help="Keep the model on the host, and calibrate on --device one layer at a time."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and change nothing.")] = False,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure the saved model and report.")] = True,
@@ -98,6 +102,7 @@ def sparsify(
     from sandcat import hub
     from sandcat.architectures import ModelView
     from sandcat.data import load_text
+    from sandcat.errors import DeviceError
     from sandcat.generate import encode
     from sandcat.measure import at_sparsities, load_texts
     from sandcat.plan import check
@@ -116,6 +121,11 @@ def sparsify(
     if output is not None and not dry_run:
         check_free(output, overwrite)
     measured = measure and not dry_run
+    place = None
+    if offload:
+        place, device = hub.pick_device(device), "cpu"  # where it is loaded, saved, compared and measured
+        if str(place) == "cpu":
+            raise DeviceError("--offload brings layers from the host to a GPU, and --device is cpu here: leave it out.")
     with shown(not as_json):
         questions = load_tasks(listed(tasks)) if tasks and measured else {}
         dense, tokenizer = hub.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -129,7 +139,7 @@ def sparsify(
             load_texts(texts, dense, tokenizer, tokens=tokens, seed=seed, calibration=words)
         plan = sparsify(
             dense, tokenizer, methods, target=goal, allocate=how, calibration=words or "self", sequential=sequential,
-            dry_run=dry_run,
+            device=place, dry_run=dry_run,
         )  # fmt: skip
         if dry_run:
             print_json(plan.to_json()) if as_json else print_plan(plan)

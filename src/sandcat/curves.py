@@ -2,7 +2,8 @@
 
 With g the gradient of a token's log-likelihood at a site's output, the label drawn from the model itself, and d the
 error that sparsity makes there, KL to the dense model grows by about E[(g d)^2] / 2 (the Fisher information). One
-backward pass gives g at every site. Terms between sites are left out: they hardly change the sum (docs/budgets.md).
+backward pass, layer by layer, gives g at every site. Terms between sites are left out: they hardly change the sum
+(docs/budgets.md).
 Shapes: T tokens, H inputs and O outputs of a site, L levels of sparsity.
 """
 
@@ -11,17 +12,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sandcat.architectures import ModelView, Site
-from sandcat.calibrate import FIRST_POSITIONS
+from sandcat.calibrate import FIRST_POSITIONS, first_states, run_stage
 from sandcat.data import Text
 from sandcat.evaluate import PROMPT_SHARE, every_token_sparse
 from sandcat.layers.sparse import Sparse
 from sandcat.method import Method
+from sandcat.offload import at_hand, idle_layers, moved
 from sandcat.progress import track
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
@@ -60,27 +63,70 @@ class Curve:
 def collect(view: ModelView, sites: list[tuple[Method, Site]], text: Text, dense_bytes: int) -> list[Curve]:
     """A curve for each site with its method, on the dense model's own activations.
 
+    The backward pass goes stage by stage: each is run again on what entered it, so that the graph of one stage, and the
+    inputs and gradients of its sites, are all that is held at a time.
+
     Args:
         dense_bytes: what a token reads of the dense model.
     """
-    inputs, gradients = _seen(view, [site for _, site in sites], text)
-    return [
-        _curve(method, site, inputs[site.name], gradients[site.name], dense_bytes, tuple(method.claims(view, site)))
-        for method, site in track(sites, "measuring what sparsity costs each site")
-    ]
-
-
-def _seen(view: ModelView, sites: list[Site], text: Text) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
-    """Inputs [T, H] of the sites, and gradients [T, O] of the tokens' log-likelihood at their outputs, by windows."""
     windows = text.ids_NL[: max(1, TOKENS // text.ids_NL.shape[1])]
-    generator = torch.Generator().manual_seed(0)
+    first, last = min(site.layer for _, site in sites), len(view.layers)
+    found: dict[tuple[Method, str], Curve] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        states, kwargs = first_states(view, windows, at_once=1)
+        entered = [states]  # by stage, what enters it in each window
+        for index in track(range(last), "measuring what enters each layer"):
+            with at_hand(view, index):
+                run = partial(run_stage, view, view.stages[index], kwargs=moved(kwargs[index], view.device))
+                entered.append([run(state) for state in entered[-1]])
+        downstream: list[Tensor] = []
+        for index in track(range(last, first - 1, -1), "measuring what sparsity costs each site"):
+            here = [(method, site) for method, site in sites if site.layer == index]
+            with at_hand(view, index):
+                if index == last:
+                    run = partial(_log_likelihood, view, windows, torch.Generator().manual_seed(0))
+                else:
+                    run = partial(_weighted, view, index, moved(kwargs[index], view.device), downstream)
+                inputs, gradients, downstream = _seen([site for _, site in here], run, entered.pop(), view.device)
+                for method, site in here:
+                    seen = inputs[site.name], gradients[site.name]
+                    claims = tuple(method.claims(view, site))
+                    found[method, site.name] = _curve(method, site, *seen, dense_bytes, claims)
+    return [found[method, site.name] for method, site in sites]
+
+
+def _log_likelihood(view: ModelView, ids_NL: Tensor, generator: torch.Generator, window: int, state: Tensor) -> Tensor:
+    """That of tokens drawn from the model itself, which is what norm, head and all between them make of a state."""
+    with idle_layers(view, last=state):
+        log_p = (
+            view.model(ids_NL[window, None].to(view.model.device), use_cache=False).logits[0].float().log_softmax(-1)
+        )
+    drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
+    return log_p.gather(1, drawn).sum()
+
+
+def _weighted(
+    view: ModelView, index: int, kwargs: dict, downstream: list[Tensor], window: int, state: Tensor
+) -> Tensor:
+    """A number that has, to what a layer gives, the gradient that the log-likelihood has."""
+    out = run_stage(view, view.stages[index], state, kwargs)
+    return (out * downstream[window]).sum()
+
+
+def _seen(
+    sites: list[Site], run: Callable[[int, Tensor], Tensor], states: list[Tensor], device: torch.device
+) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]], list[Tensor]]:
+    """Inputs [T, H] of a stage's sites and gradients [T, O] at their outputs, by windows; the gradients at its states.
+
+    Args:
+        run: gives, for a window and its state, what the gradients are of.
+    """
     inputs: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     gradients: dict[str, list[Tensor]] = {site.name: [] for site in sites}
-    for ids_L in track(windows, "measuring what the loss depends on"):
+    upstream: list[Tensor] = []
+    for window, state in enumerate(states):
         outputs: dict[str, Tensor] = {}
-        with ExitStack() as hooks, torch.inference_mode(False), torch.enable_grad():
-            table = view.model.get_input_embeddings()
-            hooks.enter_context(_hook(table, lambda module, args, out: out.detach().requires_grad_()))
+        with ExitStack() as hooks, torch.enable_grad():
             for site in sites:
 
                 def see(module: nn.Module, args: tuple, out: Tensor, name: str = site.name, seen=outputs) -> None:
@@ -88,12 +134,12 @@ def _seen(view: ModelView, sites: list[Site], text: Text) -> tuple[dict[str, lis
                     seen[name] = out
 
                 hooks.enter_context(_hook(site.module, see))
-            log_p = view.model(ids_L[None].to(view.model.device), use_cache=False).logits[0].float().log_softmax(-1)
-            drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
-            found = torch.autograd.grad(log_p.gather(1, drawn).sum(), list(outputs.values()))
-        for name, gradient in zip(outputs, found, strict=True):
+            state = state.to(device).detach().requires_grad_()
+            at_state, *at_outputs = torch.autograd.grad(run(window, state), [state, *outputs.values()])
+        upstream.append(at_state)
+        for name, gradient in zip(outputs, at_outputs, strict=True):
             gradients[name].append(gradient[0, FIRST_POSITIONS:])
-    return inputs, gradients
+    return inputs, gradients, upstream
 
 
 @contextmanager
@@ -106,7 +152,6 @@ def _hook(module: nn.Module, hook: Callable) -> Iterator[None]:
         handle.remove()
 
 
-@torch.no_grad()
 def _curve(
     method: Method, site: Site, x_TH: list[Tensor], g_TO: list[Tensor], dense_bytes: int, claims: tuple[str, ...]
 ) -> Curve:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from sandcat.errors import CheckpointError, DeviceError, ParityError, PlanError, SandcatError
+from sandcat.memory import FilePages
 from sandcat.plan import Plan
 from sandcat.registration import align
 from sandcat.saving import quiet, save
@@ -139,7 +140,7 @@ def load(
             model = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=kind, trust_remote_code=trust_remote_code, device_map={"": place}
             )
-        align(model)
+        align(model, FilePages(model))
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except SandcatError:
         raise

@@ -9,6 +9,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sandcat.architectures import ModelView
 from sandcat.errors import PlanError
 from sandcat.layers.core import follow_prompts
+from sandcat.memory import FilePages
 from sandcat.plan import QUANT_METHOD, Plan
 
 
@@ -53,12 +54,12 @@ class SandcatQuantizer(HfQuantizer):
             view.replace(site, method.build(view.current(site), spec))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        view, marks = ModelView(model), {}
+        view, marks, pages = ModelView(model), {}, FilePages(model)
         for _, site, spec in self.quantization_config.plan.match(view):
             marks.setdefault(site.name, {}).update(spec.get("fingerprint", {}))
         for name, expected in marks.items():
             check_loaded(name, model.get_submodule(name), expected)
-        pack(model)
+        pack(model, pages)
         model.is_quantized = False  # its weights are not: .float(), .half() and .to() work
         return model
 
@@ -74,7 +75,7 @@ def fingerprint(module: nn.Module) -> dict[str, float]:
     return {
         name: float(t[t.isfinite()].double().abs().mean().nan_to_num())
         if t.is_floating_point()
-        else int(t.sum()) / t.numel()
+        else sum(int(part.sum()) for part in t.flatten().split(2**20)) / t.numel()  # a sum widens all that it is given
         for name, t in own_tensors(module).items()
     }
 
@@ -107,16 +108,22 @@ def _was_read(tensor: Tensor) -> bool:
     return getattr(tensor, "_is_hf_initialized", False)
 
 
-def pack(model: nn.Module) -> None:
-    """Lays the weights out for the kernels."""
+def pack(model: nn.Module, pages: FilePages | None = None) -> None:
+    """Lays the weights out for the kernels.
+
+    Args:
+        pages: of the files that the model was just loaded from, to give back what has moved.
+    """
     for module in model.modules():
         if hasattr(module, "pack"):
             module.pack()
+            if pages:
+                pages.give_back()
     follow_prompts(ModelView(model).decoder)
-    align(model)
+    align(model, pages)
 
 
-def align(model: nn.Module) -> None:
+def align(model: nn.Module, pages: FilePages | None = None) -> None:
     """Moves tensors to where cache lines begin; a file mapped into memory leaves them anywhere.
 
     Vector loads that straddle lines are slower, and sums come out in another order: without this, the logits of a model
@@ -125,6 +132,8 @@ def align(model: nn.Module) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()
+            if pages:
+                pages.give_back()
 
 
 def attach(model: nn.Module, plan: Plan) -> None:

@@ -21,6 +21,9 @@ from sandcat.plan import Plan
 from sandcat.progress import are_shown
 from sandcat.registration import plan_of
 
+SHARD = "5GB"
+"""Size of a file, at most: weights that are laid out for the kernels are copied back a file at a time."""
+
 
 def save(
     model: nn.Module,
@@ -55,7 +58,7 @@ def save(
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{platform.node()}.{os.getpid()}.part-", dir=folder.parent))
         part.chmod(0o755)
         with quiet():
-            model.save_pretrained(part)
+            model.save_pretrained(part, max_shard_size=SHARD)
         tokenizer.save_pretrained(part)
         (part / "README.md").write_text(card or model_card(plan_of(model)), encoding="utf-8")
         mode = (part / "config.json").stat().st_mode  # what the user's umask gives; weights come out private

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from sandcat import allocate as budgets
@@ -32,6 +33,7 @@ def sparsify(
     calibration_tokens: int = CALIBRATION_TOKENS,
     sequential: bool = True,
     seed: int = 0,
+    device: str | torch.device | None = None,
     dry_run: bool = False,
 ) -> Plan:
     """Makes `model` sparse in place, and returns what was decided.
@@ -49,13 +51,15 @@ def sparsify(
         calibration_tokens: how much of it.
         sequential: calibrate each layer on what the sparse layers before it give.
         seed: for calibration text that the model writes.
+        device: where to calibrate, if the model is on the host and larger than that: its layers are brought there one
+            at a time, and the model stays where it is. Default: where the model is.
         dry_run: decide only; the model stays as it is.
 
     Raises:
         UnsupportedModel, BadRecipe, PlanConflict, NothingMatched, DataError, BudgetError: before anything has changed.
     """
     methods, goal, how = asked(recipe, target, allocate)
-    view = ModelView(model)
+    view = ModelView(model, None if device is None else torch.device(device))
     check(methods, view, overlap=how == "search")
     text = None
     if any(method.calibrated for method in methods):

@@ -54,7 +54,8 @@ class Kernel(nn.Module, ABC):
         if x.shape[-2] == 1:
             return self.by_definition(x).to(x.dtype)
         parts = x.reshape(1, -1, x.shape[-1]).split(PROMPT_CHUNK, 1)
-        y_1TO = torch.cat([self.by_definition(part).to(x.dtype) for part in parts], 1)
+        parts = [self.by_definition(part).to(x.dtype) for part in parts]
+        y_1TO = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return y_1TO.view(*x.shape[:-1], y_1TO.shape[-1])
 
     def pays(self, x: Tensor) -> bool:

@@ -1,0 +1,54 @@
+"""Memory of the host: what was copied out of a checkpoint that is mapped into memory is not held twice.
+
+transformers maps safetensors into memory, and a page that was read stays there as long as any tensor of its file does.
+A tensor that is laid out anew (transposed for a kernel, moved to a cache line) leaves its pages behind: without this, a
+sparse model would come to twice its size.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+DONT_NEED = 4  # MADV_DONTNEED: pages of a file are read again if somebody wants them
+MAPS = Path("/proc/self/maps")
+
+
+class FilePages:
+    """The pages of checkpoint files that a model lies in; on Linux, elsewhere none.
+
+    Only for a model that has just been loaded: what was written into such pages since would be lost.
+    """
+
+    def __init__(self, model: nn.Module):
+        tensors = [tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.device.type == "cpu"]
+        files = list(_mapped_files())
+        starts = [start for start, _ in files]
+        self.spans = {}
+        for tensor in tensors:
+            first, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+            place = bisect.bisect_right(starts, first) - 1
+            if place >= 0 and end <= files[place][1]:
+                self.spans[tensor] = (first, end)
+
+    def give_back(self) -> None:
+        """Drops the pages of tensors that lie elsewhere by now."""
+        for tensor, (first, end) in list(self.spans.items()):
+            if tensor.data_ptr() != first:
+                del self.spans[tensor]
+                first, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+                if first < end:  # else it has no page of its own
+                    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), DONT_NEED)
+
+
+def _mapped_files() -> Iterator[tuple[int, int]]:
+    """First address and end of every safetensors file in memory, in order."""
+    for line in MAPS.read_text().splitlines() if MAPS.exists() else ():
+        if line.endswith(".safetensors"):
+            first, end = line.split(maxsplit=1)[0].split("-")
+            yield int(first, 16), int(end, 16)
