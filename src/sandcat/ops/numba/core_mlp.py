@@ -20,7 +20,7 @@ from sandcat.ops.numba import floats, sparse_mlp, threads, vectors
 from sandcat.ops.numba.floats import STORAGE, rounded, widen
 from sandcat.ops.numba.sparse_mlp import BLOCK, CODES, activate
 from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of, version_of
-from sandcat.ops.numba.vectors import add, add4, dot4, dots
+from sandcat.ops.numba.vectors import add_rows, dot_rows
 
 OPS = INT8_OPS = ("core_mlp",)
 VERSION = version_of(floats, threads, vectors, sparse_mlp, sys.modules["sandcat.ops.core_mlp"])
@@ -59,17 +59,8 @@ def _kernel(dtype: torch.dtype, gate_dtype: torch.dtype, up_dtype: torch.dtype, 
                     wanted |= core[t, j] != 0
                 kept[count] = j
                 count += wanted
-            fours = count // 4 * 4
-            by_fours = fours if tokens == 1 else 0
-            for c in range(0, by_fours, 4):
-                g = dot4(x[0], gate[kept[c]], gate[kept[c + 1]], gate[kept[c + 2]], gate[kept[c + 3]])
-                a[c, 0], a[c + 1, 0], a[c + 2, 0], a[c + 3, 0] = g
-            for c in range(0, by_fours, 4):
-                u = dot4(x[0], up[kept[c]], up[kept[c + 1]], up[kept[c + 2]], up[kept[c + 3]])
-                h[c, 0], h[c + 1, 0], h[c + 2, 0], h[c + 3, 0] = u
-            for c in range(by_fours, count):
-                dots(x, gate[kept[c]], a[c])
-                dots(x, up[kept[c]], h[c])
+            dot_rows(x, gate, kept, a[:count])
+            dot_rows(x, up, kept, h[:count])
             for c in range(count):
                 j = kept[c]
                 for t in range(tokens):
@@ -79,12 +70,7 @@ def _kernel(dtype: torch.dtype, gate_dtype: torch.dtype, up_dtype: torch.dtype, 
                     u = u + widen(up_bias[j]) if up_bias.size else u
                     g = rounded(activate(rounded(g, unit), code), unit)
                     h[c, t] = rounded(g * rounded(u, unit), unit) if core[t, j] else np.float32(0)
-            for c in range(0, fours, 4):
-                for t in range(tokens):
-                    add4(y[t], h[c : c + 4, t], down[kept[c]], down[kept[c + 1]], down[kept[c + 2]], down[kept[c + 3]])
-            for c in range(fours, count):
-                for t in range(tokens):
-                    add(y[t], h[c, t], down[kept[c]])
+            add_rows(y, h[:count], down, kept)
 
     return on_all_threads(body)
 

@@ -1,6 +1,6 @@
 """CPU kernel of `sandcat::int8_linear`. Shapes: see ops/int8_linear.py.
 
-Each thread takes its share of the outputs, four rows at once, so that several rows are on their way from memory.
+Each thread takes its share of the outputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sandcat.ops.int8_linear import check_arguments, int8_linear
 from sandcat.ops.numba import floats, threads, vectors
 from sandcat.ops.numba.floats import STORAGE, widen
 from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of, version_of
-from sandcat.ops.numba.vectors import dot4, dots
+from sandcat.ops.numba.vectors import dot_rows
 
 OPS, INT8_OPS = (), ("int8_linear",)
 VERSION = version_of(floats, threads, vectors, sys.modules["sandcat.ops.int8_linear"])
@@ -37,17 +37,12 @@ def _kernel(dtype: torch.dtype):
         weight = carray(pointer(args[1]), (outputs, channels), np.int8)
         scale = carray(pointer(args[2]), (outputs,), storage)
         y = carray(pointer(args[3]), (tokens, outputs), np.float32)
-        sums = np.empty(tokens, np.float32)
         first, end = outputs * thread // threads, outputs * (thread + 1) // threads
-        by_fours = first + (end - first) // 4 * 4 if tokens == 1 else first
-        for o in range(first, by_fours, 4):
-            four = dot4(x[0], weight[o], weight[o + 1], weight[o + 2], weight[o + 3])
-            for i in range(4):
-                y[0, o + i] = four[i] * widen(scale[o + i])
-        for o in range(by_fours, end):
-            dots(x, weight[o], sums)
+        sums = np.empty((end - first, tokens), np.float32)
+        dot_rows(x, weight[first:end], None, sums)
+        for o in range(first, end):
             for t in range(tokens):
-                y[t, o] = sums[t] * widen(scale[o])
+                y[t, o] = sums[o - first, t] * widen(scale[o])
 
     return on_all_threads(body)
 

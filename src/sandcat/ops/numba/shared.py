@@ -17,7 +17,7 @@ from torch import Tensor
 from sandcat.ops.numba import floats, threads, vectors
 from sandcat.ops.numba.floats import STORAGE, rounded, widen
 from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of, version_of
-from sandcat.ops.numba.vectors import add_rows, dots4
+from sandcat.ops.numba.vectors import add_rows, dot_rows
 from sandcat.ops.shared import LEAST_THRESHOLD, shared_linear, shared_up_down
 from sandcat.ops.sparse_linear import check_arguments as check_linear
 from sandcat.ops.sparse_mlp import check_arguments as check_mlp
@@ -137,14 +137,14 @@ def _up_down_kernel(dtype: torch.dtype, up_dtype: torch.dtype, down_dtype: torch
         end = count * (thread + 1) // threads
         for start in range(count * thread // threads, end, BLOCK):
             block = units[start : min(start + BLOCK, end)]
-            dots4(x, up, block, h)
+            dot_rows(x, up, block, h[: block.size])
             for c in range(block.size):
                 j = block[c]
                 for b in range(sequences):
                     u = h[c, b] * widen(up_scale[j]) if up_scale.size else h[c, b]
                     u = u + widen(up_bias[j]) if up_bias.size else u
                     h[c, b] = rounded(widen(a[b, j]) * rounded(u, unit), unit)
-            add_rows(y, h, down, block)
+            add_rows(y, h[: block.size], down, block)
 
     return on_all_threads(body)
 

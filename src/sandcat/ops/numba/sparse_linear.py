@@ -17,7 +17,7 @@ from torch import Tensor
 from sandcat.ops.numba import floats, threads, vectors
 from sandcat.ops.numba.floats import STORAGE, widen
 from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of, version_of
-from sandcat.ops.numba.vectors import add, add4
+from sandcat.ops.numba.vectors import add_rows
 from sandcat.ops.sparse_linear import check_arguments, sparse_linear
 
 OPS = INT8_OPS = ("sparse_linear",)
@@ -47,14 +47,7 @@ def _kernel(weight_dtype: torch.dtype, dtype: torch.dtype):
                 values[count] = x[t, i]
                 count += not abs(x[t, i]) <= widen(threshold[i])
             first, end = count * thread // threads, count * (thread + 1) // threads
-            fours = first + (end - first) // 4 * 4
-            for c in range(first, fours, 4):
-                add4(
-                    y[t], values[c : c + 4],
-                    weight[kept[c]], weight[kept[c + 1]], weight[kept[c + 2]], weight[kept[c + 3]],
-                )  # fmt: skip
-            for c in range(fours, end):
-                add(y[t], values[c], weight[kept[c]])
+            add_rows(y[t : t + 1], values[first:end].reshape(-1, 1), weight, kept[first:end])
 
     return on_all_threads(body)
 

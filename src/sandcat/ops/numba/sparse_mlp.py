@@ -20,7 +20,7 @@ from torch import Tensor
 from sandcat.ops.numba import floats, threads, vectors
 from sandcat.ops.numba.floats import STORAGE, rounded, widen
 from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of, version_of
-from sandcat.ops.numba.vectors import add, add4, dot4, dots
+from sandcat.ops.numba.vectors import add_rows, dot_rows
 from sandcat.ops.sparse_mlp import ACTIVATIONS, check_arguments, sparse_mlp, sparse_up_down
 
 OPS = INT8_OPS = ("sparse_mlp", "sparse_up_down")
@@ -67,20 +67,21 @@ def _kernel(dtype: torch.dtype, gate_dtype: torch.dtype, up_dtype: torch.dtype, 
         y = carray(pointer(args[7]), (threads, tokens, hidden), np.float32)[thread]
         kept = np.empty(BLOCK, np.int64)
         keeps = np.empty((BLOCK, tokens), np.bool_)
+        g = np.empty((BLOCK, tokens), np.float32)
         a = np.empty((BLOCK, tokens), np.float32)
         h = np.empty((BLOCK, tokens), np.float32)
         end = neurons * (thread + 1) // threads
         for start in range(neurons * thread // threads, end, BLOCK):
-            count = 0
-            for j in range(start, min(start + BLOCK, end)):
-                if gate.size:
-                    dots(x, gate[j], a[count])
+            stop, count = min(start + BLOCK, end), 0
+            if gate.size:
+                dot_rows(x, gate[start:stop], None, g[: stop - start])
+            for j in range(start, stop):
                 wanted = False
                 for t in range(tokens):
                     if gate.size:
-                        g = a[count, t] * widen(gate_scale[j]) if gate_scale.size else a[count, t]
-                        g = g + widen(gate_bias[j]) if gate_bias.size else g
-                        a[count, t] = rounded(activate(rounded(g, unit), code), unit)
+                        s = g[j - start, t] * widen(gate_scale[j]) if gate_scale.size else g[j - start, t]
+                        s = s + widen(gate_bias[j]) if gate_bias.size else s
+                        a[count, t] = rounded(activate(rounded(s, unit), code), unit)
                     else:
                         a[count, t] = widen(given[t, j])
                     keeps[count, t] = not abs(a[count, t]) <= widen(threshold[j])
@@ -88,24 +89,13 @@ def _kernel(dtype: torch.dtype, gate_dtype: torch.dtype, up_dtype: torch.dtype, 
                 if wanted:
                     kept[count] = j
                     count += 1
-            fours = count // 4 * 4
-            by_fours = fours if tokens == 1 else 0
-            for c in range(0, by_fours, 4):
-                u = dot4(x[0], up[kept[c]], up[kept[c + 1]], up[kept[c + 2]], up[kept[c + 3]])
-                h[c, 0], h[c + 1, 0], h[c + 2, 0], h[c + 3, 0] = u
-            for c in range(by_fours, count):
-                dots(x, up[kept[c]], h[c])
+            dot_rows(x, up, kept, h[:count])
             for c in range(count):
                 for t in range(tokens):
                     u = h[c, t] * widen(up_scale[kept[c]]) if up_scale.size else h[c, t]
                     u = u + widen(up_bias[kept[c]]) if up_bias.size else u
                     h[c, t] = rounded(a[c, t] * rounded(u, unit), unit) if keeps[c, t] else np.float32(0)
-            for c in range(0, fours, 4):
-                for t in range(tokens):
-                    add4(y[t], h[c : c + 4, t], down[kept[c]], down[kept[c + 1]], down[kept[c + 2]], down[kept[c + 3]])
-            for c in range(fours, count):
-                for t in range(tokens):
-                    add(y[t], h[c, t], down[kept[c]])
+            add_rows(y, h[:count], down, kept)
 
     return on_all_threads(body)
 

@@ -20,7 +20,7 @@ from sandcat.ops.numba import floats, sparse_mlp, threads, vectors
 from sandcat.ops.numba.floats import STORAGE, narrow, rounded, widen
 from sandcat.ops.numba.sparse_mlp import activate
 from sandcat.ops.numba.threads import on_all_threads, pointer, version_of
-from sandcat.ops.numba.vectors import REORDER, add, add4, dot, dot4
+from sandcat.ops.numba.vectors import add_rows, dot_rows
 
 VERSION = version_of(floats, sparse_mlp, threads, vectors, sys.modules["sandcat.ops.sparse_mlp"])
 """A digest of the sources, besides this file, that the compiled kernel depends on."""
@@ -79,7 +79,7 @@ def _share(size, thread, threads):
     return min(size, units * thread // threads * UNIT), min(size, units * (thread + 1) // threads * UNIT)
 
 
-@njit(fastmath=REORDER)
+@njit(fastmath={"reassoc", "contract"})
 def _norm(h, weight, eps, x):
     """x = RMSNorm(h), rounded as transformers rounds it."""
     total = np.float32(0)
@@ -88,31 +88,6 @@ def _norm(h, weight, eps, x):
     scale = np.float32(1 / math.sqrt(total / h.size + eps))
     for k in range(h.size):
         x[k] = rounded(rounded(h[k] * scale, weight[k]) * widen(weight[k]), weight[k])
-
-
-@njit
-def _rows(x, weight, y):
-    """y = W x, all of W read."""
-    fours = len(weight) // 4 * 4
-    for r in range(0, fours, 4):
-        y[r], y[r + 1], y[r + 2], y[r + 3] = dot4(x, weight[r], weight[r + 1], weight[r + 2], weight[r + 3])
-    for r in range(fours, len(weight)):
-        y[r] = dot(x, weight[r])
-
-
-@njit
-def _columns(kept, values, weight, first, end, y):
-    """y = the sum of values[c] * weight[kept[c], first:end]."""
-    for r in range(y.size):
-        y[r] = 0
-    fours = kept.size // 4 * 4
-    for c in range(0, fours, 4):
-        add4(
-            y, values[c : c + 4], weight[kept[c], first:end], weight[kept[c + 1], first:end],
-            weight[kept[c + 2], first:end], weight[kept[c + 3], first:end],
-        )  # fmt: skip
-    for c in range(fours, kept.size):
-        add(y, values[c], weight[kept[c], first:end])
 
 
 @njit
@@ -146,12 +121,16 @@ def _finish(site, first, end, y, like):
 
 @njit
 def _all_inputs(site, x, first, end, y, like):
-    _rows(x, _numbers(site.weight, (site.outputs, site.inputs), like)[first:end], y[first:end])
+    rows = _numbers(site.weight, (site.outputs, site.inputs), like)[first:end]
+    dot_rows(x.reshape(1, -1), rows, None, y[first:end].reshape(-1, 1))
 
 
 @njit
 def _listed_inputs(site, kept, values, first, end, y, like):
-    _columns(kept, values, _numbers(site.weight, (site.inputs, site.outputs), like), first, end, y[first:end])
+    y = y[first:end]
+    y[:] = 0
+    rows = _numbers(site.weight, (site.inputs, site.outputs), like)
+    add_rows(y.reshape(1, -1), values.reshape(-1, 1), rows, kept, first)
 
 
 @njit
@@ -247,7 +226,7 @@ def _attend(model, layer, position, parts, item, q, weights, like):
         here = weights[: to - at]
         for g in range(G):
             acc = results[(group * G + g) * parts + part]
-            _rows(q[g], keys[at:to], here)
+            dot_rows(q[g : g + 1], keys[at:to], None, here.reshape(-1, 1))
             top = acc[D]
             for p in range(here.size):
                 here[p] *= np.float32(layer.scaling)
@@ -261,12 +240,7 @@ def _attend(model, layer, position, parts, item, q, weights, like):
             acc = acc[:D]
             for d in range(D):
                 acc[d] *= fade
-            fours = here.size // 4 * 4
-            for p in range(0, fours, 4):
-                s = at + p
-                add4(acc, here[p : p + 4], values[s], values[s + 1], values[s + 2], values[s + 3])
-            for p in range(fours, here.size):
-                add(acc, here[p], values[at + p])
+            add_rows(acc.reshape(1, -1), here.reshape(-1, 1), values[at:to], None)
 
 
 @njit
@@ -298,33 +272,31 @@ def _activations(g, code, like):
 
 
 @njit
-def _listed_rows(site, x, kept, y, like):
-    """y[j] = row j of W times x, of the rows that are listed."""
-    weight = _numbers(site.weight, (site.outputs, site.inputs), like)
-    fours = kept.size // 4 * 4
-    for c in range(0, fours, 4):
-        j0, j1, j2, j3 = kept[c], kept[c + 1], kept[c + 2], kept[c + 3]
-        y[j0], y[j1], y[j2], y[j3] = dot4(x, weight[j0], weight[j1], weight[j2], weight[j3])
-    for c in range(fours, kept.size):
-        y[kept[c]] = dot(x, weight[kept[c]])
+def _listed_outputs(site, x, kept, values, like):
+    """values[c] = row kept[c] of W times x."""
+    rows = _numbers(site.weight, (site.outputs, site.inputs), like)
+    dot_rows(x.reshape(1, -1), rows, kept, values.reshape(-1, 1))
 
 
 @njit
-def _kept_neurons(layer, x, a, threshold, kept, first, end, hidden, like):
+def _kept_neurons(layer, x, a, threshold, kept, values, first, end, hidden, like):
     """hidden[first:end] = a * up(x), where |a| is above the threshold; else 0, and the row is not read."""
-    count = 0
+    up, count = layer.up, 0
     for j in range(first, end):
         hidden[j] = 0
         kept[count] = j
         count += not abs(a[j]) <= widen(threshold[j])
-    if layer.up.scale:
-        _listed_rows(layer.up, x, kept[:count], hidden, _codes(layer.up))
+    if up.scale:
+        _listed_outputs(up, x, kept, values[:count], _codes(up))
     else:
-        _listed_rows(layer.up, x, kept[:count], hidden, like)
+        _listed_outputs(up, x, kept, values[:count], like)
+    scale = _numbers(up.scale, (up.outputs if up.scale else 0,), like)
+    bias = _numbers(up.bias, (up.outputs if up.bias else 0,), like)
     for c in range(count):
         j = kept[c]
-        _finish(layer.up, j, j + 1, hidden, like)
-        hidden[j] = rounded(a[j] * rounded(hidden[j], like[0]), like[0])
+        u = values[c] * widen(scale[j]) if scale.size else values[c]
+        u = u + widen(bias[j]) if bias.size else u
+        hidden[j] = rounded(a[j] * rounded(u, like[0]), like[0])
 
 
 @njit
@@ -343,7 +315,7 @@ def _neurons(layer, x, a, kept, values, first, end, hidden, like):
         to = min(end, at + step)
         _linear(layer.gate, x, kept, values, at, to, a, like)
         _activations(a[at:to], layer.activation, like[0])
-        _kept_neurons(layer, x[: layer.up.inputs], a, threshold, kept, at, to, hidden, like)
+        _kept_neurons(layer, x[: layer.up.inputs], a, threshold, kept, values, at, to, hidden, like)
 
 
 @njit

@@ -9,13 +9,14 @@ from __future__ import annotations
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 from sandcat.ops.numba.floats import widen, widened
 
 LANES = 16
-REORDER = {"reassoc", "contract", "nsz"}
-"""The only liberties with arithmetic: the order of sums. NaN and infinity behave as they must."""
+LINE = 64
+"""Bytes that come from memory at once."""
 
 _f32 = ir.FloatType()
 _vector = ir.VectorType(_f32, LANES)
@@ -114,7 +115,23 @@ def _mask(lanes) -> ir.Constant:
     return ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
 
 
-@njit(fastmath=REORDER)
+@intrinsic
+def ask(typing, array, at):
+    """Asks for the line of memory at array[at], which the array need not reach; nothing waits for it."""
+
+    def generate(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, value=args[0]).data
+        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        read, nearest, is_data = i32(0), i32(3), i32(1)
+        builder.call(prefetch, [builder.bitcast(builder.gep(data, [args[1]]), byte), read, nearest, is_data])
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp), generate
+
+
+@njit
 def dot(x, row):
     s = splat(np.float32(0))
     whole = x.size // LANES * LANES
@@ -126,17 +143,24 @@ def dot(x, row):
     return t
 
 
-@njit(fastmath=REORDER)
-def dot4(x, row0, row1, row2, row3):
-    """Four dots with x: one token with four rows, or one row with four tokens."""
+@njit
+def dot4(x, row0, row1, row2, row3, next0, next1, next2, next3):
+    """Four dots with x, while the first part of the next four rows is asked for: memory is not fast by itself, but by
+    how much is on its way at a time."""
     s0 = s1 = s2 = s3 = splat(np.float32(0))
+    line = LINE // row0.itemsize
     whole = x.size // LANES * LANES
-    for k in range(0, whole, LANES):
-        v = load(x, k)
-        s0 = fma(v, load(row0, k), s0)
-        s1 = fma(v, load(row1, k), s1)
-        s2 = fma(v, load(row2, k), s2)
-        s3 = fma(v, load(row3, k), s3)
+    for start in range(0, whole, line):
+        ask(next0, start)
+        ask(next1, start)
+        ask(next2, start)
+        ask(next3, start)
+        for k in range(start, min(start + line, whole), LANES):
+            v = load(x, k)
+            s0 = fma(v, load(row0, k), s0)
+            s1 = fma(v, load(row1, k), s1)
+            s2 = fma(v, load(row2, k), s2)
+            s3 = fma(v, load(row3, k), s3)
     t0, t1, t2, t3 = total(s0), total(s1), total(s2), total(s3)
     for k in range(whole, x.size):
         v = widen(x[k])
@@ -147,30 +171,65 @@ def dot4(x, row0, row1, row2, row3):
     return t0, t1, t2, t3
 
 
-@njit(fastmath=REORDER)
-def dots(x, row, out):
-    """out[t] = x[t] . row for all tokens, reading the row from memory once."""
-    for t in range(0, len(x) // 4 * 4, 4):
-        out[t], out[t + 1], out[t + 2], out[t + 3] = dot4(row, x[t], x[t + 1], x[t + 2], x[t + 3])
-    for t in range(len(x) // 4 * 4, len(x)):
-        out[t] = dot(x[t], row)
-
-
-@njit(fastmath=REORDER)
-def add4(y, h, row0, row1, row2, row3):
-    """y += h[0] * row0 + h[1] * row1 + h[2] * row2 + h[3] * row3."""
-    h0, h1, h2, h3 = splat(h[0]), splat(h[1]), splat(h[2]), splat(h[3])
-    whole = y.size // LANES * LANES
+@njit
+def dot4x4(x0, x1, x2, x3, row0, row1, row2, row3, out):
+    """out[i, t] = row i . x t."""
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = splat(np.float32(0))
+    c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = splat(np.float32(0))
+    whole = x0.size // LANES * LANES
     for k in range(0, whole, LANES):
-        s = fma(h0, load(row0, k), load(y, k))
-        s = fma(h1, load(row1, k), s)
-        s = fma(h2, load(row2, k), s)
-        store(y, k, fma(h3, load(row3, k), s))
-    for k in range(whole, y.size):
-        y[k] += h[0] * widen(row0[k]) + h[1] * widen(row1[k]) + h[2] * widen(row2[k]) + h[3] * widen(row3[k])
+        r0, r1, r2, r3 = load(row0, k), load(row1, k), load(row2, k), load(row3, k)
+        v = load(x0, k)
+        a0, b0, c0, d0 = fma(r0, v, a0), fma(r1, v, b0), fma(r2, v, c0), fma(r3, v, d0)
+        v = load(x1, k)
+        a1, b1, c1, d1 = fma(r0, v, a1), fma(r1, v, b1), fma(r2, v, c1), fma(r3, v, d1)
+        v = load(x2, k)
+        a2, b2, c2, d2 = fma(r0, v, a2), fma(r1, v, b2), fma(r2, v, c2), fma(r3, v, d2)
+        v = load(x3, k)
+        a3, b3, c3, d3 = fma(r0, v, a3), fma(r1, v, b3), fma(r2, v, c3), fma(r3, v, d3)
+    out[0, 0], out[0, 1], out[0, 2], out[0, 3] = total(a0), total(a1), total(a2), total(a3)
+    out[1, 0], out[1, 1], out[1, 2], out[1, 3] = total(b0), total(b1), total(b2), total(b3)
+    out[2, 0], out[2, 1], out[2, 2], out[2, 3] = total(c0), total(c1), total(c2), total(c3)
+    out[3, 0], out[3, 1], out[3, 2], out[3, 3] = total(d0), total(d1), total(d2), total(d3)
+    for k in range(whole, x0.size):
+        for i, row in enumerate((row0, row1, row2, row3)):
+            r = widen(row[k])
+            out[i, 0] += r * x0[k]
+            out[i, 1] += r * x1[k]
+            out[i, 2] += r * x2[k]
+            out[i, 3] += r * x3[k]
 
 
-@njit(fastmath=REORDER)
+@njit
+def _row(units, c):
+    """The c-th unit of a list, or of all."""
+    if units is None:
+        return c
+    return units[c]
+
+
+@njit
+def dot_rows(x, rows, units, out):
+    """out[c, t] = rows[units[c]] . x[t], of all rows if units is None: each is read from memory once."""
+    count = len(out)
+    fours, tokens = count // 4 * 4, len(x) // 4 * 4
+    for c in range(0, fours, 4):
+        row0, row1 = rows[_row(units, c)], rows[_row(units, c + 1)]
+        row2, row3 = rows[_row(units, c + 2)], rows[_row(units, c + 3)]
+        n = min(c + 4, count - 4)
+        next0, next1 = rows[_row(units, n)], rows[_row(units, n + 1)]
+        next2, next3 = rows[_row(units, n + 2)], rows[_row(units, n + 3)]
+        for t in range(0, tokens, 4):
+            dot4x4(x[t], x[t + 1], x[t + 2], x[t + 3], row0, row1, row2, row3, out[c : c + 4, t : t + 4])
+        for t in range(tokens, len(x)):
+            four = dot4(x[t], row0, row1, row2, row3, next0, next1, next2, next3)
+            out[c, t], out[c + 1, t], out[c + 2, t], out[c + 3, t] = four
+    for c in range(fours, count):
+        for t in range(len(x)):
+            out[c, t] = dot(x[t], rows[_row(units, c)])
+
+
+@njit
 def add(y, h, row):
     """y += h * row."""
     v = splat(h)
@@ -181,80 +240,70 @@ def add(y, h, row):
         y[k] += h * widen(row[k])
 
 
-@njit(fastmath=REORDER)
-def dot4x4(x0, x1, x2, x3, row0, row1, row2, row3, out):
-    """out[i, t] = row i . x t."""
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
-    c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = np.float32(0)
-    for k in range(x0.size):
-        r0, r1, r2, r3 = widen(row0[k]), widen(row1[k]), widen(row2[k]), widen(row3[k])
-        a0 += r0 * x0[k]
-        a1 += r0 * x1[k]
-        a2 += r0 * x2[k]
-        a3 += r0 * x3[k]
-        b0 += r1 * x0[k]
-        b1 += r1 * x1[k]
-        b2 += r1 * x2[k]
-        b3 += r1 * x3[k]
-        c0 += r2 * x0[k]
-        c1 += r2 * x1[k]
-        c2 += r2 * x2[k]
-        c3 += r2 * x3[k]
-        d0 += r3 * x0[k]
-        d1 += r3 * x1[k]
-        d2 += r3 * x2[k]
-        d3 += r3 * x3[k]
-    out[0, 0], out[0, 1], out[0, 2], out[0, 3] = a0, a1, a2, a3
-    out[1, 0], out[1, 1], out[1, 2], out[1, 3] = b0, b1, b2, b3
-    out[2, 0], out[2, 1], out[2, 2], out[2, 3] = c0, c1, c2, c3
-    out[3, 0], out[3, 1], out[3, 2], out[3, 3] = d0, d1, d2, d3
+@njit
+def add4(y, h, row0, row1, row2, row3, next0, next1, next2, next3):
+    """y += h[0] * row0 + h[1] * row1 + h[2] * row2 + h[3] * row3; the next rows are asked for as in `dot4`."""
+    h0, h1, h2, h3 = splat(h[0]), splat(h[1]), splat(h[2]), splat(h[3])
+    line = LINE // row0.itemsize
+    whole = y.size // LANES * LANES
+    for start in range(0, whole, line):
+        ask(next0, start)
+        ask(next1, start)
+        ask(next2, start)
+        ask(next3, start)
+        for k in range(start, min(start + line, whole), LANES):
+            s = fma(h0, load(row0, k), load(y, k))
+            s = fma(h1, load(row1, k), s)
+            s = fma(h2, load(row2, k), s)
+            store(y, k, fma(h3, load(row3, k), s))
+    for k in range(whole, y.size):
+        y[k] += h[0] * widen(row0[k]) + h[1] * widen(row1[k]) + h[2] * widen(row2[k]) + h[3] * widen(row3[k])
 
 
 @njit
-def dots4(x, rows, units, out):
-    """out[c, t] = rows[units[c]] . x[t]: each row is read from memory once, four at a time."""
-    fours, tokens = units.size // 4 * 4, len(x) // 4 * 4
-    for c in range(0, fours, 4):
-        row0, row1, row2, row3 = rows[units[c]], rows[units[c + 1]], rows[units[c + 2]], rows[units[c + 3]]
-        for t in range(0, tokens, 4):
-            dot4x4(x[t], x[t + 1], x[t + 2], x[t + 3], row0, row1, row2, row3, out[c : c + 4, t : t + 4])
-        for t in range(tokens, len(x)):
-            out[c, t], out[c + 1, t], out[c + 2, t], out[c + 3, t] = dot4(x[t], row0, row1, row2, row3)
-    for c in range(fours, units.size):
-        dots(x, rows[units[c]], out[c])
-
-
-@njit(fastmath=REORDER)
 def add4x4(y0, y1, y2, y3, h, row0, row1, row2, row3):
     """y t += h[0, t] row 0 + ... + h[3, t] row 3, for four tokens."""
-    a0, a1, a2, a3 = h[0, 0], h[0, 1], h[0, 2], h[0, 3]
-    b0, b1, b2, b3 = h[1, 0], h[1, 1], h[1, 2], h[1, 3]
-    c0, c1, c2, c3 = h[2, 0], h[2, 1], h[2, 2], h[2, 3]
-    d0, d1, d2, d3 = h[3, 0], h[3, 1], h[3, 2], h[3, 3]
-    for k in range(y0.size):
-        r0, r1, r2, r3 = widen(row0[k]), widen(row1[k]), widen(row2[k]), widen(row3[k])
-        y0[k] += a0 * r0 + b0 * r1 + c0 * r2 + d0 * r3
-        y1[k] += a1 * r0 + b1 * r1 + c1 * r2 + d1 * r3
-        y2[k] += a2 * r0 + b2 * r1 + c2 * r2 + d2 * r3
-        y3[k] += a3 * r0 + b3 * r1 + c3 * r2 + d3 * r3
+    a0, a1, a2, a3 = splat(h[0, 0]), splat(h[0, 1]), splat(h[0, 2]), splat(h[0, 3])
+    b0, b1, b2, b3 = splat(h[1, 0]), splat(h[1, 1]), splat(h[1, 2]), splat(h[1, 3])
+    c0, c1, c2, c3 = splat(h[2, 0]), splat(h[2, 1]), splat(h[2, 2]), splat(h[2, 3])
+    d0, d1, d2, d3 = splat(h[3, 0]), splat(h[3, 1]), splat(h[3, 2]), splat(h[3, 3])
+    whole = y0.size // LANES * LANES
+    for k in range(0, whole, LANES):
+        r0, r1, r2, r3 = load(row0, k), load(row1, k), load(row2, k), load(row3, k)
+        store(y0, k, fma(d0, r3, fma(c0, r2, fma(b0, r1, fma(a0, r0, load(y0, k))))))
+        store(y1, k, fma(d1, r3, fma(c1, r2, fma(b1, r1, fma(a1, r0, load(y1, k))))))
+        store(y2, k, fma(d2, r3, fma(c2, r2, fma(b2, r1, fma(a2, r0, load(y2, k))))))
+        store(y3, k, fma(d3, r3, fma(c3, r2, fma(b3, r1, fma(a3, r0, load(y3, k))))))
+    for k in range(whole, y0.size):
+        for i, row in enumerate((row0, row1, row2, row3)):
+            r = widen(row[k])
+            y0[k] += h[i, 0] * r
+            y1[k] += h[i, 1] * r
+            y2[k] += h[i, 2] * r
+            y3[k] += h[i, 3] * r
 
 
 @njit
-def add_rows(y, h, rows, units):
-    """y[t] += sum over c of h[c, t] rows[units[c]], in pieces of y that stay in the cache."""
-    fours, tokens, width = units.size // 4 * 4, len(y) // 4 * 4, max(256, 8192 // len(y))
+def add_rows(y, h, rows, units, first=0):
+    """y[t] += sum over c of h[c, t] rows[units[c]][first:], as wide as y, of all rows if units is None."""
+    count, tokens = len(h), len(y) // 4 * 4
+    fours, width = count // 4 * 4, max(256, 8192 // len(y))  # pieces of y that stay in the cache
     for start in range(0, y.shape[1], width):
         piece = slice(start, min(start + width, y.shape[1]))
+        part = slice(first + piece.start, first + piece.stop)
         for c in range(0, fours, 4):
-            row0, row1 = rows[units[c], piece], rows[units[c + 1], piece]
-            row2, row3 = rows[units[c + 2], piece], rows[units[c + 3], piece]
+            row0, row1 = rows[_row(units, c), part], rows[_row(units, c + 1), part]
+            row2, row3 = rows[_row(units, c + 2), part], rows[_row(units, c + 3), part]
+            n = min(c + 4, fours - 4)
+            next0, next1 = rows[_row(units, n), part], rows[_row(units, n + 1), part]
+            next2, next3 = rows[_row(units, n + 2), part], rows[_row(units, n + 3), part]
             for t in range(0, tokens, 4):
                 add4x4(
                     y[t, piece], y[t + 1, piece], y[t + 2, piece], y[t + 3, piece], h[c : c + 4, t : t + 4],
                     row0, row1, row2, row3,
                 )  # fmt: skip
             for t in range(tokens, len(y)):
-                add4(y[t, piece], h[c : c + 4, t], row0, row1, row2, row3)
-        for c in range(fours, units.size):
+                add4(y[t, piece], h[c : c + 4, t], row0, row1, row2, row3, next0, next1, next2, next3)
+        for c in range(fours, count):
             for t in range(len(y)):
-                add(y[t, piece], h[c, t], rows[units[c], piece])
+                add(y[t, piece], h[c, t], rows[_row(units, c), part])
