@@ -22,12 +22,12 @@ def applies(view: ModelView, blocks: list[Block]) -> bool:
     """Whether the kernel can run this model: all matrices are stored as it reads them."""
     table, head = view.model.get_input_embeddings().weight, view.model.get_output_embeddings()
     linears = [(linear, _rows(block, name)) for block in blocks for name, linear in _linears(block).items()]
+    linears.append((head, _by_inputs(head)))
     return (
         HAS_BARRIER
         and table.dtype in STORAGE
         and all(
-            type(linear) in (nn.Linear, Int8Linear, SparseLinear) and rows.is_contiguous()
-            for linear, rows in [*linears, (head, head.weight)]
+            type(linear) in (nn.Linear, Int8Linear, SparseLinear) and rows.is_contiguous() for linear, rows in linears
         )
     )
 
@@ -40,9 +40,11 @@ def _linears(block: Block) -> dict[str, nn.Module]:
 
 def _rows(block: Block, name: str) -> Tensor:
     """The weight [O, I] of a linear layer, or [I, O] where inputs are skipped."""
-    linear = _linears(block)[name]
-    inputs_skipped = isinstance(linear, Sparse) or (name == "down" and isinstance(block.mlp.module, SparseMLP))
-    return linear.weight.t() if inputs_skipped else linear.weight
+    return _by_inputs(_linears(block)[name], name == "down" and isinstance(block.mlp.module, SparseMLP))
+
+
+def _by_inputs(linear: nn.Module, skipped: bool = False) -> Tensor:
+    return linear.weight.t() if skipped or isinstance(linear, Sparse) else linear.weight
 
 
 class CpuStep:
@@ -52,11 +54,12 @@ class CpuStep:
         model, decoder = view.model, view.decoder
         table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
         self.dtype, self.vocabulary = table.dtype, len(table)
-        self.held: list[Tensor] = []
+        self.held = [table]  # by its address, as it need not be contiguous
         _, groups, length, size = cache.layers[0].keys.shape
         heads, hidden = blocks[0].q.out_features // size, table.shape[1]
         neurons = max(_linears(block)["down"].in_features for block in blocks)
         most = max(heads * size, hidden, neurons)
+        room = max((heads + 2 * groups) * size, 2 * neurons, hidden, head.out_features)
         self.threads = threads_of()
         parts = step.parts_of(self.threads, groups)
         positions = torch.arange(length)[None]
@@ -66,13 +69,14 @@ class CpuStep:
 
         self.model = np.zeros(1, step.MODEL)
         self._fill(
-            self.model[0], table=table, position=self.position, cos=cos[0], sin=sin[0], h=torch.zeros(hidden),
+            self.model[0], table=table.data_ptr(), table_row=table.stride(0), table_column=table.stride(1),
+            vocabulary=len(table), position=self.position, cos=cos[0], sin=sin[0], h=torch.zeros(hidden),
             qkv=torch.zeros((heads + 2 * groups) * size), partial=torch.zeros(heads, parts, size + 2), parts=parts,
             hidden=torch.zeros(neurons), scores=torch.zeros(head.out_features), logits=self.logits,
             norm=decoder.norm.weight, eps=decoder.norm.variance_epsilon, layers=len(blocks), heads=heads,
-            groups=groups, D=size, H=hidden, L=length, most=most,
+            groups=groups, D=size, H=hidden, L=length, most=most, room=room, sums=torch.zeros(self.threads, room),
         )  # fmt: skip
-        self._fill_linear(self.model[0]["head"], head, head.weight)
+        self._fill_linear(self.model[0]["head"], head, _by_inputs(head))
         self.layers = np.zeros(len(blocks), step.LAYER)
         for entry, block, cached in zip(self.layers, blocks, cache.layers, strict=True):
             self._fill_layer(entry, block, cached.keys, cached.values)

@@ -3,7 +3,8 @@ phases. `sandcat.cpu_step` fills its tables.
 
 Shapes: H hidden size, I intermediate size, D size of a head, G query heads a key-value head, L positions of the cache.
 The residual state h is float32; what transformers rounds to the model's dtype inside a layer is rounded here too. Each
-thread computes its share of a matrix's outputs, so no sums are joined but those of attention over parts of the cache.
+thread computes its share of a matrix's outputs; where inputs are skipped, it adds up its share of those that are kept,
+for rows are short and should be read whole, and the threads' sums are joined in their order.
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ LAYER = _record(
 )
 """`skips`: the down projection is stored [I, H], and neurons with |activation| <= neuron_threshold are skipped."""
 MODEL = _record(
-    "token position table cos sin h qkv partial hidden scores logits norm layers heads groups parts D H L most",
+    "token position table table_row table_column vocabulary cos sin h qkv partial sums hidden scores logits norm "
+    "layers heads groups parts D H L most room",
     "eps",
     head=LINEAR,
 )
-"""`groups`: key-value heads; `parts`: see `parts_of`; `most`: the most inputs that a matrix has."""
+"""`table_row`, `table_column`: how far rows and columns of the embedding table lie apart; `groups`: key-value heads;
+`parts`: see `parts_of`; `most`: the most inputs that a matrix has; `sums` [threads, room]: see `_begin`."""
 
 UNIT = 16
 """Outputs that no two threads share: a cache line of float32."""
@@ -126,37 +129,46 @@ def _all_inputs(site, x, first, end, y, like):
 
 
 @njit
-def _listed_inputs(site, kept, values, first, end, y, like):
-    y = y[first:end]
-    y[:] = 0
+def _listed_inputs(site, kept, values, y, like):
     rows = _numbers(site.weight, (site.inputs, site.outputs), like)
-    add_rows(y.reshape(1, -1), values.reshape(-1, 1), rows, kept, first)
+    add_rows(y.reshape(1, -1), values.reshape(-1, 1), rows, kept)
 
 
 @njit
-def _sparse(site, kept, values, first, end, y, like):
-    """y[first:end] = those outputs of a linear layer whose inputs are listed."""
+def _begin_listed(site, kept, values, sums, thread, threads, like):
+    """sums = what this thread's share of the listed inputs adds to a linear layer's outputs."""
+    sums = sums[: site.outputs]
+    sums[:] = 0
+    mine = slice(kept.size * thread // threads, kept.size * (thread + 1) // threads)
     if site.scale:
-        _listed_inputs(site, kept, values, first, end, y, _codes(site))
+        _listed_inputs(site, kept[mine], values[mine], sums, _codes(site))
     else:
-        _listed_inputs(site, kept, values, first, end, y, like)
-    _finish(site, first, end, y, like)
+        _listed_inputs(site, kept[mine], values[mine], sums, like)
 
 
 @njit
-def _linear(site, x, kept, values, first, end, y, like):
-    """y[first:end] = those outputs of a linear layer."""
-    if first >= end:
-        return
+def _begin(site, x, kept, values, sums, thread, threads, first, end, y, like):
+    """y[first:end] = those outputs of a linear layer; where inputs are skipped, `sums` as in `_begin_listed`, and when
+    all threads have theirs `_end` gives y."""
     x = x[: site.inputs]
     if site.threshold:
         count = _above(x, _numbers(site.threshold, (site.inputs,), like), kept, values)
-        _sparse(site, kept[:count], values[:count], first, end, y, like)
+        _begin_listed(site, kept[:count], values[:count], sums, thread, threads, like)
         return
     if site.scale:
         _all_inputs(site, x, first, end, y, _codes(site))
     else:
         _all_inputs(site, x, first, end, y, like)
+    _finish(site, first, end, y, like)
+
+
+@njit
+def _end(site, sums, first, end, y, like):
+    """y[first:end] = those outputs of a layer whose inputs are listed, from the `sums` [threads, outputs] of all."""
+    y[first:end] = sums[0, first:end]
+    for thread in range(1, len(sums)):
+        for r in range(first, end):
+            y[r] += sums[thread, r]
     _finish(site, first, end, y, like)
 
 
@@ -300,36 +312,49 @@ def _kept_neurons(layer, x, a, threshold, kept, values, first, end, hidden, like
 
 
 @njit
-def _neurons(layer, x, a, kept, values, first, end, hidden, like):
+def _neurons(layer, x, a, kept, values, sums, thread, threads, first, end, hidden, like):
     """hidden[first:end] = activation(gate(x)) * up(x)."""
-    if not layer.skips:
-        _linear(layer.gate, x, kept, values, first, end, a, like)
+    gate, up, mine, I = layer.gate, layer.up, sums[thread], layer.neurons
+    whole = not layer.skips or gate.threshold != 0
+    if whole:
+        _begin(gate, x, kept, values, mine, thread, threads, first, end, a, like)
+        if not layer.skips:
+            _begin(up, x, kept, values, mine[I:], thread, threads, first, end, hidden, like)
+        if gate.threshold or (up.threshold and not layer.skips):
+            _barrier()
+        if gate.threshold:
+            _end(gate, sums, first, end, a, like)
         _activations(a[first:end], layer.activation, like[0])
-        _linear(layer.up, x, kept, values, first, end, hidden, like)
+    if not layer.skips:
+        if up.threshold:
+            _end(up, sums[:, I:], first, end, hidden, like)
         for j in range(first, end):
             hidden[j] = rounded(a[j] * rounded(hidden[j], like[0]), like[0])
         return
-    threshold = _numbers(layer.neuron_threshold, (layer.neurons,), like)
-    step = end - first if layer.gate.threshold else BLOCK  # the gate's columns are read whole
-    for at in range(first, end, max(step, 1)):
-        to = min(end, at + step)
-        _linear(layer.gate, x, kept, values, at, to, a, like)
-        _activations(a[at:to], layer.activation, like[0])
-        _kept_neurons(layer, x[: layer.up.inputs], a, threshold, kept, values, at, to, hidden, like)
+    threshold = _numbers(layer.neuron_threshold, (I,), like)
+    for at in range(first, end, BLOCK):
+        to = min(end, at + BLOCK)
+        if not whole:
+            _begin(gate, x, kept, values, mine, thread, threads, at, to, a, like)
+            _activations(a[at:to], layer.activation, like[0])
+        _kept_neurons(layer, x[: up.inputs], a, threshold, kept, values, at, to, hidden, like)
 
 
 @njit
-def _down(layer, hidden, kept, values, first, end, y, like):
+def _down(layer, hidden, kept, values, sums, thread, threads, first, end, y, like):
     """y[first:end] = the down projection; of skipped neurons, whose hidden is 0, nothing is read."""
-    if not layer.skips:
-        _linear(layer.down, hidden, kept, values, first, end, y, like)
-        return
-    count = 0
-    for j in range(layer.neurons):
-        kept[count] = j
-        values[count] = hidden[j]
-        count += hidden[j] != 0
-    _sparse(layer.down, kept[:count], values[:count], first, end, y, like)
+    if layer.skips:
+        count = 0
+        for j in range(layer.neurons):
+            kept[count] = j
+            values[count] = hidden[j]
+            count += hidden[j] != 0
+        _begin_listed(layer.down, kept[:count], values[:count], sums[thread], thread, threads, like)
+    else:
+        _begin(layer.down, hidden, kept, values, sums[thread], thread, threads, first, end, y, like)
+    if layer.skips or layer.down.threshold:
+        _barrier()
+        _end(layer.down, sums, first, end, y, like)
 
 
 @njit
@@ -341,45 +366,62 @@ def _step(model, layers, thread, threads, like):
     hidden, logits = _floats(model.hidden, (model.most,)), _numbers(model.logits, (model.head.outputs,), like)
     x, y, values = np.empty(model.most, np.float32), np.empty(model.most, np.float32), np.empty(model.most, np.float32)
     kept, weights = np.empty(model.most, np.int64), np.empty(POSITIONS, np.float32)
-    q = np.empty((model.heads // model.groups, D), np.float32)
+    heads = np.empty((model.heads // model.groups, D), np.float32)
     first, end = _share(H, thread, threads)
-    row = _numbers(model.table + token * H * like.itemsize, (H,), like)
+    sums = _floats(model.sums, (threads, model.room))
+    mine = sums[thread]
+    table = _numbers(model.table, ((model.vocabulary - 1) * model.table_row + (H - 1) * model.table_column + 1,), like)
     for k in range(first, end):
-        h[k] = widen(row[k])
+        h[k] = widen(table[token * model.table_row + k * model.table_column])
     _barrier()
     for i in range(model.layers):
         layer = layers[i]
         _norm(h, _numbers(layer.input_norm, (H,), like), layer.input_eps, x)
-        at, to = _share(Q, thread, threads)
-        _linear(layer.q, x, kept, values, at, to, qkv[:Q], like)
-        _round(qkv[at:to], like[0])
+        q_at, q_to = _share(Q, thread, threads)
         at, to = _share(K, thread, threads)
-        _linear(layer.k, x, kept, values, at, to, qkv[Q : Q + K], like)
-        _linear(layer.v, x, kept, values, at, to, qkv[Q + K :], like)
-        _round(qkv[Q + at : Q + to], like[0])
-        _round(qkv[Q + K + at : Q + K + to], like[0])
+        q, k, v, q_y, k_y, v_y = layer.q, layer.k, layer.v, qkv[:Q], qkv[Q : Q + K], qkv[Q + K :]
+        _begin(q, x, kept, values, mine, thread, threads, q_at, q_to, q_y, like)
+        _begin(k, x, kept, values, mine[Q:], thread, threads, at, to, k_y, like)
+        _begin(v, x, kept, values, mine[Q + K :], thread, threads, at, to, v_y, like)
+        if q.threshold or k.threshold or v.threshold:
+            _barrier()
+        if q.threshold:
+            _end(q, sums, q_at, q_to, q_y, like)
+        if k.threshold:
+            _end(k, sums[:, Q:], at, to, k_y, like)
+        if v.threshold:
+            _end(v, sums[:, Q + K :], at, to, v_y, like)
+        _round(q_y[q_at:q_to], like[0])
+        _round(k_y[at:to], like[0])
+        _round(v_y[at:to], like[0])
         _barrier()
         items = model.groups * parts
         for item in range(items * thread // threads, items * (thread + 1) // threads):
-            _attend(model, layer, position[0], parts, item, q, weights, like)
+            _attend(model, layer, position[0], parts, item, heads, weights, like)
         _barrier()
         _attended(model, parts, x, like[0])
-        _linear(layer.o, x, kept, values, first, end, y, like)
+        _begin(layer.o, x, kept, values, mine, thread, threads, first, end, y, like)
+        if layer.o.threshold:
+            _barrier()
+            _end(layer.o, sums, first, end, y, like)
         for k in range(first, end):
             h[k] += y[k]
         _barrier()
         _norm(h, _numbers(layer.mlp_norm, (H,), like), layer.mlp_eps, x)
         at, to = _share(layer.neurons, thread, threads)
-        _neurons(layer, x, y, kept, values, at, to, hidden, like)
+        _neurons(layer, x, y, kept, values, sums, thread, threads, at, to, hidden, like)
         _barrier()
-        _down(layer, hidden, kept, values, first, end, y, like)
+        _down(layer, hidden, kept, values, sums, thread, threads, first, end, y, like)
         for k in range(first, end):
             h[k] += y[k]
         _barrier()
     _norm(h, _numbers(model.norm, (H,), like), model.eps, x)
     scores = _floats(model.scores, (model.head.outputs,))
     at, to = _share(model.head.outputs, thread, threads)
-    _linear(model.head, x, kept, values, at, to, scores, like)
+    _begin(model.head, x, kept, values, mine, thread, threads, at, to, scores, like)
+    if model.head.threshold:
+        _barrier()
+        _end(model.head, sums, at, to, scores, like)
     for r in range(at, to):
         logits[r] = narrow(scores[r], like[0])
     if thread == 0:

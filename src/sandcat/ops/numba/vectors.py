@@ -209,16 +209,18 @@ def _row(units, c):
 
 
 @njit
+def _four(rows, units, c):
+    return rows[_row(units, c)], rows[_row(units, c + 1)], rows[_row(units, c + 2)], rows[_row(units, c + 3)]
+
+
+@njit
 def dot_rows(x, rows, units, out):
     """out[c, t] = rows[units[c]] . x[t], of all rows if units is None: each is read from memory once."""
     count = len(out)
     fours, tokens = count // 4 * 4, len(x) // 4 * 4
     for c in range(0, fours, 4):
-        row0, row1 = rows[_row(units, c)], rows[_row(units, c + 1)]
-        row2, row3 = rows[_row(units, c + 2)], rows[_row(units, c + 3)]
-        n = min(c + 4, count - 4)
-        next0, next1 = rows[_row(units, n)], rows[_row(units, n + 1)]
-        next2, next3 = rows[_row(units, n + 2)], rows[_row(units, n + 3)]
+        row0, row1, row2, row3 = _four(rows, units, c)
+        next0, next1, next2, next3 = _four(rows, units, min(c + 4, count - 4))
         for t in range(0, tokens, 4):
             dot4x4(x[t], x[t + 1], x[t + 2], x[t + 3], row0, row1, row2, row3, out[c : c + 4, t : t + 4])
         for t in range(tokens, len(x)):
@@ -241,23 +243,36 @@ def add(y, h, row):
 
 
 @njit
-def add4(y, h, row0, row1, row2, row3, next0, next1, next2, next3):
-    """y += h[0] * row0 + h[1] * row1 + h[2] * row2 + h[3] * row3; the next rows are asked for as in `dot4`."""
-    h0, h1, h2, h3 = splat(h[0]), splat(h[1]), splat(h[2]), splat(h[3])
-    line = LINE // row0.itemsize
+def add8(y, h, rows, units, c, first):
+    """y += h[c] * row c + ... + h[c + 7] * row c + 7, of the listed rows from `first` on; the next ones are asked for
+    as in `dot4`."""
+    h0, h1, h2, h3 = splat(h[c]), splat(h[c + 1]), splat(h[c + 2]), splat(h[c + 3])
+    h4, h5, h6, h7 = splat(h[c + 4]), splat(h[c + 5]), splat(h[c + 6]), splat(h[c + 7])
+    row0, row1, row2, row3 = _four(rows, units, c)
+    row4, row5, row6, row7 = _four(rows, units, c + 4)
+    n = min(c + 8, h.size - 8)
+    next0, next1, next2, next3 = _four(rows, units, n)
+    next4, next5, next6, next7 = _four(rows, units, n + 4)
+    line = LINE // rows.itemsize
     whole = y.size // LANES * LANES
     for start in range(0, whole, line):
-        ask(next0, start)
-        ask(next1, start)
-        ask(next2, start)
-        ask(next3, start)
+        ask(next0, first + start)
+        ask(next1, first + start)
+        ask(next2, first + start)
+        ask(next3, first + start)
+        ask(next4, first + start)
+        ask(next5, first + start)
+        ask(next6, first + start)
+        ask(next7, first + start)
         for k in range(start, min(start + line, whole), LANES):
-            s = fma(h0, load(row0, k), load(y, k))
-            s = fma(h1, load(row1, k), s)
-            s = fma(h2, load(row2, k), s)
-            store(y, k, fma(h3, load(row3, k), s))
+            at = first + k
+            s = fma(h1, load(row1, at), fma(h0, load(row0, at), load(y, k)))
+            s = fma(h3, load(row3, at), fma(h2, load(row2, at), s))
+            s = fma(h5, load(row5, at), fma(h4, load(row4, at), s))
+            store(y, k, fma(h7, load(row7, at), fma(h6, load(row6, at), s)))
     for k in range(whole, y.size):
-        y[k] += h[0] * widen(row0[k]) + h[1] * widen(row1[k]) + h[2] * widen(row2[k]) + h[3] * widen(row3[k])
+        for i in range(8):
+            y[k] += h[c + i] * widen(rows[_row(units, c + i), first + k])
 
 
 @njit
@@ -286,24 +301,34 @@ def add4x4(y0, y1, y2, y3, h, row0, row1, row2, row3):
 @njit
 def add_rows(y, h, rows, units, first=0):
     """y[t] += sum over c of h[c, t] rows[units[c]][first:], as wide as y, of all rows if units is None."""
+    if len(y) == 1:
+        _add_rows(y[0], h[:, 0].copy(), rows, units, first)
+        return
     count, tokens = len(h), len(y) // 4 * 4
     fours, width = count // 4 * 4, max(256, 8192 // len(y))  # pieces of y that stay in the cache
     for start in range(0, y.shape[1], width):
         piece = slice(start, min(start + width, y.shape[1]))
         part = slice(first + piece.start, first + piece.stop)
-        for c in range(0, fours, 4):
+        for t in range(tokens, len(y)):
+            _add_rows(y[t, piece], h[:, t].copy(), rows, units, first + start)
+        for c in range(0, fours if tokens else 0, 4):
             row0, row1 = rows[_row(units, c), part], rows[_row(units, c + 1), part]
             row2, row3 = rows[_row(units, c + 2), part], rows[_row(units, c + 3), part]
-            n = min(c + 4, fours - 4)
-            next0, next1 = rows[_row(units, n), part], rows[_row(units, n + 1), part]
-            next2, next3 = rows[_row(units, n + 2), part], rows[_row(units, n + 3), part]
             for t in range(0, tokens, 4):
                 add4x4(
                     y[t, piece], y[t + 1, piece], y[t + 2, piece], y[t + 3, piece], h[c : c + 4, t : t + 4],
                     row0, row1, row2, row3,
                 )  # fmt: skip
-            for t in range(tokens, len(y)):
-                add4(y[t, piece], h[c : c + 4, t], row0, row1, row2, row3, next0, next1, next2, next3)
         for c in range(fours, count):
-            for t in range(len(y)):
+            for t in range(tokens):
                 add(y[t, piece], h[c, t], rows[_row(units, c), part])
+
+
+@njit
+def _add_rows(y, h, rows, units, first):
+    """`add_rows` for one token."""
+    eights = h.size // 8 * 8
+    for c in range(0, eights, 8):
+        add8(y, h, rows, units, c, first)
+    for c in range(eights, h.size):
+        add(y, h[c], rows[_row(units, c), first : first + y.size])
