@@ -13,9 +13,10 @@ from sandcat.layers.linear import SparseLinear
 from sandcat.layers.mlp import SparseMLP
 from sandcat.layers.sparse import Sparse
 from sandcat.ops.numba import step
+from sandcat.ops.numba.attention import parts_of
 from sandcat.ops.numba.floats import STORAGE
 from sandcat.ops.numba.sparse_mlp import CODES
-from sandcat.ops.numba.threads import HAS_BARRIER, threads_of
+from sandcat.ops.numba.threads import HAS_BARRIER, VERSION, threads_of
 
 
 def applies(view: ModelView, blocks: list[Block]) -> bool:
@@ -61,7 +62,7 @@ class CpuStep:
         most = max(heads * size, hidden, neurons)
         room = max((heads + 2 * groups) * size, 2 * neurons, hidden, head.out_features)
         self.threads = threads_of()
-        parts = step.parts_of(self.threads, groups)
+        parts = parts_of(self.threads, groups)
         positions = torch.arange(length)[None]
         cos, sin = decoder.rotary_emb(torch.zeros(1, 1, hidden, dtype=self.dtype), position_ids=positions)
         self.position = torch.zeros(1, dtype=torch.int32)
@@ -81,7 +82,7 @@ class CpuStep:
         for entry, block, cached in zip(self.layers, blocks, cache.layers, strict=True):
             self._fill_layer(entry, block, cached.keys, cached.values)
         self.kernel = step.kernel(self.dtype)
-        self.arguments = [self.model.ctypes.data, self.layers.ctypes.data, step.VERSION]
+        self.arguments = [self.model.ctypes.data, self.layers.ctypes.data, VERSION]
 
     def _fill(self, entry: np.void, **fields: Tensor | float | None) -> None:
         """Writes numbers as they are, tensors as their addresses (and keeps them), None as 0."""

@@ -7,7 +7,6 @@ the model's dtype as the reference rounds them.
 
 from __future__ import annotations
 
-import sys
 from functools import cache
 
 import numpy as np
@@ -16,15 +15,12 @@ from numba import carray
 from torch import Tensor
 
 from sandcat.ops.core_mlp import check_arguments, core_mlp
-from sandcat.ops.numba import floats, sparse_mlp, threads, vectors
 from sandcat.ops.numba.floats import STORAGE, rounded, widen
 from sandcat.ops.numba.sparse_mlp import BLOCK, CODES, activate
-from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of, version_of
+from sandcat.ops.numba.threads import VERSION, on_all_threads, pointer, threads_of
 from sandcat.ops.numba.vectors import add_rows, dot_rows
 
 OPS = INT8_OPS = ("core_mlp",)
-VERSION = version_of(floats, threads, vectors, sparse_mlp, sys.modules["sandcat.ops.core_mlp"])
-"""A digest of the sources, besides this file, that the compiled kernel depends on."""
 
 
 @cache

@@ -5,7 +5,6 @@ Each thread takes its share of the outputs.
 
 from __future__ import annotations
 
-import sys
 from functools import cache
 
 import numpy as np
@@ -14,14 +13,11 @@ from numba import carray
 from torch import Tensor
 
 from sandcat.ops.int8_linear import check_arguments, int8_linear
-from sandcat.ops.numba import floats, threads, vectors
 from sandcat.ops.numba.floats import STORAGE, widen
-from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of, version_of
+from sandcat.ops.numba.threads import VERSION, on_all_threads, pointer, threads_of
 from sandcat.ops.numba.vectors import dot_rows
 
 OPS, INT8_OPS = (), ("int8_linear",)
-VERSION = version_of(floats, threads, vectors, sys.modules["sandcat.ops.int8_linear"])
-"""A digest of the sources, besides this file, that the compiled kernel depends on."""
 
 
 @cache

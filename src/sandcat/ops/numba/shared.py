@@ -6,7 +6,6 @@ that a row comes from memory once and is widened once for four.
 
 from __future__ import annotations
 
-import sys
 from functools import cache
 
 import numpy as np
@@ -14,9 +13,8 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from sandcat.ops.numba import floats, threads, vectors
 from sandcat.ops.numba.floats import STORAGE, rounded, widen
-from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of, version_of
+from sandcat.ops.numba.threads import VERSION, on_all_threads, pointer, threads_of
 from sandcat.ops.numba.vectors import add_rows, dot_rows
 from sandcat.ops.shared import LEAST_THRESHOLD, shared_linear, shared_up_down
 from sandcat.ops.sparse_linear import check_arguments as check_linear
@@ -24,8 +22,6 @@ from sandcat.ops.sparse_mlp import check_arguments as check_mlp
 
 OPS = INT8_OPS = ("shared_linear", "shared_up_down")
 BLOCK = 64
-VERSION = version_of(floats, threads, vectors, sys.modules["sandcat.ops.shared"])
-"""A digest of the sources, besides this file, that the compiled kernels depend on."""
 
 _LEAST, _INFINITY = np.float32(LEAST_THRESHOLD), np.float32(np.inf)
 _AFTER_INFINITY = 0x7F800001

@@ -6,7 +6,6 @@ rows are read whole and in order, so that memory streams, and a dropped channel'
 
 from __future__ import annotations
 
-import sys
 from functools import cache
 
 import numpy as np
@@ -14,15 +13,12 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from sandcat.ops.numba import floats, threads, vectors
 from sandcat.ops.numba.floats import STORAGE, widen
-from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of, version_of
+from sandcat.ops.numba.threads import VERSION, on_all_threads, pointer, threads_of
 from sandcat.ops.numba.vectors import add_rows
 from sandcat.ops.sparse_linear import check_arguments, sparse_linear
 
 OPS = INT8_OPS = ("sparse_linear",)
-VERSION = version_of(floats, threads, vectors, sys.modules["sandcat.ops.sparse_linear"])
-"""A digest of the sources, besides this file, that the compiled kernel depends on."""
 
 
 @cache

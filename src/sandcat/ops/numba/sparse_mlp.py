@@ -9,7 +9,6 @@ their product are rounded to the model's dtype as the reference rounds them.
 from __future__ import annotations
 
 import math
-import sys
 from functools import cache
 
 import numpy as np
@@ -17,16 +16,13 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from sandcat.ops.numba import floats, threads, vectors
 from sandcat.ops.numba.floats import STORAGE, rounded, widen
-from sandcat.ops.numba.threads import on_all_threads, pointer, threads_of, version_of
+from sandcat.ops.numba.threads import VERSION, on_all_threads, pointer, threads_of
 from sandcat.ops.numba.vectors import add_rows, dot_rows
 from sandcat.ops.sparse_mlp import ACTIVATIONS, check_arguments, sparse_mlp, sparse_up_down
 
 OPS = INT8_OPS = ("sparse_mlp", "sparse_up_down")
 BLOCK = 64
-VERSION = version_of(floats, threads, vectors, sys.modules["sandcat.ops.sparse_mlp"])
-"""A digest of the sources, besides this file, that the compiled kernel depends on."""
 
 CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 _SILU, _GELU, _GELU_TANH = CODES["silu"], CODES["gelu"], CODES["gelu_tanh"]

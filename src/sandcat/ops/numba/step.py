@@ -9,22 +9,17 @@ for rows are short and should be read whole, and the threads' sums are joined in
 
 from __future__ import annotations
 
-import math
-import sys
 from functools import cache
 
 import numpy as np
 import torch
 from numba import carray, njit, types
 
-from sandcat.ops.numba import floats, sparse_mlp, threads, vectors
+from sandcat.ops.numba.attention import POSITIONS, attend, joined
 from sandcat.ops.numba.floats import STORAGE, narrow, rounded, widen
 from sandcat.ops.numba.sparse_mlp import activate
-from sandcat.ops.numba.threads import on_all_threads, pointer, version_of
-from sandcat.ops.numba.vectors import add_rows, dot_rows
-
-VERSION = version_of(floats, sparse_mlp, threads, vectors, sys.modules["sandcat.ops.sparse_mlp"])
-"""A digest of the sources, besides this file, that the compiled kernel depends on."""
+from sandcat.ops.numba.threads import VERSION, float32s, numbers, on_all_threads, pointer
+from sandcat.ops.numba.vectors import add_rows, dot_rows, norm
 
 
 def _record(integers: str, reals: str = "", **nested: np.dtype) -> np.dtype:
@@ -52,27 +47,10 @@ MODEL = _record(
 
 UNIT = 16
 """Outputs that no two threads share: a cache line of float32."""
-POSITIONS = 256
-"""Positions that all query heads of a group look at before the next ones, so that these stay in the cache."""
 BLOCK = 64
 """Neurons whose gates are computed before the rows of those that are kept."""
 
 _barrier = types.ExternalFunction("GOMP_barrier", types.void())
-
-
-def parts_of(threads: int, groups: int) -> int:
-    """Parts that the cache of each key-value head is cut into, so that all threads have as many."""
-    return threads // math.gcd(threads, groups)
-
-
-@njit
-def _numbers(address, shape, like):
-    return carray(pointer(address), shape, like.dtype)
-
-
-@njit
-def _floats(address, shape):
-    return carray(pointer(address), shape, np.float32)
 
 
 @njit
@@ -80,17 +58,6 @@ def _share(size, thread, threads):
     """Which outputs are this thread's."""
     units = -(-size // UNIT)
     return min(size, units * thread // threads * UNIT), min(size, units * (thread + 1) // threads * UNIT)
-
-
-@njit(fastmath={"reassoc", "contract"})
-def _norm(h, weight, eps, x):
-    """x = RMSNorm(h), rounded as transformers rounds it."""
-    total = np.float32(0)
-    for k in range(h.size):
-        total += h[k] * h[k]
-    scale = np.float32(1 / math.sqrt(total / h.size + eps))
-    for k in range(h.size):
-        x[k] = rounded(rounded(h[k] * scale, weight[k]) * widen(weight[k]), weight[k])
 
 
 @njit
@@ -113,8 +80,8 @@ def _codes(site):
 @njit
 def _finish(site, first, end, y, like):
     """The scales of int8 weights, and the bias."""
-    scale = _numbers(site.scale, (site.outputs if site.scale else 0,), like)
-    bias = _numbers(site.bias, (site.outputs if site.bias else 0,), like)
+    scale = numbers(site.scale, (site.outputs if site.scale else 0,), like)
+    bias = numbers(site.bias, (site.outputs if site.bias else 0,), like)
     for r in range(first, end):
         if scale.size:
             y[r] *= widen(scale[r])
@@ -124,13 +91,13 @@ def _finish(site, first, end, y, like):
 
 @njit
 def _all_inputs(site, x, first, end, y, like):
-    rows = _numbers(site.weight, (site.outputs, site.inputs), like)[first:end]
+    rows = numbers(site.weight, (site.outputs, site.inputs), like)[first:end]
     dot_rows(x.reshape(1, -1), rows, None, y[first:end].reshape(-1, 1))
 
 
 @njit
 def _listed_inputs(site, kept, values, y, like):
-    rows = _numbers(site.weight, (site.inputs, site.outputs), like)
+    rows = numbers(site.weight, (site.inputs, site.outputs), like)
     add_rows(y.reshape(1, -1), values.reshape(-1, 1), rows, kept)
 
 
@@ -152,7 +119,7 @@ def _begin(site, x, kept, values, sums, thread, threads, first, end, y, like):
     all threads have theirs `_end` gives y."""
     x = x[: site.inputs]
     if site.threshold:
-        count = _above(x, _numbers(site.threshold, (site.inputs,), like), kept, values)
+        count = _above(x, numbers(site.threshold, (site.inputs,), like), kept, values)
         _begin_listed(site, kept[:count], values[:count], sums, thread, threads, like)
         return
     if site.scale:
@@ -179,105 +146,6 @@ def _round(y, like):
 
 
 @njit
-def _rotate(x, cos, sin):
-    """The rotary embedding of one head, in place."""
-    half = x.size // 2
-    for d in range(half):
-        low, high = x[d], x[half + d]
-        x[d] = _sum_of_products(low, cos[d], -high, sin[d])
-        x[half + d] = _sum_of_products(high, cos[half + d], low, sin[half + d])
-
-
-@njit
-def _sum_of_products(a, b, c, d):
-    return rounded(rounded(a * widen(b), b) + rounded(c * widen(d), d), b)
-
-
-@njit
-def _head(values, norm, eps, cos, sin, out, like):
-    """A query or key head: RMSNorm where there is one, then the rotary embedding, rounded as transformers rounds."""
-    if norm:
-        _norm(values, _numbers(norm, (values.size,), like), eps, out)
-    else:
-        for d in range(out.size):
-            out[d] = values[d]
-    _rotate(out, cos, sin)
-
-
-@njit
-def _attend(model, layer, position, parts, item, q, weights, like):
-    """One part of the cache of one key-value head: maximum, sum and weighted values of each of its query heads."""
-    D, G = model.D, model.heads // model.groups
-    group, part = item // parts, item % parts
-    qkv = _floats(model.qkv, ((model.heads + 2 * model.groups) * D,))
-    cos = _numbers(model.cos, (model.L, D), like)[position]
-    sin = _numbers(model.sin, (model.L, D), like)[position]
-    keys = _numbers(layer.keys, (model.groups, model.L, D), like)[group]
-    values = _numbers(layer.values, (model.groups, model.L, D), like)[group]
-    start = max(0, position + 1 - layer.window)
-    seen = position + 1 - start
-    first, end = start + seen * part // parts, start + seen * (part + 1) // parts
-    if end == position + 1:
-        k_at = (model.heads + group) * D
-        v_at = k_at + model.groups * D
-        _head(qkv[k_at : k_at + D], layer.k_norm, layer.head_eps, cos, sin, q[0], like)
-        for d in range(D):
-            keys[position, d] = narrow(q[0, d], like[0])
-            values[position, d] = narrow(qkv[v_at + d], like[0])
-    for g in range(G):
-        at = (group * G + g) * D
-        _head(qkv[at : at + D], layer.q_norm, layer.head_eps, cos, sin, q[g], like)
-    results = _floats(model.partial, (model.heads * parts, D + 2))
-    for g in range(G):
-        result = results[(group * G + g) * parts + part]
-        for d in range(D + 2):
-            result[d] = 0
-        result[D] = -np.inf
-    for at in range(first, end, POSITIONS):
-        to = min(end, at + POSITIONS)
-        here = weights[: to - at]
-        for g in range(G):
-            acc = results[(group * G + g) * parts + part]
-            dot_rows(q[g : g + 1], keys[at:to], None, here.reshape(-1, 1))
-            top = acc[D]
-            for p in range(here.size):
-                here[p] *= np.float32(layer.scaling)
-                top = max(top, here[p])
-            fade = np.float32(math.exp(acc[D] - top))
-            total = acc[D + 1] * fade
-            for p in range(here.size):
-                here[p] = np.float32(math.exp(here[p] - top))
-                total += here[p]
-            acc[D], acc[D + 1] = top, total
-            acc = acc[:D]
-            for d in range(D):
-                acc[d] *= fade
-            add_rows(acc.reshape(1, -1), here.reshape(-1, 1), values[at:to], None)
-
-
-@njit
-def _attended(model, parts, x, like):
-    """x = the heads' outputs, joined from the parts of the cache."""
-    D = model.D
-    results = _floats(model.partial, (model.heads, parts, D + 2))
-    for head in range(model.heads):
-        out = x[head * D : (head + 1) * D]
-        top = results[head, 0, D]
-        for part in range(1, parts):
-            top = max(top, results[head, part, D])
-        total = np.float32(0)
-        for d in range(D):
-            out[d] = 0
-        for part in range(parts):
-            weight = np.float32(math.exp(results[head, part, D] - top))
-            total += weight * results[head, part, D + 1]
-            for d in range(D):
-                out[d] += weight * results[head, part, d]
-        for d in range(D):
-            out[d] = rounded(out[d] / total, like)
-
-
-@njit
 def _activations(g, code, like):
     for j in range(g.size):
         g[j] = rounded(activate(rounded(g[j], like), code), like)
@@ -286,7 +154,7 @@ def _activations(g, code, like):
 @njit
 def _listed_outputs(site, x, kept, values, like):
     """values[c] = row kept[c] of W times x."""
-    rows = _numbers(site.weight, (site.outputs, site.inputs), like)
+    rows = numbers(site.weight, (site.outputs, site.inputs), like)
     dot_rows(x.reshape(1, -1), rows, kept, values.reshape(-1, 1))
 
 
@@ -302,8 +170,8 @@ def _kept_neurons(layer, x, a, threshold, kept, values, first, end, hidden, like
         _listed_outputs(up, x, kept, values[:count], _codes(up))
     else:
         _listed_outputs(up, x, kept, values[:count], like)
-    scale = _numbers(up.scale, (up.outputs if up.scale else 0,), like)
-    bias = _numbers(up.bias, (up.outputs if up.bias else 0,), like)
+    scale = numbers(up.scale, (up.outputs if up.scale else 0,), like)
+    bias = numbers(up.bias, (up.outputs if up.bias else 0,), like)
     for c in range(count):
         j = kept[c]
         u = values[c] * widen(scale[j]) if scale.size else values[c]
@@ -331,7 +199,7 @@ def _neurons(layer, x, a, kept, values, sums, thread, threads, first, end, hidde
         for j in range(first, end):
             hidden[j] = rounded(a[j] * rounded(hidden[j], like[0]), like[0])
         return
-    threshold = _numbers(layer.neuron_threshold, (I,), like)
+    threshold = numbers(layer.neuron_threshold, (I,), like)
     for at in range(first, end, BLOCK):
         to = min(end, at + BLOCK)
         if not whole:
@@ -362,21 +230,21 @@ def _step(model, layers, thread, threads, like):
     position, token = carray(pointer(model.position), (1,), np.int32), model.token
     D, H, parts = model.D, model.H, model.parts
     Q, K = model.heads * D, model.groups * D
-    h, qkv = _floats(model.h, (H,)), _floats(model.qkv, (Q + 2 * K,))
-    hidden, logits = _floats(model.hidden, (model.most,)), _numbers(model.logits, (model.head.outputs,), like)
+    h, qkv = float32s(model.h, (H,)), float32s(model.qkv, (Q + 2 * K,))
+    hidden, logits = float32s(model.hidden, (model.most,)), numbers(model.logits, (model.head.outputs,), like)
     x, y, values = np.empty(model.most, np.float32), np.empty(model.most, np.float32), np.empty(model.most, np.float32)
     kept, weights = np.empty(model.most, np.int64), np.empty(POSITIONS, np.float32)
     heads = np.empty((model.heads // model.groups, D), np.float32)
     first, end = _share(H, thread, threads)
-    sums = _floats(model.sums, (threads, model.room))
+    sums = float32s(model.sums, (threads, model.room))
     mine = sums[thread]
-    table = _numbers(model.table, ((model.vocabulary - 1) * model.table_row + (H - 1) * model.table_column + 1,), like)
+    table = numbers(model.table, ((model.vocabulary - 1) * model.table_row + (H - 1) * model.table_column + 1,), like)
     for k in range(first, end):
         h[k] = widen(table[token * model.table_row + k * model.table_column])
     _barrier()
     for i in range(model.layers):
         layer = layers[i]
-        _norm(h, _numbers(layer.input_norm, (H,), like), layer.input_eps, x)
+        norm(h, numbers(layer.input_norm, (H,), like), layer.input_eps, x)
         q_at, q_to = _share(Q, thread, threads)
         at, to = _share(K, thread, threads)
         q, k, v, q_y, k_y, v_y = layer.q, layer.k, layer.v, qkv[:Q], qkv[Q : Q + K], qkv[Q + K :]
@@ -397,9 +265,9 @@ def _step(model, layers, thread, threads, like):
         _barrier()
         items = model.groups * parts
         for item in range(items * thread // threads, items * (thread + 1) // threads):
-            _attend(model, layer, position[0], parts, item, heads, weights, like)
+            attend(model, layer, position[0], parts, item, heads, weights, like)
         _barrier()
-        _attended(model, parts, x, like[0])
+        joined(model, parts, x, like[0])
         _begin(layer.o, x, kept, values, mine, thread, threads, first, end, y, like)
         if layer.o.threshold:
             _barrier()
@@ -407,7 +275,7 @@ def _step(model, layers, thread, threads, like):
         for k in range(first, end):
             h[k] += y[k]
         _barrier()
-        _norm(h, _numbers(layer.mlp_norm, (H,), like), layer.mlp_eps, x)
+        norm(h, numbers(layer.mlp_norm, (H,), like), layer.mlp_eps, x)
         at, to = _share(layer.neurons, thread, threads)
         _neurons(layer, x, y, kept, values, sums, thread, threads, at, to, hidden, like)
         _barrier()
@@ -415,8 +283,8 @@ def _step(model, layers, thread, threads, like):
         for k in range(first, end):
             h[k] += y[k]
         _barrier()
-    _norm(h, _numbers(model.norm, (H,), like), model.eps, x)
-    scores = _floats(model.scores, (model.head.outputs,))
+    norm(h, numbers(model.norm, (H,), like), model.eps, x)
+    scores = float32s(model.scores, (model.head.outputs,))
     at, to = _share(model.head.outputs, thread, threads)
     _begin(model.head, x, kept, values, mine, thread, threads, at, to, scores, like)
     if model.head.threshold:

@@ -25,6 +25,13 @@ from numba import carray, cfunc, njit, prange, types
 from numba.extending import intrinsic
 
 SLOTS = 16
+VERSION = int.from_bytes(
+    hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.parent.rglob("*.py")))).digest()[
+        :7
+    ]
+)
+"""A digest of the sources of all ops: Numba looks at a kernel's own file alone before it takes compiled code from its
+cache, so every kernel has this built in."""
 
 
 def _torch_openmp() -> ctypes.CDLL | None:
@@ -108,12 +115,6 @@ def _at_its_address(body):
     return call
 
 
-def version_of(*modules) -> int:
-    """A digest of the modules' sources."""
-    sources = b"".join(Path(module.__file__).read_bytes() for module in modules)
-    return int.from_bytes(hashlib.sha256(sources).digest()[:7], "big")
-
-
 def threads_of() -> int:
     """How many threads a kernel runs on: PyTorch's setting, as far as Numba's own pool allows where that one runs."""
     threads = torch.get_num_threads()
@@ -128,3 +129,15 @@ def pointer(typing, address):
         return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
 
     return types.voidptr(types.intp), generate
+
+
+@njit
+def numbers(address, shape, like):
+    """The array of what is stored as `like` at an address."""
+    return carray(pointer(address), shape, like.dtype)
+
+
+@njit
+def float32s(address, shape):
+    """The array of float32 at an address."""
+    return carray(pointer(address), shape, np.float32)

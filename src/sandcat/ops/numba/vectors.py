@@ -1,134 +1,14 @@
-"""Products and sums of rows, in float32 whatever the rows are stored as, sixteen numbers at a time.
-
-Numba's own vectoriser stays far below what memory gives (docs/performance.md), so vectors are written out here: a type
-for sixteen float32 and the few operations on it. LLVM makes of them what the machine has: AVX-512, AVX2 or NEON.
-"""
+"""Products, sums and norms of rows, in float32 whatever the rows are stored as."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
+from numba import njit
 
-from sandcat.ops.numba.floats import widen, widened
-
-LANES = 16
-LINE = 64
-"""Bytes that come from memory at once."""
-
-_f32 = ir.FloatType()
-_vector = ir.VectorType(_f32, LANES)
-
-
-class Vector(types.Type):
-    """`LANES` numbers in float32."""
-
-    def __init__(self):
-        super().__init__(name="Vector")
-
-
-vector = Vector()
-
-
-@register_model(Vector)
-class _VectorModel(models.PrimitiveModel):
-    def __init__(self, manager, kind):
-        super().__init__(manager, kind, _vector)
-
-
-def _address(context, builder, array, at, kind):
-    """Where LANES numbers of an array begin."""
-    data = context.make_array(kind)(context, builder, value=array).data
-    stored = context.get_data_type(kind.dtype)
-    return builder.bitcast(builder.gep(data, [at]), ir.VectorType(stored, LANES).as_pointer()), kind.dtype
-
-
-@intrinsic
-def load(typing, array, at):
-    """array[at : at + LANES], widened; the array must be contiguous."""
-
-    def generate(context, builder, signature, args):
-        address, stored = _address(context, builder, *args, signature.args[0])
-        value = builder.load(address)
-        value.align = stored.bitwidth // 8
-        return widened(builder, value, stored, LANES)
-
-    return vector(array, types.intp), generate
-
-
-@intrinsic
-def store(typing, array, at, value):
-    """array[at : at + LANES] = value; the array must be contiguous float32."""
-
-    def generate(context, builder, signature, args):
-        address, stored = _address(context, builder, *args[:2], signature.args[0])
-        builder.store(args[2], address).align = stored.bitwidth // 8
-        return context.get_dummy_value()
-
-    return types.none(array, types.intp, vector), generate
-
-
-@intrinsic
-def splat(typing, number):
-    """A number in every lane."""
-
-    def generate(context, builder, signature, args):
-        one = builder.insert_element(ir.Constant(_vector, ir.Undefined), args[0], ir.IntType(32)(0))
-        return builder.shuffle_vector(one, ir.Constant(_vector, ir.Undefined), _mask([0] * LANES))
-
-    return vector(types.float32), generate
-
-
-@intrinsic
-def fma(typing, a, b, c):
-    """a * b + c, lane by lane."""
-
-    def generate(context, builder, signature, args):
-        a, b, c = args
-        return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
-
-    return vector(vector, vector, vector), generate
-
-
-@intrinsic
-def total(typing, value):
-    """The sum of the lanes, halves first."""
-
-    def generate(context, builder, signature, args):
-        (value,) = args
-        lanes = LANES
-        while lanes > 1:
-            lanes //= 2
-            empty = ir.Constant(value.type, ir.Undefined)
-            low = builder.shuffle_vector(value, empty, _mask(range(lanes)))
-            high = builder.shuffle_vector(value, empty, _mask(range(lanes, 2 * lanes)))
-            value = builder.fadd(low, high)
-        return builder.extract_element(value, ir.IntType(32)(0))
-
-    return types.float32(vector), generate
-
-
-def _mask(lanes) -> ir.Constant:
-    lanes = list(lanes)
-    return ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
-
-
-@intrinsic
-def ask(typing, array, at):
-    """Asks for the line of memory at array[at], which the array need not reach; nothing waits for it."""
-
-    def generate(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, value=args[0]).data
-        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        read, nearest, is_data = i32(0), i32(3), i32(1)
-        builder.call(prefetch, [builder.bitcast(builder.gep(data, [args[1]]), byte), read, nearest, is_data])
-        return context.get_dummy_value()
-
-    return types.none(array, types.intp), generate
+from sandcat.ops.numba.floats import rounded, widen
+from sandcat.ops.numba.lanes import LANES, LINE, ask, fma, load, splat, store, total
 
 
 @njit
@@ -332,3 +212,14 @@ def _add_rows(y, h, rows, units, first):
         add8(y, h, rows, units, c, first)
     for c in range(eights, h.size):
         add(y, h[c], rows[_row(units, c), first : first + y.size])
+
+
+@njit(fastmath={"reassoc", "contract"})
+def norm(h, weight, eps, x):
+    """x = RMSNorm(h), rounded as transformers rounds it."""
+    total = np.float32(0)
+    for k in range(h.size):
+        total += h[k] * h[k]
+    scale = np.float32(1 / math.sqrt(total / h.size + eps))
+    for k in range(h.size):
+        x[k] = rounded(rounded(h[k] * scale, weight[k]) * widen(weight[k]), weight[k])

@@ -1,0 +1,122 @@
+"""Attention of one decode step on a CPU, over a part of the cache of each key-value head at a time.
+
+Shapes: D size of a head, G query heads a key-value head, L positions of the cache. The tables are those of step.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from sandcat.ops.numba.floats import narrow, rounded, widen
+from sandcat.ops.numba.threads import float32s, numbers
+from sandcat.ops.numba.vectors import add_rows, dot_rows, norm
+
+POSITIONS = 256
+"""Positions that all query heads of a group look at before the next ones, so that these stay in the cache."""
+
+
+def parts_of(threads: int, groups: int) -> int:
+    """Parts that the cache of each key-value head is cut into, so that all threads have as many."""
+    return threads // math.gcd(threads, groups)
+
+
+@njit
+def _rotate(x, cos, sin):
+    """The rotary embedding of one head, in place."""
+    half = x.size // 2
+    for d in range(half):
+        low, high = x[d], x[half + d]
+        x[d] = _sum_of_products(low, cos[d], -high, sin[d])
+        x[half + d] = _sum_of_products(high, cos[half + d], low, sin[half + d])
+
+
+@njit
+def _sum_of_products(a, b, c, d):
+    return rounded(rounded(a * widen(b), b) + rounded(c * widen(d), d), b)
+
+
+@njit
+def _head(values, weight, eps, cos, sin, out, like):
+    """A query or key head: RMSNorm where there is one, then the rotary embedding, rounded as transformers rounds."""
+    if weight:
+        norm(values, numbers(weight, (values.size,), like), eps, out)
+    else:
+        for d in range(out.size):
+            out[d] = values[d]
+    _rotate(out, cos, sin)
+
+
+@njit
+def attend(model, layer, position, parts, item, q, weights, like):
+    """One part of the cache of one key-value head: maximum, sum and weighted values of each of its query heads."""
+    D, G = model.D, model.heads // model.groups
+    group, part = item // parts, item % parts
+    qkv = float32s(model.qkv, ((model.heads + 2 * model.groups) * D,))
+    cos = numbers(model.cos, (model.L, D), like)[position]
+    sin = numbers(model.sin, (model.L, D), like)[position]
+    keys = numbers(layer.keys, (model.groups, model.L, D), like)[group]
+    values = numbers(layer.values, (model.groups, model.L, D), like)[group]
+    start = max(0, position + 1 - layer.window)
+    seen = position + 1 - start
+    first, end = start + seen * part // parts, start + seen * (part + 1) // parts
+    if end == position + 1:
+        k_at = (model.heads + group) * D
+        v_at = k_at + model.groups * D
+        _head(qkv[k_at : k_at + D], layer.k_norm, layer.head_eps, cos, sin, q[0], like)
+        for d in range(D):
+            keys[position, d] = narrow(q[0, d], like[0])
+            values[position, d] = narrow(qkv[v_at + d], like[0])
+    for g in range(G):
+        at = (group * G + g) * D
+        _head(qkv[at : at + D], layer.q_norm, layer.head_eps, cos, sin, q[g], like)
+    results = float32s(model.partial, (model.heads * parts, D + 2))
+    for g in range(G):
+        result = results[(group * G + g) * parts + part]
+        for d in range(D + 2):
+            result[d] = 0
+        result[D] = -np.inf
+    for at in range(first, end, POSITIONS):
+        to = min(end, at + POSITIONS)
+        here = weights[: to - at]
+        for g in range(G):
+            acc = results[(group * G + g) * parts + part]
+            dot_rows(q[g : g + 1], keys[at:to], None, here.reshape(-1, 1))
+            top = acc[D]
+            for p in range(here.size):
+                here[p] *= np.float32(layer.scaling)
+                top = max(top, here[p])
+            fade = np.float32(math.exp(acc[D] - top))
+            total = acc[D + 1] * fade
+            for p in range(here.size):
+                here[p] = np.float32(math.exp(here[p] - top))
+                total += here[p]
+            acc[D], acc[D + 1] = top, total
+            acc = acc[:D]
+            for d in range(D):
+                acc[d] *= fade
+            add_rows(acc.reshape(1, -1), here.reshape(-1, 1), values[at:to], None)
+
+
+@njit
+def joined(model, parts, x, like):
+    """x = the heads' outputs, joined from the parts of the cache."""
+    D = model.D
+    results = float32s(model.partial, (model.heads, parts, D + 2))
+    for head in range(model.heads):
+        out = x[head * D : (head + 1) * D]
+        top = results[head, 0, D]
+        for part in range(1, parts):
+            top = max(top, results[head, part, D])
+        total = np.float32(0)
+        for d in range(D):
+            out[d] = 0
+        for part in range(parts):
+            weight = np.float32(math.exp(results[head, part, D] - top))
+            total += weight * results[head, part, D + 1]
+            for d in range(D):
+                out[d] += weight * results[head, part, d]
+        for d in range(D):
+            out[d] = rounded(out[d] / total, like)
