@@ -57,6 +57,11 @@ def test_targets_are_met(recipe, how):
         assert (max(sparsities) - min(sparsities) < 0.01) == (how == "uniform")
 
 
+def test_a_method_that_needs_no_calibration_can_have_a_target():
+    _, model, plan = sparse("llama", "coreinfer", target="bytes=0.8", allocate="uniform")
+    assert abs(plan.budget.bytes - 0.8) < 1e-5 and sparse_modules(model)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_default_recipe_on_every_family(family):
     _, model, plan = sparse(family, "sandcat", target="bytes=0.7")

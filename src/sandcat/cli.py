@@ -134,7 +134,7 @@ def sparsify(
             encode(tokenizer, line)
         texts = load_texts(text, dense, tokenizer, tokens=tokens, seed=seed, calibration=None) if measured else []
         words = None
-        if any(method.calibrated for method in methods):
+        if goal is not None or any(method.calibrated for method in methods):
             words = load_text(calibration, dense, tokenizer, tokens=calibration_tokens, seed=seed)
             load_texts(texts, dense, tokenizer, tokens=tokens, seed=seed, calibration=words)
         plan = sparsify(

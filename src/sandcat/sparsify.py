@@ -62,7 +62,7 @@ def sparsify(
     view = ModelView(model, None if device is None else torch.device(device))
     check(methods, view, overlap=how == "search")
     text = None
-    if any(method.calibrated for method in methods):
+    if goal is not None or any(method.calibrated for method in methods):
         text = calibration
         if isinstance(text, str):
             text = load_text(text, model, tokenizer, tokens=calibration_tokens, seed=seed)
