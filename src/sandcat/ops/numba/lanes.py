@@ -1,6 +1,6 @@
 """Sixteen numbers at a time, in float32 whatever they are stored as.
 
-Numba's own vectoriser stays below what memory gives (docs/performance.md), so vectors are written out: a type for
+Vectors are written out, so that what is asked of memory can stand between them (docs/performance.md): a type for
 sixteen float32 and the few operations on it. LLVM makes of them what the machine has: AVX-512, AVX2 or NEON.
 """
 
