@@ -45,6 +45,7 @@ def _rows(block: Block, name: str) -> Tensor:
 
 
 def _by_inputs(linear: nn.Module, skipped: bool = False) -> Tensor:
+    """The weight as it lies in memory: transposed where inputs are skipped."""
     return linear.weight.t() if skipped or isinstance(linear, Sparse) else linear.weight
 
 

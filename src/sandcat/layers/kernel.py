@@ -33,11 +33,11 @@ class Kernel(nn.Module, ABC):
         """Numbers in one of its weight matrices."""
 
     @abstractmethod
-    def by_kernel(self, x: Tensor, *settings: Tensor) -> Tensor:
+    def by_kernel(self, x: Tensor) -> Tensor:
         """The op on a few tokens, [tokens, outputs]."""
 
     @abstractmethod
-    def by_definition(self, x: Tensor, *settings: Tensor) -> Tensor:
+    def by_definition(self, x: Tensor) -> Tensor:
         """The same by dense products, for any number of tokens, [..., outputs]."""
 
     @abstractmethod

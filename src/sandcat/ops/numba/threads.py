@@ -25,11 +25,8 @@ from numba import carray, cfunc, njit, prange, types
 from numba.extending import intrinsic
 
 SLOTS = 16
-VERSION = int.from_bytes(
-    hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.parent.rglob("*.py")))).digest()[
-        :7
-    ]
-)
+_sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.parent.rglob("*.py")))
+VERSION = int.from_bytes(hashlib.sha256(_sources).digest()[:7])
 """A digest of the sources of all ops: Numba looks at a kernel's own file alone before it takes compiled code from its
 cache, so every kernel has this built in."""
 
