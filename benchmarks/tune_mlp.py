@@ -1,5 +1,5 @@
 """Times many shapes of programs for the CUDA kernels of one token: what to write into `gate_config` and
-`up_down_config`, and with int8 weights into `whole_rows_config`.
+`up_down_config`, and with int8 weights into `int8_rows_config`.
 
     python benchmarks/tune_mlp.py [--hidden 4096 --neurons 14336 --sparsity 0.5] [--int8]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
+from copy import copy
 from types import ModuleType
 
 import torch
@@ -71,7 +72,7 @@ def sweep(module: ModuleType, name: str, run: Callable, want: Tensor, read: floa
     for config in configs:
 
         def of(config=config):
-            setattr(module, name, lambda *args: dict(config))
+            setattr(module, name, lambda *args: copy(config))
             return run()
 
         try:
@@ -87,7 +88,7 @@ def sweep(module: ModuleType, name: str, run: Callable, want: Tensor, read: floa
         print(
             f"{name:17} {times[config] / options.copies * 1e6:7.1f} us {read / times[config] / 1e9:6.0f} GB/s  {config}"
         )
-    setattr(module, name, lambda *args: dict(chosen[ranked[0]]))
+    setattr(module, name, lambda *args: copy(chosen[ranked[0]]))
 
 
 print(f"{torch.cuda.get_device_name()}, MLP {H} x {I}, sparsity {options.sparsity}, "
@@ -122,13 +123,16 @@ sweep(
 if options.int8:
     sweep(
         int8_linear,
-        "whole_rows_config",
+        "int8_rows_config",
         linear,
         dense_reference(x, weights[0], scales[0]),
         options.copies * I * H,
         [
-            {"ROWS": rows, "BLOCK": columns, "num_warps": warps, "per_multiprocessor": programs}
-            for rows, warps, programs in itertools.product((1, 2, 4, 8), (2, 4, 8, 16), (1, 2, 3, 4))
-            if 16 <= rows * columns // (32 * warps) <= 64 and warps * programs <= 64
+            (
+                {"ROWS": rows, "BLOCK": block, "PAD": columns, "STAGES": stages, "AHEAD": 0, "num_warps": 4},
+                programs * torch.cuda.get_device_properties(device).multi_processor_count,
+            )
+            for rows, block, stages, programs in itertools.product((4, 8, 16, 32), (256, 512, 1024), (3, 4, 5), (2, 3, 4))
+            if 16 <= rows * block // 128 <= 64
         ],
     )

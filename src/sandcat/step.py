@@ -92,9 +92,10 @@ class FusedStep:
 
     def __init__(self, view: ModelView, blocks: list[Block], cache: Cache):
         # here, as not every machine has Triton
-        from sandcat.ops.triton import launch, sparse_linear, sparse_mlp, step
+        from sandcat.ops.triton import int8_linear, launch, sparse_linear, sparse_mlp, step
 
-        self.linear_kernels, self.mlp_kernels, self.kernels = sparse_linear, sparse_mlp, step
+        self.kernels, self.int8_kernels = step, int8_linear
+        self.linear_kernels, self.mlp_kernels = sparse_linear, sparse_mlp
         model, decoder = view.model, view.decoder
         self.table = model.get_input_embeddings().weight
         self.head, self.norm = model.get_output_embeddings(), decoder.norm
@@ -109,11 +110,13 @@ class FusedStep:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         self.h, self.x_normed = buffer(self.H, dtype=torch.float32), buffer(self.H)
-        self.squares = buffer(sparse_linear.MOST_SQUARES.value, dtype=torch.float32)
-        self.qkv, self.attended = buffer(self.Q + 2 * self.kv_heads * self.D), buffer(self.Q)
-        self.hidden, self.gate_up, self.logits = buffer(neurons), buffer(2 * neurons), buffer(self.head.out_features)
-        self.count, self.list_n = buffer(1, dtype=torch.int32), buffer(neurons, dtype=torch.int32)
+        self.attended, self.hidden, self.logits = buffer(self.Q), buffer(neurons), buffer(self.head.out_features)
+        qkv = self.Q + 2 * self.kv_heads * self.D
+        self.sums = buffer(qkv + 2 * neurons + 1, dtype=torch.float32)
+        self.qkv, self.gate_up, count = self.sums.split([qkv, 2 * neurons, 1])
+        self.count, self.list_n = count.view(torch.int32), buffer(neurons, dtype=torch.int32)
         self.a_n, self.parts = buffer(neurons, dtype=torch.float32), sparse_mlp.parts_like(self.h)
+        self.ordered, self.tl_dtype = torch.are_deterministic_algorithms_enabled(), launch.tl_dtype(dtype)
         heads = self.Q // self.D
         self.splits = max(1, min(32, 2 ** (self.multiprocessors // self.kv_heads).bit_length() // 2))
         self.top, self.sum = (buffer(heads, self.splits, dtype=torch.float32) for _ in range(2))
@@ -127,13 +130,12 @@ class FusedStep:
     def __call__(self, ids_11: Tensor) -> Tensor:
         grid = (_tiles(self.H, 1024),)
         self.kernels.embed[grid](
-            ids_11, self.table, self.h, self.squares, *self.table.stride(), self.H, BLOCK=1024, **self.dependent
+            ids_11, self.table, self.h, *self.table.stride(), self.H, BLOCK=1024, **self.dependent
         )  # fmt: skip
-        self.n_squares = grid[0]
         for block, cached in self.layers:
             self._project(block.input_norm, [block.q, block.k, block.v], self.qkv)
             self._attend(block, cached.keys, cached.values)
-            self._add(self.attended, block.o)
+            self._add(self.attended, block.o, zeros=self.sums)
             self._mlp(block)
         self._project(self.norm, [self.head], self.logits, self.position)
         return self.logits[None]
@@ -158,7 +160,7 @@ class FusedStep:
         (up, up_bias, up_scale), down, kernels = mlp.up(), mlp.down.weight.t(), self.mlp_kernels
         count = self.count if self.parts is None else None
         if isinstance(gate, SparseLinear):
-            self._sparse_rows(self.h, [gate], norm=norm, neurons=mlp.threshold, count=count, code=code)
+            self._sparse_rows(self.h, [gate], None, norm=norm, neurons=mlp.threshold, count=count, code=code)
         else:
             config = kernels.gate_config(self.H, gate.weight.element_size())
             kernels.gate_kernel[(_tiles(gate.out_features, config["ROWS"]),)](
@@ -166,9 +168,9 @@ class FusedStep:
                 count, self.list_n, self.a_n, self.x_normed, gate.out_features, self.H, CODE=code, **config,
                 **self.dependent,
             )  # fmt: skip
-        self.n_squares = kernels.up_down(
+        kernels.up_down(
             self.x_normed, up, down, up_bias, up_scale, scale_of(mlp.down), self.count, self.list_n, self.a_n, self.h,
-            self.squares, self.parts,
+            self.parts,
         )  # fmt: skip
 
     def _whole_rows(self, weight: Tensor, matrices: int = 1) -> tuple[dict, tuple[int]]:
@@ -177,79 +179,107 @@ class FusedStep:
         return config, (self.multiprocessors * config.pop("per_multiprocessor"),)
 
     def _project(self, norm: nn.Module, linears: list[nn.Module], out: Tensor, position: Tensor | None = None) -> None:
-        """out = the products of the layers with the normed h, one after another; neighbours of one kind at once."""
+        """out = the products of the layers with the normed h, one after another; neighbours of one kind at once.
+
+        Sparse layers add to `out`, unless it is the logits.
+        """
         start = 0
-        for (kind, _), alike in groupby(linears, lambda linear: (type(linear), linear.weight.dtype)):
+        for (kind, dtype), alike in groupby(linears, lambda linear: (type(linear), linear.weight.dtype)):
             alike = list(alike)
             y = out[start:]
             start += sum(linear.out_features for linear in alike)
             if kind is SparseLinear:
-                self._sparse_rows(self.h, alike, norm=norm, y=y, position=position)
-                continue
-            config, grid = self._whole_rows(alike[0].weight)
-            self.kernels.project[grid](
-                self.h, norm.weight, norm.variance_epsilon, *_three(m.weight for m in alike),
-                *_three(m.bias for m in alike), *_three(map(scale_of, alike)), y, position, *_sizes(alike), self.H,
-                **config, **self.dependent,
-            )  # fmt: skip
+                self._sparse_rows(self.h, alike, y, norm=norm, position=position)
+            elif dtype == torch.int8:
+                self._int8_rows(self.h, alike, y, norm=norm, position=position)
+            else:
+                config, grid = self._whole_rows(alike[0].weight)
+                self.kernels.project[grid](
+                    self.h, norm.weight, norm.variance_epsilon, *_three(m.weight for m in alike),
+                    *_three(m.bias for m in alike), y, position, *_sizes(alike), self.H, **config, **self.dependent,
+                )  # fmt: skip
 
     def _attend(self, block: Block, keys: Tensor, values: Tensor) -> None:
+        """attended = ...; or parts of it, which a sparse o adds up itself."""
         D, K, G = self.D, self.kv_heads * self.D, self.Q // (self.kv_heads * self.D)
         q, k, v = self.qkv.split([self.Q, K, K])
         norms = [None if norm is None else norm.weight for norm in (block.q_norm, block.k_norm)]
         self.kernels.attend[(self.kv_heads, self.splits)](
             q, k, v, *norms, 0.0 if block.q_norm is None else block.q_norm.variance_epsilon, self.cos, self.sin,
-            self.position, keys, values, block.scaling, self.top, self.sum, self.acc, self.heads_arrived, self.attended,
+            self.position, keys, values, block.scaling, self.top, self.sum, self.acc, self.heads_arrived,
+            None if isinstance(block.o, SparseLinear) else self.attended,
             self.max_length, G, D, block.window or self.max_length,
             **self.kernels.attend_config(G, D, keys.element_size(), self.max_length, self.splits), **self.dependent,
         )  # fmt: skip
 
-    def _add(self, x: Tensor, linear: nn.Module, *, gate: Tensor | None = None, code: int = 0) -> None:
-        """h += the layer's product with x, or with act(gate) * x."""
+    def _add(
+        self, x: Tensor, linear: nn.Module, *, gate: Tensor | None = None, code: int = 0, zeros: Tensor | None = None
+    ) -> None:
+        """h += the layer's product with x, or with act(gate) * x; and zeros = 0."""
         if isinstance(linear, SparseLinear):
-            self._sparse_rows(x, [linear], gate=gate, h=self.h, code=code)
-            return
-        config, grid = self._whole_rows(linear.weight)
-        self.kernels.add_rows[grid](
-            x, gate, linear.weight, linear.bias, scale_of(linear), self.h, self.squares, self.count,
-            *linear.weight.shape, CODE=code, **config, **self.dependent,
-        )  # fmt: skip
-        self.n_squares = grid[0]
+            self._sparse_rows(x, [linear], self.h, gate=gate, code=code, zeros=zeros)
+        elif linear.weight.dtype == torch.int8 and gate is None:
+            self._int8_rows(x, [linear], self.h, zeros=zeros)
+        else:
+            config, grid = self._whole_rows(linear.weight)
+            self.kernels.add_rows[grid](
+                x, gate, linear.weight, linear.bias, scale_of(linear), self.h, zeros, 0 if zeros is None else len(zeros),
+                *linear.weight.shape, CODE=code, DTYPE=self.tl_dtype, ZEROS=_zeros(zeros, grid[0]), **config,
+                **self.dependent,
+            )  # fmt: skip
 
     def _sparse_rows(
         self,
         x: Tensor,
         linears: list[SparseLinear],
+        y: Tensor | None,
         *,
         gate: Tensor | None = None,
         norm: nn.Module | None = None,
-        y: Tensor | None = None,
-        h: Tensor | None = None,
         neurons: Tensor | None = None,
         count: Tensor | None = None,
         position: Tensor | None = None,
         code: int = 0,
+        zeros: Tensor | None = None,
     ) -> None:
-        """The products with x, with act(gate) * x or with the normed x, to y, to h, or to the list of neurons."""
+        """The products with x, with act(gate) * x or with the normed x, added to y, or to the list of neurons."""
         channels, itemsize = linears[0].in_features, linears[0].weight.element_size()
         config, grid = self.linear_kernels.sparse_rows_config(
             [linear.out_features for linear in linears], channels, itemsize, self.multiprocessors
         )
-        sizes, programs = _sizes(linears), grid[0] * grid[1]
+        sizes, programs, heads = _sizes(linears), grid[0] * grid[1], x is self.attended
+        ordered = self.ordered or y is None or y.dtype != torch.float32 or position is not None
+        room = (self._room("parts", grid[1] * sum(sizes), torch.float32), self._room("arrived", grid[0], torch.int32))
         self.linear_kernels.sparse_rows[grid](
-            x, gate, None if norm is None else norm.weight, 0.0 if norm is None else norm.variance_epsilon,
-            None if self.n_squares is None and h is None else self.squares, self.n_squares or 0,
-            *_three(m.weight.t() for m in linears), *_three(m.threshold for m in linears),
+            self.acc if heads else x, gate, *_norm(norm), self.top if heads else None, self.sum if heads else None,
+            self.D, *_three(m.weight.t() for m in linears), *_three(m.threshold for m in linears),
             *_three(m.bias for m in linears), *_three(map(scale_of, linears)),
             self._room("list_i", programs * config["CHANNELS"], torch.int32),
             self._room("list_x", programs * config["CHANNELS"], torch.float32),
-            self._room("parts", grid[1] * sum(sizes), torch.float32), self._room("arrived", grid[0], torch.int32),
-            y, h, count if h is None else self.count, neurons, self.list_n, self.a_n,
-            None if neurons is None else self.x_normed, position, *sizes, channels, CODE=code, **config,
-            **self.dependent,
+            *(room if ordered else (None, None)), y, zeros, 0 if zeros is None else len(zeros), neurons, self.list_n,
+            self.a_n, count, None if neurons is None else self.x_normed, position, *sizes, channels, CODE=code,
+            ADD=position is None, ORDERED=ordered, HEAD_PARTS=self.splits if heads else 0,
+            ZEROS=_zeros(zeros, programs), **config, **self.dependent,
         )  # fmt: skip
-        if h is not None:
-            self.n_squares = grid[0]
+
+    def _int8_rows(
+        self,
+        x: Tensor,
+        linears: list[Int8Linear],
+        y: Tensor,
+        *,
+        norm: nn.Module | None = None,
+        position: Tensor | None = None,
+        zeros: Tensor | None = None,
+    ) -> None:
+        """y = the products with the normed x, or y += those with x."""
+        sizes, columns = _sizes(linears), linears[0].in_features
+        config, programs = self.int8_kernels.int8_rows_config(sum(sizes), columns, self.multiprocessors)
+        self.int8_kernels.int8_rows[(programs,)](
+            x, *_norm(norm), *_three(m.weight for m in linears), *_three(m.bias for m in linears),
+            *_three(map(scale_of, linears)), y, zeros, 0 if zeros is None else len(zeros), position, *sizes, columns,
+            ADD=norm is None, ZEROS=_zeros(zeros, programs), **config, **self.dependent,
+        )  # fmt: skip
 
     def _room(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
         """A buffer that programs of one launch share, zero at first; it grows to the largest launch."""
@@ -278,3 +308,12 @@ def _three(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
 def _sizes(linears: list[nn.Module]) -> list[int]:
     """Output sizes of up to three layers, filled up to three."""
     return [linear.out_features for linear in linears] + [0] * (3 - len(linears))
+
+
+def _norm(norm: nn.Module | None) -> tuple[Tensor | None, float]:
+    return (None, 0.0) if norm is None else (norm.weight, norm.variance_epsilon)
+
+
+def _zeros(zeros: Tensor | None, programs: int) -> int:
+    """How many zeroes each of so many programs writes, as a power of two."""
+    return 1 if zeros is None else 1 << (_tiles(len(zeros), programs) - 1).bit_length()

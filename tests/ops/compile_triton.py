@@ -13,9 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
 
 import teal_published
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+import sandcat.ops.triton.int8_linear as int8_linear
 import sandcat.ops.triton.sparse_linear as linear
 import sandcat.ops.triton.sparse_mlp as kernels
 import sandcat.ops.triton.step as step
@@ -30,18 +32,21 @@ TYPES = {
     "up_bias": "*{0}", "q": "*{0}", "k": "*{0}", "v": "*{0}", "q_norm": "*{0}", "k_norm": "*{0}", "cos": "*{0}",
     "sin": "*{0}", "position": "*i32", "keys": "*{0}", "values": "*{0}", "scale": "fp32", "top_ws": "*fp32",
     "sum_ws": "*fp32", "acc_ws": "*fp32", "arrived": "*i32", "out": "*{0}", "norm": "*{0}", "x_normed": "*{0}",
-    "eps": "fp32", "squares": "*fp32", "n_squares": "i32", "a_threshold": "*{0}", "b_threshold": "*{0}",
+    "eps": "fp32", "top": "*fp32", "total": "*fp32", "zeros": "*fp32", "n_zeros": "i32", "a_threshold": "*{0}", "b_threshold": "*{0}",
     "c_threshold": "*{0}", "list_i": "*i32", "list_x": "*fp32", "parts": "*fp32", "neurons": "*{0}",
     "a_scale": "*{0}", "b_scale": "*{0}", "c_scale": "*{0}", "gate_scale": "*{0}", "up_scale": "*{0}",
     "down_scale": "*{0}", "P": "i32",
 }  # fmt: skip
+SIZES = ("I", "H", "N", "K", "A", "B", "C", "L", "D")
+"""Sizes that a launch finds to be multiples of 16, as all addresses are; it makes loads wide."""
+TL_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 WEIGHTS = {
-    kernels.gate_kernel: ["gate"], kernels.up_down_kernel: ["up", "down"], step.project: ["a", "b", "c"],
+    kernels.gate_kernel: ["gate"], kernels.up_down_kernel: ["up", "down"], int8_linear.int8_rows: ["a", "b", "c"],
     step.add_rows: ["w"], step.gate_up: ["gate", "up"], linear.sparse_rows: ["a", "b", "c"],
 }  # fmt: skip
 SCALES = {
     kernels.gate_kernel: ["gate_scale"], kernels.up_down_kernel: ["up_scale", "down_scale"],
-    step.project: ["a_scale", "b_scale", "c_scale"], step.add_rows: ["scale"],
+    int8_linear.int8_rows: ["a_scale", "b_scale", "c_scale"], step.add_rows: ["scale"],
     step.gate_up: ["gate_scale", "up_scale"], linear.sparse_rows: ["a_scale", "b_scale", "c_scale"],
 }  # fmt: skip
 
@@ -53,7 +58,7 @@ def check(kernel, dtype: str, capability: int, *, int8: bool = False, **constant
     if "PDL" in kernel.arg_names:
         constants["PDL"] = capability >= 90
     types = dict(TYPES)
-    if kernel in (step.project, step.gate_up, linear.sparse_rows, teal_published.masked_rows):
+    if kernel in (step.project, step.gate_up, teal_published.masked_rows):
         types["y"] = "*{0}"
     if int8:
         types |= dict.fromkeys(WEIGHTS[kernel], "*i8") | dict.fromkeys(SCALES[kernel], "*{0}")
@@ -61,7 +66,15 @@ def check(kernel, dtype: str, capability: int, *, int8: bool = False, **constant
         constants |= dict.fromkeys(SCALES.get(kernel, []))
     types = {name: type for name, type in types.items() if name not in constants}
     signature = {name: types[name].format(dtype) if name in types else "constexpr" for name in kernel.arg_names}
-    source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()})
+    aligned = [
+        i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name in SIZES and name in types
+    ]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(kernel.arg_names.index(k),): v for k, v in constants.items()},
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
     built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
@@ -85,7 +98,7 @@ def main(capability: int) -> None:
         for int8 in (False, True):
             if int8 and dtype == "fp16":
                 continue  # as bf16
-            for kernel, constants in of_one_token(1 if int8 else itemsize):
+            for kernel, constants in of_one_token(1 if int8 else itemsize, dtype):
                 print(check(kernel, dtype, capability, int8=int8, **constants))
         print(check(tokens.gate_tokens, dtype, capability, CODE=2, **tokens.rows_config(itemsize)))
         print(check(tokens.up_tokens, dtype, capability, **tokens.rows_config(itemsize)))
@@ -99,22 +112,32 @@ def main(capability: int) -> None:
     print(check(kernels.add_parts, "fp32", capability, ROWS=32, BLOCK=64, num_warps=4))
 
 
-def of_one_token(itemsize: int) -> Iterator[tuple]:
+def of_one_token(itemsize: int, dtype: str) -> Iterator[tuple]:
     """Kernels that read weights of so many bytes each, and their constants."""
     for hidden in (576, 2048, 4096, 8192):
         yield kernels.gate_kernel, {"CODE": 0, **kernels.gate_config(hidden, itemsize)}
         for parts in (False, True):
             yield kernels.up_down_kernel, {"PARTS": parts, **kernels.up_down_config(hidden, itemsize)}
-    for hidden in (4096, 8192):
-        for left_out in (["position"], ["position", "a_bias", "b_bias", "c_bias"]):
-            yield step.project, {**dict.fromkeys(left_out), **step.whole_rows_config(hidden, itemsize)}
-    for columns in (4096, 11008, 14336):
-        yield step.add_rows, {"CODE": 0, "gate": None, **step.whole_rows_config(columns, itemsize)}
+    no_bias = dict.fromkeys(["a_bias", "b_bias", "c_bias"])
+    for columns in (4096, 8192, 14336):
+        for left_out in ({"position": None}, {"position": None, **no_bias}):
+            if itemsize == 1:
+                for rows in (4096, 14336):
+                    config, _ = int8_linear.int8_rows_config(rows, columns, 132)
+                    yield int8_linear.int8_rows, {**left_out, "ADD": True, "ZEROS": 64, **config}
+            else:
+                yield step.project, {**left_out, **step.whole_rows_config(columns, itemsize)}
+        constants = {"CODE": 0, "gate": None, "DTYPE": getattr(tl, TL_TYPES[dtype]), "ZEROS": 64}
+        yield step.add_rows, constants | step.whole_rows_config(columns, itemsize)
     yield step.gate_up, {"CODE": 0, **step.whole_rows_config(4096, itemsize, matrices=2)}
-    none = dict.fromkeys(["a_bias", "b_bias", "c_bias", "gate", "neurons", "h", "position"]) | {"CODE": 0}
+    constants = dict.fromkeys(["neurons", "position", "gate"]) | no_bias
+    constants |= {"CODE": 0, "ADD": True, "HEAD_PARTS": 0, "ZEROS": 64}
     for columns, channels in (([4096] * 3, 4096), ([4096], 11008), ([14336] * 2, 4096), ([32000], 4096)):
         config, _ = linear.sparse_rows_config(columns, channels, itemsize, 132)
-        yield linear.sparse_rows, {**none, **config}
+        for ordered in (False, True):
+            yield linear.sparse_rows, {**constants, "ORDERED": ordered, **config}
+    config, _ = linear.sparse_rows_config([4096], 4096, itemsize, 132)
+    yield linear.sparse_rows, {**constants, "ORDERED": False, "HEAD_PARTS": 4, "norm": None, "x_normed": None, **config}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import triton.language as tl
 
 
 @functools.cache
@@ -17,3 +18,8 @@ def dependent_launch(device: torch.device) -> dict[str, bool]:
     """Arguments that launch a kernel while the one before it runs, which NVIDIA's from 9.0 on can."""
     able = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}
+
+
+def tl_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of a dtype."""
+    return getattr(tl, str(dtype).removeprefix("torch."))

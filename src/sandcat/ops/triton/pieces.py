@@ -5,12 +5,16 @@ Shapes: N outputs, K columns of a weight, I neurons.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sandcat.ops.sparse_mlp import ACTIVATIONS
 
 CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
+"""Whether kernels may hold instructions of NVIDIA's."""
 _SILU, _GELU, _GELU_TANH = (tl.constexpr(CODES[name]) for name in ("silu", "gelu", "gelu_tanh"))
 
 
@@ -41,9 +45,49 @@ def gated(g, u, dtype: tl.constexpr, CODE: tl.constexpr):
 @triton.jit
 def widen(w):
     """Weights as float32; int8 by its bits, as there are more units for sums than for conversions."""
-    if w.dtype == tl.int8:
+    if w.dtype != tl.int8:
+        return w.to(tl.float32)
+    if not PTX:
         return (w.to(tl.int32) + 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
-    return w.to(tl.float32)
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 u;
+        xor.b32 u, $4, 0x80808080;
+        prmt.b32 $0, u, 0x4B000000, 0x7540; prmt.b32 $1, u, 0x4B000000, 0x7541;
+        prmt.b32 $2, u, 0x4B000000, 0x7542; prmt.b32 $3, u, 0x4B000000, 0x7543;
+        add.f32 $0, $0, 0fCB000080; add.f32 $1, $1, 0fCB000080;
+        add.f32 $2, $2, 0fCB000080; add.f32 $3, $3, 0fCB000080; }""",
+        "=f,=f,=f,=f,r", [w], dtype=tl.float32, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def ask_for(at, here):
+    """Asks for the lines of memory at these addresses, where `here`, to be brought to the L2 cache."""
+    if PTX:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l,r",
+            [at.to(tl.int64), here.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def clear(y, count, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """n zeroes; and a counter, where there is one, is zero."""
+    if PDL:
+        gdc_wait()  # before the next kernel may start: that one reads weights, which must be written by now
+        gdc_launch_dependents()
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.zeros((BLOCK,), tl.float32), mask=i < n)
+    if count is not None:
+        tl.store(count, 0, mask=tl.program_id(0) == 0)
+
+
+@triton.jit
+def clear_share(zeros, n, ZEROS: tl.constexpr):
+    """The program's share of n zeroes, ZEROS at most."""
+    if zeros is not None:
+        at = (tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)) * ZEROS + tl.arange(0, ZEROS)
+        tl.store(zeros + at, tl.zeros((ZEROS,), tl.float32), mask=at < n)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """CUDA kernels of `sandcat::sparse_mlp` and `sandcat::sparse_up_down` for one token. Shapes: see ops/sparse_mlp.py.
 
-`_clear` zeroes the sums and the counter. `gate_kernel` computes a = act(gate(x)) for all neurons and appends the kept
+`clear` zeroes the sums and the counter. `gate_kernel` computes a = act(gate(x)) for all neurons and appends the kept
 ones to a list (`_list_kernel`: those of a given a); `up_down_kernel` walks the list, a few neurons at a time: up row .
 x, times a, times the down row, summed in registers over all of a program's neurons, so that the intermediate state
 never leaves the chip; one atomic add a program and column at the end.
@@ -24,21 +24,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sandcat.ops.sparse_mlp import check_arguments, reference, reference_up_down, sparse_mlp, sparse_up_down
 from sandcat.ops.triton.launch import dependent_launch, multiprocessors
-from sandcat.ops.triton.pieces import CODES, activated, finish, keep_neurons, load_rows, widen
+from sandcat.ops.triton.pieces import CODES, activated, clear, finish, keep_neurons, load_rows, widen
 from sandcat.ops.triton.tokens import add_tokens
 
 OPS = INT8_OPS = ("sparse_mlp", "sparse_up_down")
-
-
-@triton.jit
-def _clear(y, count, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        gdc_wait()  # before the next kernel may start: that one reads weights, which must be written by now
-        gdc_launch_dependents()
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y + i, tl.zeros((BLOCK,), tl.float32), mask=i < n)
-    if tl.program_id(0) == 0:
-        tl.store(count, 0)
 
 
 @triton.jit
@@ -146,8 +135,8 @@ def up_down_kernel(
 
 
 @triton.jit
-def add_parts(parts, y, squares, P, H, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """y += the sums of P programs, in their order; with `squares`, its sum of squares, in parts."""
+def add_parts(parts, y, P, H, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """y += the sums of P programs, in their order."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -158,8 +147,6 @@ def add_parts(parts, y, squares, P, H, ROWS: tl.constexpr, BLOCK: tl.constexpr, 
         acc += tl.load(parts + p[:, None] * H + k[None, :], mask=(p < P)[:, None] & (k < H)[None, :], other=0.0)
     total = tl.sum(acc, 0) + tl.load(y + k, mask=k < H, other=0.0)
     tl.store(y + k, total, mask=k < H)
-    if squares is not None:
-        tl.store(squares + tl.program_id(0), tl.sum(tl.where(k < H, total * total, 0.0)))
 
 
 def gate_config(hidden: int, itemsize: int) -> dict:
@@ -185,12 +172,9 @@ def parts_like(y_H: Tensor) -> Tensor | None:
 
 def up_down(
     x: Tensor, up: Tensor, down: Tensor, bias: Tensor | None, up_scale: Tensor | None, down_scale: Tensor | None,
-    count: Tensor, list_n: Tensor, a_n: Tensor, y: Tensor, squares: Tensor | None, parts: Tensor | None,
-) -> int | None:  # fmt: skip
-    """y += up and down of the neurons of the list; with `parts` they are only marked, and all is done in their order.
-
-    Returns into how many parts the squares of y went; None if nobody knows them.
-    """
+    count: Tensor, list_n: Tensor, a_n: Tensor, y: Tensor, parts: Tensor | None,
+) -> None:  # fmt: skip
+    """y += up and down of the neurons of the list; with `parts` they are only marked, and all is done in their order."""
     (I, H), dependent = up.shape, dependent_launch(x.device)
     config = up_down_config(H, max(up.element_size(), down.element_size()))
     programs = multiprocessors(x.device) * config.pop("per_multiprocessor")
@@ -201,11 +185,8 @@ def up_down(
         x, up, down, bias, up_scale, down_scale, count, list_n, a_n, y if parts is None else parts, I, H,
         PARTS=parts is not None, **config, **dependent,
     )  # fmt: skip
-    if parts is None:
-        return None
-    tiles = triton.cdiv(H, 64)
-    add_parts[(tiles,)](parts, y, squares, programs, H, ROWS=32, BLOCK=64, **dependent)
-    return tiles
+    if parts is not None:
+        add_parts[(triton.cdiv(H, 64),)](parts, y, programs, H, ROWS=32, BLOCK=64, **dependent)
 
 
 @sparse_mlp.register_kernel("cuda")
@@ -233,14 +214,14 @@ def launch(
     gate_bias, up_bias, *scales = _contiguous(gate_bias_I, up_bias_I, *scales)
     dependent = dependent_launch(x.device)
     with torch.cuda.device(x.device):
-        _clear[(triton.cdiv(T * H, 1024),)](y_TH, count, T * H, BLOCK=1024, **dependent)
+        clear[(triton.cdiv(T * H, 1024),)](y_TH, count, T * H, BLOCK=1024, **dependent)
         if T == 1:
             config = gate_config(H, gate.element_size())
             gate_kernel[(triton.cdiv(I, config["ROWS"]),)](
                 x, None, 0.0, gate, gate_bias, scales[0], threshold, None if parts is not None else count, list_n, a_n,
                 None, I, H, CODE=CODES[activation], **config, **dependent,
             )  # fmt: skip
-            up_down(x, up, down, up_bias, *scales[1:], count, list_n, a_n, y_TH[0], None, parts)
+            up_down(x, up, down, up_bias, *scales[1:], count, list_n, a_n, y_TH[0], parts)
         else:
             add_tokens(x, gate, up, down, threshold, gate_bias, up_bias, CODES[activation], count, list_n, y_TH)
     return y_TH if down_bias_H is None else y_TH + down_bias_H
@@ -270,11 +251,11 @@ def launch_up_down(
     y_TH, count, list_n, a_n, parts = _room(x_TH, I)
     dependent = dependent_launch(x.device)
     with torch.cuda.device(x.device):
-        _clear[(triton.cdiv(H, 1024),)](y_TH, count, H, BLOCK=1024, **dependent)
+        clear[(triton.cdiv(H, 1024),)](y_TH, count, H, BLOCK=1024, **dependent)
         _list_kernel[(triton.cdiv(I, 1024),)](
             a, threshold, None if parts is not None else count, list_n, a_n, I, BLOCK=1024, **dependent
         )  # fmt: skip
-        up_down(x, up, down, up_bias, up_scale, down_scale, count, list_n, a_n, y_TH[0], None, parts)
+        up_down(x, up, down, up_bias, up_scale, down_scale, count, list_n, a_n, y_TH[0], parts)
     return y_TH if down_bias_H is None else y_TH + down_bias_H
 
 

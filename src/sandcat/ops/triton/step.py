@@ -2,7 +2,8 @@
 
 Shapes: H hidden size, I intermediate size, D size of a head, G query heads a key-value head, L positions of the cache.
 The residual state h is float32 and stays one buffer through all layers: norms are applied where it is read, and results
-are added to it where they are made. Every kernel is launched while the one before it runs and waits where it needs its
+are added to it where they are made. Sums that several programs add to are float32 too, and are zeroed by a kernel that
+runs between their last use and their next. Every kernel is launched while the one before it runs and waits where it needs its
 results; weights, which no step changes, are asked for before that.
 """
 
@@ -12,15 +13,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sandcat.ops.triton.pieces import finish, gated, load_rows, which_of_three, widen
+from sandcat.ops.triton.pieces import clear_share, finish, gated, load_rows, which_of_three, widen
 
 
 @triton.jit
-def load_x(x, gate, norm, eps, k, K, CODE: tl.constexpr):
+def load_x(x, gate, norm, eps, k, K, CODE: tl.constexpr, DTYPE: tl.constexpr):
     """A vector of K numbers: x, act(gate) * x, or x after an RMSNorm, rounded as transformers rounds it."""
     x_k = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
     if gate is not None:
-        x_k = gated(tl.load(gate + k, mask=k < K, other=0.0).to(tl.float32), x_k, x.dtype.element_ty, CODE)
+        g_k = tl.load(gate + k, mask=k < K, other=0.0).to(tl.float32)
+        x_k = gated(g_k, x_k.to(DTYPE).to(tl.float32), DTYPE, CODE)
     if norm is not None:
         dtype: tl.constexpr = norm.dtype.element_ty
         x_k = (x_k * tl.rsqrt(tl.sum(x_k * x_k) / K + eps)).to(dtype).to(tl.float32)
@@ -29,9 +31,8 @@ def load_x(x, gate, norm, eps, k, K, CODE: tl.constexpr):
 
 
 @triton.jit
-def embed(ids, table, h, squares, row_stride, stride, H, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """h = the row of the token; and its sum of squares, in parts. Strides: a table that is the head too, and skips
-    inputs there, is stored by columns."""
+def embed(ids, table, h, row_stride, stride, H, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """h = the row of the token. Strides: a table that is the head too, and skips inputs there, is stored by columns."""
     if PDL:
         gdc_wait()  # before the next kernel may start: that one reads weights, which must be written by now
         gdc_launch_dependents()
@@ -39,12 +40,11 @@ def embed(ids, table, h, squares, row_stride, stride, H, BLOCK: tl.constexpr, PD
     row = tl.load(ids).to(tl.int64)
     h_k = tl.load(table + row * row_stride + k.to(tl.int64) * stride, mask=k < H, other=0.0).to(tl.float32)
     tl.store(h + k, h_k, mask=k < H)
-    tl.store(squares + tl.program_id(0), tl.sum(h_k * h_k))
 
 
 @triton.jit
 def project(
-    h, norm, eps, a, b, c, a_bias, b_bias, c_bias, a_scale, b_scale, c_scale, y, position, A, B, C, H,
+    h, norm, eps, a, b, c, a_bias, b_bias, c_bias, y, position, A, B, C, H,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = the products of up to three matrices, of A, B and C rows, with the normed h, one after another.
@@ -58,18 +58,16 @@ def project(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    x_k = load_x(h, None, norm, eps, k, H, 0)
+    x_k = load_x(h, None, norm, eps, k, H, 0, norm.dtype.element_ty)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         at, size_ahead, rows_ahead, before_ahead = which_of_three(
             tile + tl.num_programs(0), a, b, c, A, B, C, ROWS
         )  # fmt: skip
         w_ahead = load_rows(at, rows_ahead, size_ahead, k, H)
-        scale, bias = a_scale, a_bias
-        if a_scale is not None:
-            scale = which_of_three(tile, a_scale, b_scale, c_scale, A, B, C, ROWS)[0]
+        bias = a_bias
         if a_bias is not None:
             bias = which_of_three(tile, a_bias, b_bias, c_bias, A, B, C, ROWS)[0]
-        total = finish(tl.sum(widen(w) * x_k[None, :], 1), scale, bias, rows, size)
+        total = finish(tl.sum(widen(w) * x_k[None, :], 1), None, bias, rows, size)
         tl.store(y + before + rows, total.to(y.dtype.element_ty), mask=rows < size)
         w, size, rows, before = w_ahead, size_ahead, rows_ahead, before_ahead
     if position is not None:
@@ -78,29 +76,25 @@ def project(
 
 @triton.jit
 def add_rows(
-    x, gate, w, bias, scale, h, squares, count, N, K,
-    CODE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x, gate, w, bias, scale, h, zeros, n_zeros, N, K,
+    CODE: tl.constexpr, DTYPE: tl.constexpr, ZEROS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """h += W x, W of N rows and K columns, x or act(gate) * x; its sum of squares, in parts; and the counter of kept
-    neurons is zero again."""
+    """h += W x, W of N rows and K columns, x or act(gate) * x in DTYPE; for `zeros` see `clear_share`."""
     k, r = tl.arange(0, BLOCK), tl.arange(0, ROWS)
     w_rk = load_rows(w, tl.program_id(0) * ROWS + r, N, k, K)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    x_k = load_x(x, gate, None, 0.0, k, K, CODE)
-    square = tl.zeros((ROWS,), tl.float32)
+    x_k = load_x(x, gate, None, 0.0, k, K, CODE, DTYPE)
     for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
         rows = tile * ROWS + r
         ahead = load_rows(w, rows + tl.num_programs(0) * ROWS, N, k, K)
         h_r = tl.load(h + rows, mask=rows < N, other=0.0)
         total = finish(tl.sum(widen(w_rk) * x_k[None, :], 1), scale, bias, rows, N)
-        total += h_r
-        square += tl.where(rows < N, total * total, 0.0)
-        tl.store(h + rows, total, mask=rows < N)
+        tl.store(h + rows, h_r + total, mask=rows < N)
         w_rk = ahead
-    tl.store(squares + tl.program_id(0), tl.sum(square))
-    tl.store(count, 0, mask=tl.program_id(0) == 0)
+    clear_share(zeros, n_zeros, ZEROS)
 
 
 @triton.jit
@@ -116,7 +110,7 @@ def gate_up(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    x_k = load_x(h, None, norm, eps, k, H, 0)
+    x_k = load_x(h, None, norm, eps, k, H, 0, dtype)
     for tile in range(tl.program_id(0), tl.cdiv(I, ROWS), tl.num_programs(0)):
         rows = tile * ROWS + r
         ahead = rows + tl.num_programs(0) * ROWS
@@ -128,12 +122,12 @@ def gate_up(
 
 
 @triton.jit
-def _rotated(x, norm, eps, cos, sin, here, d, D):
-    """RMSNorm, where there is one, and rotary embedding of heads whose first element is at x."""
+def _rotated(x, norm, eps, cos, sin, here, d, D, dtype: tl.constexpr):
+    """RMSNorm, where there is one, and rotary embedding of heads whose first element is at x, in their dtype."""
     half = D // 2
     other = tl.where(d < half, d + half, d - half)
-    own, swapped = tl.load(x + d, mask=here, other=0.0).to(tl.float32), tl.load(x + other, mask=here, other=0.0)
-    swapped = swapped.to(tl.float32)
+    own = tl.load(x + d, mask=here, other=0.0).to(dtype).to(tl.float32)
+    swapped = tl.load(x + other, mask=here, other=0.0).to(dtype).to(tl.float32)
     if norm is not None:
         scale = tl.rsqrt(tl.sum(own * own, 1) / D + eps)[:, None]
         own *= scale * tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
@@ -151,7 +145,7 @@ def attend(
     """Rotates q and k, writes k and v into the cache, and attends to it.
 
     A program takes every SPLITS-th run of POSITIONS cached positions for one key-value head; the last of a head's
-    programs to end adds up their parts.
+    programs to end adds up their parts. Without `out` they stay parts, for `sparse_rows` to add up what it needs.
     """
     head, split = tl.program_id(0), tl.program_id(1)
     g, d = tl.arange(0, GROUP), tl.arange(0, BLOCK)[None, :]
@@ -172,9 +166,9 @@ def attend(
     sin += new * D
     row = (head * G + g)[:, None]
     here = (g < G)[:, None] & (d < D)
-    q_gd = _rotated(q + row * D, q_norm, eps, cos, sin, here, d, D).to(dtype)
-    k_d = _rotated(k + head * D, k_norm, eps, cos, sin, d < D, d, D).to(dtype)
-    v_d = tl.load(v + head * D + d, mask=d < D, other=0.0)
+    q_gd = _rotated(q + row * D, q_norm, eps, cos, sin, here, d, D, dtype).to(dtype)
+    k_d = _rotated(k + head * D, k_norm, eps, cos, sin, d < D, d, D, dtype).to(dtype)
+    v_d = tl.load(v + head * D + d, mask=d < D, other=0.0).to(dtype)
     if split == 0:
         tl.store(keys + new * D + d, k_d, mask=d < D)
         tl.store(values + new * D + d, v_d, mask=d < D)
@@ -199,21 +193,21 @@ def attend(
     tl.store(top_ws + part_g + split, top, mask=g < G)
     tl.store(sum_ws + part_g + split, total, mask=g < G)
     tl.store(acc_ws + (row * SPLITS + split) * D + d, acc, mask=here)
-    tl.debug_barrier()
-    if tl.atomic_add(arrived + head, 1, sem="acq_rel") == SPLITS - 1:
-        i = tl.arange(0, SPLITS)[None, :]
-        all_here = (g < G)[:, None] & (i < SPLITS)
-        top_gs = tl.load(top_ws + part_g[:, None] + i, mask=all_here, other=0.0, cache_modifier=".cg")
-        sum_gs = tl.load(sum_ws + part_g[:, None] + i, mask=all_here, other=1.0, cache_modifier=".cg")
-        highest = tl.max(top_gs, 1)
-        total = tl.sum(sum_gs * tl.exp(top_gs - highest[:, None]), 1)
-        acc = tl.zeros((GROUP, BLOCK), tl.float32)
-        for i in range(SPLITS):
-            w = tl.exp(tl.load(top_ws + part_g + i, mask=g < G, other=0.0, cache_modifier=".cg") - highest)
-            at = acc_ws + (row * SPLITS + i) * D + d
-            acc += w[:, None] * tl.load(at, mask=here, other=0.0, cache_modifier=".cg")
-        tl.store(out + row * D + d, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
-        tl.store(arrived + head, 0)
+    if out is not None:
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + head, 1, sem="acq_rel") == SPLITS - 1:
+            highest = tl.full((GROUP,), float("-inf"), tl.float32)
+            for p in tl.static_range(SPLITS):
+                top = tl.load(top_ws + part_g + p, mask=g < G, other=0.0, cache_modifier=".cg")
+                highest = tl.maximum(highest, top)
+            acc, total = tl.zeros((GROUP, BLOCK), tl.float32), tl.zeros((GROUP,), tl.float32)
+            for p in tl.static_range(SPLITS):
+                fade = tl.exp(tl.load(top_ws + part_g + p, mask=g < G, other=0.0, cache_modifier=".cg") - highest)
+                total += fade * tl.load(sum_ws + part_g + p, mask=g < G, other=1.0, cache_modifier=".cg")
+                at = acc_ws + (row * SPLITS + p) * D + d
+                acc += fade[:, None] * tl.load(at, mask=here, other=0.0, cache_modifier=".cg")
+            tl.store(out + row * D + d, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
+            tl.store(arrived + head, 0)
 
 
 def attend_config(group: int, size: int, itemsize: int, length: int, splits: int) -> dict:
@@ -232,7 +226,9 @@ def attend_config(group: int, size: int, itemsize: int, length: int, splits: int
 def whole_rows_config(columns: int, itemsize: int, matrices: int = 1) -> dict:
     """Rows that a program takes at a time of each matrix, its columns (all), its warps, programs a multiprocessor."""
     block = triton.next_power_of_2(columns)
-    at_once = 32768 if itemsize == 1 else 8192  # int8 by as many bytes as need twice the threads for their sums
-    rows = max(1, min(4, at_once // block // matrices))
-    warps = min(32, max(2, rows * matrices * block * max(2, itemsize) // 4096))  # at most 64 numbers a thread
+    if itemsize == 1:
+        warps = min(32, max(1, block // 1024))
+        return {"ROWS": 1, "BLOCK": block, "num_warps": warps, "per_multiprocessor": max(1, 16 // warps)}
+    rows = max(1, min(4, 8192 // block // matrices))
+    warps = min(32, max(2, rows * matrices * block * itemsize // 4096))  # at most 64 numbers a thread
     return {"ROWS": rows, "BLOCK": block, "num_warps": warps, "per_multiprocessor": 4}
