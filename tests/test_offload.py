@@ -146,7 +146,7 @@ def test_command_line(moves, tmp_path, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe, options", [("teal:sites=all+head", {}), ("int8 cats", {"target": "bytes=0.4"})])
+@pytest.mark.parametrize("recipe, options", [("teal:sites=all+head", {}), ("int8 cats", {"target": "bytes=0.2"})])
 def test_memory_of_a_gpu(recipe, options):
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "vocab_size": 2048}
     model = tiny("llama", **sizes, tie_word_embeddings=False)
