@@ -132,7 +132,8 @@ if options.int8:
                 {"ROWS": rows, "BLOCK": block, "PAD": columns, "STAGES": stages, "AHEAD": 0, "num_warps": 4},
                 programs * torch.cuda.get_device_properties(device).multi_processor_count,
             )
-            for rows, block, stages, programs in itertools.product((4, 8, 16, 32), (256, 512, 1024), (3, 4, 5), (2, 3, 4))
+            for rows, block in itertools.product((4, 8, 16, 32), (256, 512, 1024))
+            for stages, programs in itertools.product((3, 4, 5), (2, 3, 4))
             if 16 <= rows * block // 128 <= 64
         ],
     )

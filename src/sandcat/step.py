@@ -223,9 +223,9 @@ class FusedStep:
         else:
             config, grid = self._whole_rows(linear.weight)
             self.kernels.add_rows[grid](
-                x, gate, linear.weight, linear.bias, scale_of(linear), self.h, zeros, 0 if zeros is None else len(zeros),
-                *linear.weight.shape, CODE=code, DTYPE=self.tl_dtype, ZEROS=_zeros(zeros, grid[0]), **config,
-                **self.dependent,
+                x, gate, linear.weight, linear.bias, scale_of(linear), self.h, zeros,
+                0 if zeros is None else len(zeros), *linear.weight.shape, CODE=code, DTYPE=self.tl_dtype,
+                ZEROS=_zeros(zeros, grid[0]), **config, **self.dependent,
             )  # fmt: skip
 
     def _sparse_rows(

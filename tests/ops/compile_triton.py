@@ -32,8 +32,9 @@ TYPES = {
     "up_bias": "*{0}", "q": "*{0}", "k": "*{0}", "v": "*{0}", "q_norm": "*{0}", "k_norm": "*{0}", "cos": "*{0}",
     "sin": "*{0}", "position": "*i32", "keys": "*{0}", "values": "*{0}", "scale": "fp32", "top_ws": "*fp32",
     "sum_ws": "*fp32", "acc_ws": "*fp32", "arrived": "*i32", "out": "*{0}", "norm": "*{0}", "x_normed": "*{0}",
-    "eps": "fp32", "top": "*fp32", "total": "*fp32", "zeros": "*fp32", "n_zeros": "i32", "a_threshold": "*{0}", "b_threshold": "*{0}",
-    "c_threshold": "*{0}", "list_i": "*i32", "list_x": "*fp32", "parts": "*fp32", "neurons": "*{0}",
+    "eps": "fp32", "top": "*fp32", "total": "*fp32", "zeros": "*fp32", "n_zeros": "i32",
+    "a_threshold": "*{0}", "b_threshold": "*{0}", "c_threshold": "*{0}",
+    "list_i": "*i32", "list_x": "*fp32", "parts": "*fp32", "neurons": "*{0}",
     "a_scale": "*{0}", "b_scale": "*{0}", "c_scale": "*{0}", "gate_scale": "*{0}", "up_scale": "*{0}",
     "down_scale": "*{0}", "P": "i32",
 }  # fmt: skip
@@ -67,7 +68,7 @@ def check(kernel, dtype: str, capability: int, *, int8: bool = False, **constant
     types = {name: type for name, type in types.items() if name not in constants}
     signature = {name: types[name].format(dtype) if name in types else "constexpr" for name in kernel.arg_names}
     aligned = [
-        i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name in SIZES and name in types
+        i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or (name in SIZES and name in types)
     ]
     source = ASTSource(
         kernel,

@@ -19,7 +19,7 @@ def output(script: str, *arguments: str) -> str:
 
 
 def test_ops_equal_their_references():
-    assert "87 cases equal the reference" in output("interpret_triton.py")
+    assert "93 cases equal the reference" in output("interpret_triton.py")
 
 
 @pytest.mark.parametrize("kind, count", [("float", 13), ("int8", 9), ("deterministic", 3)])
@@ -29,4 +29,4 @@ def test_fused_step_equals_that_of_transformers(kind, count):
 
 def test_compiles_without_spilling_registers():
     lines = output("compile_triton.py").splitlines()
-    assert len(lines) > 100 and not [line for line in lines if int(line.split()[-4]) > 16]
+    assert len(lines) > 100 and not [line for line in lines if int(line.split()[-4])]

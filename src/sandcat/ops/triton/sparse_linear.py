@@ -184,8 +184,8 @@ def launch(
         if not ordered:
             clear[(triton.cdiv(O, 1024),)](y_TO, None, O, BLOCK=1024, **dependent)
         sparse_rows[(tiles, splits)](
-            x, None, None, 0.0, None, None, 0, *[weight] * 3, *[threshold] * 3, *[bias] * 3, *[scale] * 3, list_i, list_x,
-            parts, arrived, y_TO, None, 0, None, None, None, None, None, None, O, 0, 0, I, CODE=0, ADD=False,
+            x, None, None, 0.0, None, None, 0, *[weight] * 3, *[threshold] * 3, *[bias] * 3, *[scale] * 3, list_i,
+            list_x, parts, arrived, y_TO, None, 0, None, None, None, None, None, None, O, 0, 0, I, CODE=0, ADD=False,
             ORDERED=ordered, HEAD_PARTS=0, ZEROS=1, **config, **dependent,
         )  # fmt: skip
     return y_TO

@@ -159,8 +159,8 @@ def gate_config(hidden: int, itemsize: int) -> dict:
 def up_down_config(hidden: int, itemsize: int) -> dict:
     """Neurons that a program takes at a time, its columns (all), its warps, and programs a multiprocessor."""
     block = triton.next_power_of_2(hidden)
-    neurons = max(1, min(4 if block <= 4096 else 1, 16384 // (block * itemsize)))
-    return {"NEURONS": neurons, "BLOCK": block, "num_warps": 16 if itemsize == 1 else 8, "per_multiprocessor": 2}
+    at_once = 4096 if itemsize == 1 else 16384 // itemsize  # so that two programs a multiprocessor have registers enough
+    return {"NEURONS": max(1, min(4, at_once // block)), "BLOCK": block, "num_warps": 8, "per_multiprocessor": 2}
 
 
 def parts_like(y_H: Tensor) -> Tensor | None:
@@ -174,7 +174,7 @@ def up_down(
     x: Tensor, up: Tensor, down: Tensor, bias: Tensor | None, up_scale: Tensor | None, down_scale: Tensor | None,
     count: Tensor, list_n: Tensor, a_n: Tensor, y: Tensor, parts: Tensor | None,
 ) -> None:  # fmt: skip
-    """y += up and down of the neurons of the list; with `parts` they are only marked, and all is done in their order."""
+    """y += up and down of the listed neurons; with `parts` they are only marked, and all is done in their order."""
     (I, H), dependent = up.shape, dependent_launch(x.device)
     config = up_down_config(H, max(up.element_size(), down.element_size()))
     programs = multiprocessors(x.device) * config.pop("per_multiprocessor")

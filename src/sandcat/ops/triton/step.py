@@ -3,8 +3,8 @@
 Shapes: H hidden size, I intermediate size, D size of a head, G query heads a key-value head, L positions of the cache.
 The residual state h is float32 and stays one buffer through all layers: norms are applied where it is read, and results
 are added to it where they are made. Sums that several programs add to are float32 too, and are zeroed by a kernel that
-runs between their last use and their next. Every kernel is launched while the one before it runs and waits where it needs its
-results; weights, which no step changes, are asked for before that.
+runs between their last use and their next. Every kernel is launched while the one before it runs and waits where it
+needs its results; weights, which no step changes, are asked for before that.
 """
 
 from __future__ import annotations
