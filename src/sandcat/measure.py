@@ -14,19 +14,18 @@ from sandcat import calibrate
 from sandcat.architectures import ModelView
 from sandcat.benchmark import SpeedResult, benchmark, bytes_share
 from sandcat.data import Text, load_text, same_source
+from sandcat.defaults import EVALUATION_TEXT, EVALUATION_TOKENS
 from sandcat.errors import BadRecipe, DataError
 from sandcat.evaluate import WINDOW, TextResult, evaluate_text, histograms, layer_sparsity
 from sandcat.generate import generate
 from sandcat.layers.kernel import kernel_modules, kernels_of
 from sandcat.layers.sparse import Thresholded
+from sandcat.machine import machine
 from sandcat.method import Method
 from sandcat.plan import Calibration, Plan
 from sandcat.registration import plan_of
-from sandcat.report import CurvePoint, Report, Sample, machine
+from sandcat.report import CurvePoint, Report, Sample
 from sandcat.tasks import load_tasks, run_tasks
-
-EVALUATION_TEXT = "python-docs"
-EVALUATION_TOKENS = 16_384
 
 
 def measure(

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import html
 import json
 import math
-import platform
 import re
 from dataclasses import asdict, dataclass, field, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -183,29 +179,6 @@ class Report:
             environment.filters[name] = getattr(wording, name)
         template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
         return template.render(report=self, plots=plots)
-
-
-def machine(device: torch.device | str) -> dict[str, str]:
-    """What the figures were measured on: processor, threads, GPU, and the versions that matter."""
-    device = torch.device(device)
-    facts = {"cpu": _cpu(), "threads": str(torch.get_num_threads())}
-    if device.type == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name(device)
-        facts["cuda"] = str(torch.version.cuda)
-    facts |= {"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version()}
-    facts["torch"] = torch.__version__
-    for package in ("transformers", "sandcat", "triton" if device.type == "cuda" else "numba"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            facts[package] = metadata.version(package)
-    return facts
-
-
-def _cpu() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _row(kind: type, data: dict[str, Any]) -> Any:

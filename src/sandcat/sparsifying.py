@@ -11,13 +11,13 @@ from sandcat import allocate as budgets
 from sandcat import calibrate
 from sandcat.architectures import ModelView
 from sandcat.data import Text, load_text
+from sandcat.defaults import CALIBRATION_TOKENS
 from sandcat.errors import BadRecipe
 from sandcat.method import Method
 from sandcat.plan import RECIPES, Plan, check, parse_recipe
 from sandcat.registration import attach, pack
 from sandcat.target import FORMS, Target
 
-CALIBRATION_TOKENS = 32_768
 TARGET = "quality=ppl+1%"
 """Of a recipe that has no sparsities of its own: the words in `plan.RECIPES`."""
 
