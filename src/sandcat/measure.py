@@ -23,7 +23,7 @@ from sandcat.layers.sparse import Thresholded
 from sandcat.machine import machine
 from sandcat.method import Method
 from sandcat.plan import Calibration, Plan
-from sandcat.registration import plan_of
+from sandcat.registration import planned
 from sandcat.report import CurvePoint, Report, Sample
 from sandcat.tasks import load_tasks, run_tasks
 
@@ -69,7 +69,7 @@ def measure(
     Raises:
         DataError, ParityError
     """
-    plan = plan_of(sparse)
+    plan = planned(sparse)
     loaded = load_texts(texts, dense, tokenizer, tokens=tokens, seed=seed, calibration=plan.calibration)
     questions = tasks if isinstance(tasks, dict) else load_tasks(tasks) if tasks else {}
     speeds: list[SpeedResult] = []
@@ -83,7 +83,9 @@ def measure(
             speeds.append(
                 benchmark(dense, sparse, ids_BT, steps=steps, runs=runs, compile=compile, int8_dense=int8_dense)
             )
-    results, realised, points = [], {}, []
+    results: list[TextResult] = []
+    realised: dict[str, float] = {}
+    points: list[CurvePoint] = []
     for text, batch in product(loaded, batches):
         others = [] if results else _others(dense, sparse, plan, curve, curve_text)
         models = [sparse, *(model for _, model in others)]
@@ -154,7 +156,7 @@ def at_sparsities(methods: Sequence[Method], sparsities: Sequence[float]) -> lis
         raise BadRecipe(
             f"--curve needs a recipe of one method with the option sparsity, not {' '.join(map(str, methods))}."
         )
-    return [dataclasses.replace(methods[0], sparsity=sparsity) for sparsity in sparsities]
+    return [methods[0].at(sparsity) for sparsity in sparsities]
 
 
 def _others(
@@ -162,8 +164,9 @@ def _others(
 ) -> list[tuple[Method, nn.Module]]:
     """Each method with a model of its own, which shares all weights with `sparse`."""
     models = []
+    sequential = plan.calibration is None or plan.calibration.sequential
     for method in methods:
-        _, tensors = calibrate.decide(ModelView(dense), [method], text, sequential=plan.calibration.sequential)
+        _, tensors = calibrate.decide(ModelView(dense), [method], text, sequential=sequential)
         model = copy.deepcopy(sparse, {id(parameter): parameter for parameter in sparse.parameters()})
         for (_, name), found in tensors.items():
             method.fill(model.get_submodule(name), found)
@@ -173,7 +176,7 @@ def _others(
 
 def _point(method: Method, model: nn.Module, result: TextResult, dropped: dict[str, float]) -> CurvePoint:
     share = bytes_share(model, dropped)
-    return CurvePoint(str(method), method.sparsity, result.ratio, result.ratio_error, result.kl, share)
+    return CurvePoint(str(method), method.options()["sparsity"], result.ratio, result.ratio_error, result.kl, share)
 
 
 @torch.inference_mode()

@@ -119,7 +119,8 @@ class Method(ABC):
 
     def at(self, sparsity: float) -> Method:
         """The same method with another sparsity."""
-        return replace(self, sparsity=sparsity)
+        changed: dict[str, Any] = {"sparsity": sparsity}
+        return replace(self, **changed)
 
     def options(self) -> dict[str, Any]:
         return {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in fields(self)}

@@ -63,12 +63,15 @@ def sparsify(
     check(methods, view, overlap=how == "search")
     text = None
     if goal is not None or any(method.calibrated for method in methods):
-        text = calibration
-        if isinstance(text, str):
-            text = load_text(text, model, tokenizer, tokens=calibration_tokens, seed=seed)
+        text = (
+            calibration
+            if isinstance(calibration, Text)
+            else load_text(calibration, model, tokenizer, tokens=calibration_tokens, seed=seed)
+        )
     if goal is None:
         plan, tensors = calibrate.decide(view, methods, text, sequential=sequential)
     else:
+        assert text is not None and how is not None  # as there is a target
         plan, tensors = budgets.allocate(view, methods, text, goal, how, sequential=sequential)
     if not dry_run:
         plan.place(view, tensors)

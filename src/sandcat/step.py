@@ -179,8 +179,8 @@ class FusedStep:
     def _project(self, norm: nn.Module, linears: list[nn.Module], out: Tensor, position: Tensor | None = None) -> None:
         """out = the products of the layers with the normed h, one after another; neighbours of one kind at once."""
         start = 0
-        for (kind, _), alike in groupby(linears, lambda linear: (type(linear), linear.weight.dtype)):
-            alike = list(alike)
+        for (kind, _), group in groupby(linears, lambda linear: (type(linear), linear.weight.dtype)):
+            alike = list(group)
             y = out[start:]
             start += sum(linear.out_features for linear in alike)
             if kind is SparseLinear:

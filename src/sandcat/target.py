@@ -37,11 +37,11 @@ class Target:
             BadRecipe: not of one of the `FORMS`.
         """
         loss = re.fullmatch(r"(?:quality=)?ppl\+(.+)%", text.strip())
-        kind, _, value = text.strip().partition("=")
+        kind, _, number = text.strip().partition("=")
         try:
-            kind, value = (
-                ("quality", float(loss[1]) / 100) if loss else (kind, float("" if kind == "quality" else value))
-            )
+            if loss:
+                return cls("quality", float(loss[1]) / 100)
+            value = float("" if kind == "quality" else number)
         except ValueError:
             raise BadRecipe(f"target {text!r} is not understood. Give {FORMS}.") from None
         return cls(kind, value)

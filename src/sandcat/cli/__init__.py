@@ -7,7 +7,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -155,6 +155,7 @@ def sparsify(
         if dry_run:
             print_json(plan.to_json()) if as_json else print_plan(plan)
             return
+        assert output is not None  # see above
         save(
             dense, tokenizer, output, overwrite=overwrite, card=model_card(plan, model),
             finish=partial(hub.verify, dense, trust_remote_code=trust_remote_code),
@@ -203,7 +204,7 @@ def generate(
         raise BadRecipe("--json needs a prompt: a chat is for people.")
     with shown(not as_json):
         net, tokenizer = hub.load(model, dense=dense, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    options = {
+    options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
         "chat": chat, "compile": "default" if compile else "fused",
     }  # fmt: skip
@@ -331,11 +332,11 @@ def _measure(
     from sandcat import hub
     from sandcat.errors import PlanError
     from sandcat.measure import measure
-    from sandcat.registration import plan_of
+    from sandcat.registration import planned
 
-    where = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     sparse, tokenizer = hub.load(folder, require_plan=True, **where)
-    plan = plan_of(sparse)
+    plan = planned(sparse)
     if plan.stored.steps and twin is None:
         raise PlanError(
             f"the weights in {folder!r} are int8, so it does not hold the dense model. Say which one to compare with: "

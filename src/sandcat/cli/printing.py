@@ -41,4 +41,4 @@ def print_plan(plan) -> None:
 
 
 def summary(method: type) -> str:
-    return sys.modules[method.__module__].__doc__.splitlines()[0]
+    return str(sys.modules[method.__module__].__doc__).splitlines()[0]
