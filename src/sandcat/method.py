@@ -106,6 +106,10 @@ class Method(ABC):
     def build(self, site: Site, spec: Spec) -> nn.Module:
         """The module that replaces the site's, sharing its weights; works on the meta device. All that loading runs."""
 
+    def limits(self, site: Site) -> dict[str, tuple[int, int]]:
+        """Of each whole number in a spec that `build` makes tensors by: the least and the most it can be at `site`."""
+        return {}
+
     def fill(self, module: nn.Module, tensors: Tensors) -> None:
         """Puts what `decide` found into what `build` laid out. Never runs when loading."""
         for name, tensor in tensors.items():

@@ -6,7 +6,8 @@ import json
 import sys
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 out, err = Console(), Console(stderr=True)
 
@@ -19,6 +20,11 @@ def print_report(report, as_json: bool) -> None:
     print_json(report.to_json()) if as_json else out.print(report.table())
 
 
+def plain(text: str) -> Text:
+    """Text from a file, without what a terminal or rich would take for a command."""
+    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
 def print_plan(plan) -> None:
     from sandcat import wording
 
@@ -28,16 +34,18 @@ def print_plan(plan) -> None:
             {"site": site, **{key: value for key, value in spec.items() if not isinstance(value, dict)}}
             for site, spec in step.sites.items()
         ]
-        table = Table(*rows[0], box=None, pad_edge=False)
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        table = Table(*(Column(plain(column)) for column in columns), box=None, pad_edge=False)
         for row in rows:
-            table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+            values = (row.get(column, "") for column in columns)
+            table.add_row(*(f"{value:.4g}" if isinstance(value, float) else plain(str(value)) for value in values))
         out.print(table)
     if plan.budget is not None:
-        out.print(wording.budget(plan.budget))
+        out.print(plain(wording.budget(plan.budget)))
     if plan.calibration is not None:
         c = plan.calibration
         how = "each layer after the sparse ones before it" if c.sequential else "all layers dense"
-        out.print(f"calibrated on {c.source}: {c.tokens} tokens, sha256 {c.sha256[:12]}, {how}")
+        out.print(plain(f"calibrated on {c.source}: {c.tokens} tokens, sha256 {c.sha256[:12]}, {how}"))
 
 
 def summary(method: type) -> str:

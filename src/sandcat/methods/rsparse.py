@@ -86,6 +86,9 @@ class Rsparse(Method):
         spec = {"threshold": common, "target": target, "sparsity": dropped, "rank": rank}
         return spec, {"threshold": threshold_I, **factors}
 
+    def limits(self, site: Site) -> dict[str, tuple[int, int]]:
+        return {"rank": (0, min(site.module.in_features, site.module.out_features))}
+
     def build(self, site: Site, spec: Spec) -> SparseLinear:
         if spec["rank"] == 0:
             return SparseLinear(site.module, dense_prompt=self.dense_prompt)
