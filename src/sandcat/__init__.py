@@ -17,14 +17,15 @@ if TYPE_CHECKING:
     from sandcat.plan import Plan, parse
     from sandcat.saving import save
     from sandcat.sparsifying import sparsify
+    from sandcat.sweeping import sweep
 
 __version__ = "0.1.0"
 
-__all__ = ["METHODS", "Method", "Plan", "SandcatError", "load", "parse", "save", "sparsify"]
+__all__ = ["METHODS", "Method", "Plan", "SandcatError", "load", "parse", "save", "sparsify", "sweep"]
 
 _HOMES = {
     "METHODS": "methods", "Method": "method", "Plan": "plan", "SandcatError": "errors", "load": "hub", "parse": "plan",
-    "save": "saving", "sparsify": "sparsifying",
+    "save": "saving", "sparsify": "sparsifying", "sweep": "sweeping",
 }  # fmt: skip
 
 

@@ -6,16 +6,17 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import nn
 
-from sandcat import calibrate
+from sandcat import calibrate, hub
 from sandcat.architectures import ModelView
 from sandcat.benchmark import SpeedResult, benchmark, bytes_share
 from sandcat.data import Text, load_text, same_source
 from sandcat.defaults import EVALUATION_TEXT, EVALUATION_TOKENS
-from sandcat.errors import BadRecipe, DataError
+from sandcat.errors import BadRecipe, DataError, PlanError
 from sandcat.evaluate import WINDOW, TextResult, evaluate_text, histograms, layer_sparsity
 from sandcat.generate import generate
 from sandcat.layers.kernel import kernel_modules, kernels_of
@@ -120,6 +121,39 @@ def measure(
         machine=machine(sparse.device),
         commands=[command] if command else [],
     )
+
+
+def measure_saved(
+    folder: str,
+    name: str,
+    twin: str | None,
+    *,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Report:
+    """Measures the model in a folder beside its dense twin, which the same files hold unless their weights are int8.
+
+    Args:
+        twin: the dense model to compare with, a folder or a name.
+        options: of `measure`.
+
+    Raises:
+        PlanError: the folder holds a dense model, or int8 weights and no twin is given; and as `hub.load`, `measure`.
+    """
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    sparse, tokenizer = hub.load(folder, require_plan=True, **where)
+    plan = planned(sparse)
+    if plan.stored.steps and twin is None:
+        raise PlanError(
+            f"the weights in {folder!r} are int8, so it does not hold the dense model. Say which one to compare with: "
+            "--dense MODEL, the folder or name that it was made from."
+        )
+    where["dtype"] = sparse.dtype
+    dense, _ = hub.load(twin or folder, dense=True, **where)
+    int8_dense = hub.load(folder, dense=True, **where)[0] if plan.stored.steps and plan.stored != plan else None
+    return measure(dense, sparse, tokenizer, name=name, int8_dense=int8_dense, **options)
 
 
 def load_texts(

@@ -18,6 +18,7 @@ from sandcat import wording
 from sandcat.benchmark import SpeedResult
 from sandcat.errors import CheckpointError
 from sandcat.evaluate import Histogram, LayerSparsity, TextResult
+from sandcat.pages import render
 from sandcat.saving import replace_text
 
 FORMAT_VERSION = 1
@@ -168,17 +169,9 @@ class Report:
 
     def html(self) -> str:
         """One page that needs no other file and no network."""
-        import jinja2
-
         from sandcat import plots
 
-        environment = jinja2.Environment(
-            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
-        for name in ("figure", "milliseconds", "share", "size", "tie"):
-            environment.filters[name] = getattr(wording, name)
-        template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
-        return template.render(report=self, plots=plots)
+        return render("report.html.jinja", report=self, plots=plots)
 
 
 def _row(kind: type, data: dict[str, Any]) -> Any:

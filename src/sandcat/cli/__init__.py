@@ -34,6 +34,7 @@ from sandcat.cli.options import (
     whole_numbers,
 )  # fmt: skip
 from sandcat.cli.printing import err, out, print_json, print_plan, print_report, summary
+from sandcat.cli.sweeping import sweep
 from sandcat.defaults import CALIBRATION_TOKENS, EVALUATION_TEXT, EVALUATION_TOKENS
 from sandcat.errors import BadRecipe, SandcatError
 
@@ -174,6 +175,9 @@ def sparsify(
     print_report(report, as_json)
     if not as_json:
         out.print(f"\nsaved to {output}; the whole report: {output / 'report.html'}", soft_wrap=True)
+
+
+app.command()(sweep)
 
 
 @app.command()
@@ -325,30 +329,10 @@ def methods(as_json: Json = False) -> None:
     out.print("Give options after a colon: sandcat sparsify MODEL cats:sparsity=0.5,score=output -o OUT", style="dim")
 
 
-def _measure(
-    folder: str, name: str, twin: str | None, *, device: str, dtype: str, trust_remote_code: bool = False, **options
-):
-    """Measures the model in a folder beside its dense twin, which the same files hold unless their weights are int8."""
-    from sandcat import hub
-    from sandcat.errors import PlanError
-    from sandcat.measure import measure
-    from sandcat.registration import planned
+def _measure(*args, **options):
+    from sandcat.measure import measure_saved
 
-    where: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    sparse, tokenizer = hub.load(folder, require_plan=True, **where)
-    plan = planned(sparse)
-    if plan.stored.steps and twin is None:
-        raise PlanError(
-            f"the weights in {folder!r} are int8, so it does not hold the dense model. Say which one to compare with: "
-            "--dense MODEL, the folder or name that it was made from."
-        )
-    where["dtype"] = sparse.dtype
-    dense, _ = hub.load(twin or folder, dense=True, **where)
-    int8_dense = hub.load(folder, dense=True, **where)[0] if plan.stored.steps and plan.stored != plan else None
-    return measure(
-        dense, sparse, tokenizer, name=name, int8_dense=int8_dense,
-        command=shlex.join(["sandcat", *sys.argv[1:]]), **options,
-    )  # fmt: skip
+    return measure_saved(*args, command=shlex.join(["sandcat", *sys.argv[1:]]), **options)
 
 
 def _ask() -> str:
