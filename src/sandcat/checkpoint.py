@@ -22,6 +22,8 @@ WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 TEXTS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 """What a repository of the hub has beside its weights; code runs only where it is trusted."""
+FOLDERS = "*/*"
+"""Where repositories keep the same model in other formats."""
 COUNTS = 4096
 """A config's counts (num_hidden_layers, num_labels, ...) go up to this, or to the number of tensors in the files."""
 BUFFERS = 2**24
@@ -30,8 +32,9 @@ BUFFERS = 2**24
 
 def fetch(name: str) -> Path:
     """The folder with a model of the hub: its texts, and the weights that `shards` names."""
-    folder = Path(snapshot_download(name, allow_patterns=[*TEXTS]))
-    return Path(snapshot_download(name, allow_patterns=[*TEXTS, *(path.name for path in shards(folder))]))
+    folder = Path(snapshot_download(name, allow_patterns=[*TEXTS], ignore_patterns=FOLDERS))
+    weights = [path.name for path in shards(folder)]
+    return Path(snapshot_download(name, allow_patterns=[*TEXTS, *weights], ignore_patterns=FOLDERS))
 
 
 def read_json(path: Path) -> dict[str, Any]:
