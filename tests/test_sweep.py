@@ -13,7 +13,8 @@ from tiny import tiny, tokenizer
 import sandcat
 from sandcat import sweeping
 from sandcat.errors import BadRecipe, CheckpointError
-from sandcat.sweeping import Figures, Point, Sweep, expand
+from sandcat.points import Figures, Point, Sweep
+from sandcat.sweeping import expand
 
 WORDS = "The quick brown fox jumps over the lazy dog, and 12 cats sleep. "
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
 from sandcat.architectures import ModelView, Site
 from sandcat.errors import BadRecipe, PlanConflict, PlanError
 from sandcat.method import SLOTS, Decided, Method, Spec, suggest
 from sandcat.methods import METHODS
+from sandcat.records import record
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "sandcat"
@@ -215,23 +216,6 @@ def _sites(data: dict[str, Any]) -> dict[str, Spec]:
         if not all(isinstance(value, int | float) for value in numbers):
             raise TypeError(f"what is said of {name!r:.80} is not made of numbers")
     return dict(sorted(data.items(), key=lambda item: place_of(item[0])))
-
-
-R = TypeVar("R")
-
-
-def record(kind: type[R], data: dict[str, Any]) -> R:
-    """A dataclass from JSON.
-
-    Raises:
-        TypeError: a field is missing or unknown, or its value is of another type.
-    """
-    made = kind(**data)
-    for name, wanted in get_type_hints(kind).items():
-        value = getattr(made, name)
-        if not isinstance(value, int | float if wanted is float else wanted):
-            raise TypeError(f"{name} is {value!r:.80}")
-    return made
 
 
 def layer_of(site: str) -> int | None:

@@ -13,7 +13,7 @@ from sandcat.cli.printing import out, print_json
 from sandcat.defaults import BUDGETS, CALIBRATION_TOKENS, EVALUATION_TEXT, EVALUATION_TOKENS, SWEPT
 
 if TYPE_CHECKING:
-    from sandcat.sweeping import Sweep
+    from sandcat.points import Sweep
 
 
 def sweep(
