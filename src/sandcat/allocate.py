@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
-from typing import Literal
 
 import numpy as np
 
@@ -28,7 +27,6 @@ from sandcat.offload import streaming
 from sandcat.plan import Budget, HeldOut, Plan
 from sandcat.target import Target
 
-Allocation = Literal["uniform", "equal-error", "search"]
 HELD_OUT = 0.25
 """Share of the windows of calibration text on which losses are measured, and nothing is calibrated."""
 PROBE_TOKENS = 4096
@@ -131,7 +129,7 @@ def least(holds: Callable[[float], bool], most: float, rounds: int = 100) -> flo
 
 
 def allocate(
-    view: ModelView, methods: list[Method], text: Text, target: Target, how: Allocation, *, sequential: bool = True
+    view: ModelView, methods: list[Method], text: Text, target: Target, how: str, *, sequential: bool = True
 ) -> tuple[Plan, Decided]:
     """The plan that meets the target, and its tensors, as `calibrate.decide` gives them. The model is left as it is.
 
@@ -156,16 +154,23 @@ def allocate(
         return calibrate.decide(view, methods, text, sequential=sequential, sparsities=sparsities)
 
     def measured(spreads: list[Spread], saving: float) -> list[TextResult]:
+        assert held is not None  # as there is something to compare
         return losses(view, [decide(spread, saving, opening(fit)) for spread in spreads], opening(held))
 
     def finished(spread: Spread, saving: float) -> tuple[Plan, Decided]:
         plan, tensors = decide(spread, saving, fit)
-        result = losses(view, [(plan, tensors)], held)[0] if held else None
-        held_out = result and HeldOut(result.tokens, result.ratio, result.kl)
+        held_out = None
+        if held is not None:
+            result = losses(view, [(plan, tensors)], held)[0]
+            held_out = HeldOut(result.tokens, result.ratio, result.kl)
         return replace(plan, budget=Budget(str(target), how, round(at_first - saving, 6), held_out)), tensors
 
+    def lost(plan: Plan) -> float:
+        assert plan.budget is not None and plan.budget.held_out is not None  # `finished` measures it
+        return plan.budget.held_out.perplexity_ratio
+
+    limit = 1 + target.value
     if target.kind == "quality":
-        limit = 1 + target.value
         kept = least(lambda kept: measured([SPREADS[how]], most - kept)[0].ratio <= limit, most, TRIALS)
         saving = most - kept
     else:
@@ -176,7 +181,7 @@ def allocate(
         results = measured(list(SPREADS.values()), saving)
         spread = min(zip(SPREADS.values(), results, strict=True), key=lambda pair: pair[1].kl)[0]
     plan, tensors = finished(spread, saving)
-    while target.kind == "quality" and plan.budget.held_out.perplexity_ratio > limit:  # on all of the text it is worse
+    while target.kind == "quality" and lost(plan) > limit:  # on all of the text it is worse
         saving -= 0.005
         if saving <= 0:
             raise BudgetError(f"{target} cannot be met: as little as a saving of 0.5 % of the bytes loses more.")
@@ -198,7 +203,7 @@ def check(methods: list[Method], how: str) -> None:
             "has none."
         )
     for method in methods:
-        if method.has_sparsity and method.sparsity != type(method)().sparsity:
+        if method.has_sparsity and method != method.at(type(method)().options()["sparsity"]):
             raise BadRecipe(
                 f"{method} asks for one sparsity, and the target for what meets it: leave out one of the two."
             )

@@ -113,8 +113,7 @@ class ModelView:
 
     def __init__(self, model: nn.Module, device: torch.device | None = None):
         self.model = model
-        self.config = getattr(model, "config", None)
-        model_type = getattr(self.config, "model_type", None)
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type not in ARCHITECTURES:
             raise UnsupportedModel(
                 f"model_type {model_type!r} is not supported. Known: {', '.join(sorted(ARCHITECTURES))}. If it has a "
@@ -124,6 +123,7 @@ class ModelView:
         self.offloaded = device is not None
         self.device = device if self.offloaded else model.device
         self.architecture = ARCHITECTURES[model_type]
+        self.config = model.config
         self.text_config = self.config.get_text_config()
         try:
             self.layers: list[nn.Module] = list(model.get_submodule(self.architecture.layers))
@@ -240,8 +240,9 @@ class ModelView:
             attention = layer.get_submodule(self.architecture.attention)
             window = getattr(self.text_config, "sliding_window", None)
             row = self.architecture
+            q, k, v, o = (getattr(attention, name) for name in (row.q, row.k, row.v, row.o))
             yield Block(
-                layer.input_layernorm, *(getattr(attention, name) for name in (row.q, row.k, row.v, row.o)),
+                layer.input_layernorm, q, k, v, o,
                 getattr(attention, "q_norm", None), getattr(attention, "k_norm", None), attention.scaling,
                 getattr(attention, "sliding_window", window), layer.post_attention_layernorm, mlp,
             )  # fmt: skip

@@ -318,7 +318,7 @@ def step_bytes(model: nn.Module, ids_BT: Tensor) -> int:
 
     A neuron counts if any sequence of the batch uses it. Embedding rows are too few to count.
     """
-    read = {}
+    read: dict[nn.Module, int] = {}
     modules = kernel_modules(model)
     handles = [
         module.register_forward_pre_hook(lambda m, args: read.__setitem__(m, m.bytes_read(args[0])))

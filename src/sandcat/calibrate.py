@@ -85,7 +85,7 @@ def decide(
                 settle(method, site, inputs)
             if index < last:
                 states = [run(state) for state in states]
-    calibration = text and Calibration(text.source, text.sha256, text.tokens, sequential)
+    calibration = None if text is None else Calibration(text.source, text.sha256, text.tokens, sequential)
     steps = [Step(method, specs[method]) for method in methods if specs[method] or sparsities is None]
     return Plan(steps, calibration), tensors
 

@@ -52,7 +52,7 @@ class Curve:
         """The largest sparsity with at most this error."""
         return float(np.interp(error, self.error_L, GRID))
 
-    def saved_at(self, sparsity_S: np.ndarray) -> np.ndarray:
+    def saved_at(self, sparsity_S: np.ndarray | float) -> np.ndarray:
         return np.interp(sparsity_S, GRID, self.saved_L)
 
     def loss_at(self, sparsity_S: np.ndarray) -> np.ndarray:

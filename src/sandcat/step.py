@@ -184,8 +184,8 @@ class FusedStep:
         Sparse layers add to `out`, unless it is the logits.
         """
         start = 0
-        for (kind, dtype), alike in groupby(linears, lambda linear: (type(linear), linear.weight.dtype)):
-            alike = list(alike)
+        for (kind, dtype), group in groupby(linears, lambda linear: (type(linear), linear.weight.dtype)):
+            alike = list(group)
             y = out[start:]
             start += sum(linear.out_features for linear in alike)
             if kind is SparseLinear:

@@ -37,14 +37,12 @@ class Target:
             BadRecipe: not of one of the `FORMS`.
         """
         loss = re.fullmatch(r"(?:quality=)?ppl\+(.+)%", text.strip())
-        kind, _, value = text.strip().partition("=")
+        kind, _, number = ("quality", "", loss[1]) if loss else text.strip().partition("=")
         try:
-            kind, value = (
-                ("quality", float(loss[1]) / 100) if loss else (kind, float("" if kind == "quality" else value))
-            )
+            value = float("" if kind == "quality" and not loss else number)
         except ValueError:
             raise BadRecipe(f"target {text!r} is not understood. Give {FORMS}.") from None
-        return cls(kind, value)
+        return cls(kind, value / 100 if loss else value)
 
     def __str__(self) -> str:
         return f"quality=ppl+{100 * self.value:g}%" if self.kind == "quality" else f"{self.kind}={self.value:g}"

@@ -6,7 +6,7 @@ import copy
 import io
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +104,7 @@ def run_tasks(
     return results
 
 
-def load_tasks(names: list[str], *, shots: int = 0) -> dict[str, dict]:
+def load_tasks(names: Sequence[str], *, shots: int = 0) -> dict[str, dict]:
     """The tasks of each name with their data, as `TaskManager.load` gives them; to check early, without a model.
 
     Args:
@@ -118,7 +118,7 @@ def load_tasks(names: list[str], *, shots: int = 0) -> dict[str, dict]:
     try:
         from lm_eval.tasks.manager import TaskManager
     except ImportError as error:
-        raise DataError(f"tasks need lm-eval 0.4.12 or newer ({error}): pip install sandcat[tasks].") from None
+        raise DataError(f"tasks need lm-eval 0.4.12 or newer ({error}): pip install sandcat[eval].") from None
     names = list(dict.fromkeys(part for name in names for part in (PAPER_TASKS if name == "paper" else (name,))))
     paths = {name: _file(name) for name in names if name.startswith((".", "/", "~")) or Path(name).suffix in FILES}
     questions = {name: _questions(path, shots) for name, path in paths.items() if path.suffix.startswith(".js")}
@@ -232,11 +232,13 @@ def _result(name: str, dense: dict, sparse: dict) -> TaskResult:
     wanted = ["acc,none"] if name in PAPER_TASKS else ["acc_norm,none", "acc,none"]
     measured = [key for key in _keys(dense) if _error(dense, key) is not None]
     key = next(key for key in (*wanted, *measured, *_keys(dense)) if key in dense)
-    pair = [value for figures in (dense, sparse) for value in (float(figures[key]), _error(figures, key))]
-    return TaskResult(name, key.removesuffix(",none"), dense["sample_len"], *pair)
+    return TaskResult(
+        name, key.removesuffix(",none"), dense["sample_len"], float(dense[key]), _error(dense, key),
+        float(sparse[key]), _error(sparse, key),
+    )  # fmt: skip
 
 
-def _bar(tasks, description: str) -> Iterator[int]:
+def _bar(tasks, description: str) -> Generator[int, None, None]:
     """One step an answer. Its length is read at the first one, when lm-eval has made its requests."""
     yield from track(range(sum(len(task.instances) for task in tasks)), description)
 

@@ -32,10 +32,11 @@ def figure(value: float | None, digits: int = 4) -> str:
     return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}".rstrip(".") if value else "0"
 
 
-def share(value: float | None, error: float = 0.0) -> str:
+def share(value: float | None, error: float | None = 0.0) -> str:
     """A fraction in per cent."""
-    finite = value is not None and math.isfinite(value)
-    return f"{100 * value:.1f}{_error(100 * (error or 0), '.1f')} %" if finite else "not a number"
+    if value is None or not math.isfinite(value):
+        return "not a number"
+    return f"{100 * value:.1f}{_error(100 * (error or 0), '.1f')} %"
 
 
 def milliseconds(seconds: float) -> str:
@@ -73,10 +74,10 @@ def task_pair(task: TaskResult) -> Pair:
     if task.metric.startswith(("acc", "exact_match", "f1")):
         change = f"{100 * (task.sparse - task.dense):+.1f} points"
         return Pair(label, share(task.dense, task.dense_error), share(task.sparse, task.sparse_error), change)
-    texts = [
+    dense, sparse = (
         f"{figure(v)}{_error(e, '.2g')}" for v, e in ((task.dense, task.dense_error), (task.sparse, task.sparse_error))
-    ]
-    return Pair(label, *texts, f"{task.sparse - task.dense:+.4g}")
+    )
+    return Pair(label, dense, sparse, f"{task.sparse - task.dense:+.4g}")
 
 
 def _unit(speed: SpeedResult) -> str:
@@ -99,7 +100,7 @@ def speed_pairs(s: SpeedResult) -> list[Pair]:
     by_kernel = " by a kernel" if s.kernel == "reference" else ""
     gain = f"{s.gain:.2f}x" if s.gain >= 1 else f"{s.gain:.2f}x: slower"
     over_int8 = []
-    if s.int8_dense_seconds is not None:
+    if s.int8_dense_seconds is not None and s.int8_dense_bytes is not None:
         allowed = f"bytes allow {s.int8_dense_bytes / s.sparse_bytes:.2f}x"
         before = milliseconds(s.int8_dense_seconds)
         over_int8 = [Pair("Gain over int8 dense", before, allowed, f"{s.gain_over_int8_dense:.2f}x")]

@@ -119,10 +119,10 @@ class CoreMLP(GatedMLP):
         ]
         return torch.cat(y_TH).view(x.shape)
 
-    def by_kernel(self, x_TH: Tensor, core_TI: Tensor) -> Tensor:
+    def by_kernel(self, x_TH: Tensor, core_TI: Tensor) -> Tensor:  # type: ignore[override]
         return core_mlp(*self._arguments(x_TH, core_TI))
 
-    def by_definition(self, x_TH: Tensor, core_TI: Tensor) -> Tensor:
+    def by_definition(self, x_TH: Tensor, core_TI: Tensor) -> Tensor:  # type: ignore[override]
         return reference(*self._arguments(x_TH, core_TI))
 
     def _arguments(self, x_TH: Tensor, core_TI: Tensor) -> tuple:
@@ -132,6 +132,7 @@ class CoreMLP(GatedMLP):
 
     def kept(self, x: Tensor) -> Tensor:
         """The core of the last forward, which a token after its prompt keeps."""
+        assert self.prompts is not None  # it has run
         core_BI = self.prompts.cores[self.layer]
         return core_BI[:, None].expand(-1, x.shape[1], -1)
 

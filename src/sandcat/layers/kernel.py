@@ -90,7 +90,8 @@ def tokens_of(x: Tensor) -> int:
 def kernels_of(model: nn.Module) -> dict[str, str]:
     """What runs each op of a model on its device, and above which batch its modules run dense (by their sizes)."""
     two_21H = torch.empty(2, 1, 0, dtype=model.dtype, device=model.device)
-    kernels, largest = {}, {}
+    kernels: dict[str, str] = {}
+    largest: dict[str, set[int]] = {}
     for module in kernel_modules(model).values():
         kernels |= dict.fromkeys((module.op, module.op_for(two_21H)), module.kernel(model.device))
         if (batch := module.largest_batch(two_21H)) is not None:

@@ -40,10 +40,10 @@ class GatedMLP(Sparse):
 
     def _half(self, name: str, half: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         linear = self.get_submodule(name)
-        tensors = (linear.weight, linear.bias, scale_of(linear))
+        weight, bias, scale = linear.weight, linear.bias, scale_of(linear)
         if self.gate_name == self.up_name:  # one fused matrix: gate rows, then up rows
-            tensors = tuple(t if t is None else t.chunk(2)[half] for t in tensors)
-        return tensors
+            weight, bias, scale = (t if t is None else t.chunk(2)[half] for t in (weight, bias, scale))
+        return weight, bias, scale
 
     def gate(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Weight [I, H], bias [I] and scales [I] (if int8) of the gate projection, views where it is fused."""
@@ -92,7 +92,7 @@ class SparseMLP(GatedMLP, Thresholded):
         self.set_threshold(self.down.in_features, dtype_like(self.down))
 
     @property
-    def op(self) -> str:
+    def op(self) -> str:  # type: ignore[override]  # of the others it is known without looking at the gate
         return "sparse_up_down" if self._gate_skips() else "sparse_mlp"
 
     def _gate_skips(self) -> bool:

@@ -25,6 +25,8 @@ from sandcat.method import Method, Spec, Tensors, option
 
 SENTENCE = 64
 """Tokens of calibration text that make a sentence to be clustered."""
+CLUSTERS = 1024
+"""At most, as each is a row of numbers in every layer."""
 ROUNDS = 10
 """Rounds of k-means."""
 
@@ -54,8 +56,8 @@ class Coreinfer(Method):
             )
         if not 0 < self.votes <= 1:
             raise BadRecipe(f"coreinfer: votes={self.votes} is outside (0, 1]: it is a fraction of the neurons.")
-        if self.clusters < 1:
-            raise BadRecipe(f"coreinfer: clusters={self.clusters}: give at least 1.")
+        if not 1 <= self.clusters <= CLUSTERS:
+            raise BadRecipe(f"coreinfer: clusters={self.clusters}: give 1 to {CLUSTERS}.")
 
     @property
     def calibrated(self) -> bool:
@@ -73,6 +75,9 @@ class Coreinfer(Method):
         module = self.build(site, spec)
         votes_SI = torch.cat([_sentence_votes(module, x) for x in x_TH])
         return spec, {"centres": centres_of(votes_SI, self.clusters)}
+
+    def limits(self, site: Site) -> dict[str, tuple[int, int]]:
+        return {"kept_neurons": (1, getattr(site.module, site.architecture.down).in_features)}
 
     def build(self, site: Site, spec: Spec) -> CoreMLP:
         return CoreMLP(

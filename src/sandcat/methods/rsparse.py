@@ -70,7 +70,7 @@ class Rsparse(Method):
         sample_TI = torch.cat(x_TH)
         sample_TI = sample_TI[:: -(-len(sample_TI) // SEARCH_TOKENS)]
         tried = []
-        for alpha in ALPHAS if self.alpha == "search" else self.alpha:
+        for alpha in ALPHAS if isinstance(self.alpha, str) else self.alpha:
             rank = int((1 - alpha) * read * site.module.weight.nbytes / one_rank)
             target = 1 - (read * alpha if rank else read)
             _, _, threshold_I = thresholds([sample_TI.abs()], ones_I, target)
@@ -85,6 +85,9 @@ class Rsparse(Method):
         factors = {"factor_a": b_OR.t() @ weight_OI, "factor_b": b_OR} if rank else {}
         spec = {"threshold": common, "target": target, "sparsity": dropped, "rank": rank}
         return spec, {"threshold": threshold_I, **factors}
+
+    def limits(self, site: Site) -> dict[str, tuple[int, int]]:
+        return {"rank": (0, min(site.module.in_features, site.module.out_features))}
 
     def build(self, site: Site, spec: Spec) -> SparseLinear:
         if spec["rank"] == 0:

@@ -9,6 +9,8 @@ projection). A matrix with a scale is int8 (see int8_linear.py): `gate_scale_I` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from sandcat.ops.arguments import check_tensors
 from sandcat.ops.int8_linear import product
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),

@@ -11,13 +11,13 @@ from sandcat import allocate as budgets
 from sandcat import calibrate
 from sandcat.architectures import ModelView
 from sandcat.data import Text, load_text
+from sandcat.defaults import CALIBRATION_TOKENS
 from sandcat.errors import BadRecipe
 from sandcat.method import Method
 from sandcat.plan import RECIPES, Plan, check, parse_recipe
 from sandcat.registration import attach, pack
 from sandcat.target import FORMS, Target
 
-CALIBRATION_TOKENS = 32_768
 TARGET = "quality=ppl+1%"
 """Of a recipe that has no sparsities of its own: the words in `plan.RECIPES`."""
 
@@ -63,12 +63,15 @@ def sparsify(
     check(methods, view, overlap=how == "search")
     text = None
     if goal is not None or any(method.calibrated for method in methods):
-        text = calibration
-        if isinstance(text, str):
-            text = load_text(text, model, tokenizer, tokens=calibration_tokens, seed=seed)
+        text = (
+            calibration
+            if isinstance(calibration, Text)
+            else load_text(calibration, model, tokenizer, tokens=calibration_tokens, seed=seed)
+        )
     if goal is None:
         plan, tensors = calibrate.decide(view, methods, text, sequential=sequential)
     else:
+        assert text is not None and how is not None  # as there is a target
         plan, tensors = budgets.allocate(view, methods, text, goal, how, sequential=sequential)
     if not dry_run:
         plan.place(view, tensors)

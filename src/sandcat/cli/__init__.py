@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from sandcat.cli.options import (
+    Batch,
+    Compile,
+    Device,
+    Dtype,
+    Folder,
+    Json,
+    Limit,
+    Model,
+    Report_,
+    Runs,
+    Seed,
+    Tasks,
+    Texts,
+    Tokens,
+    Trust,
+    Twin,
+    listed,
+    numbers,
+    whole_numbers,
+)  # fmt: skip
+from sandcat.cli.printing import err, out, print_json, print_plan, print_report, summary
+from sandcat.cli.sweeping import sweep
+from sandcat.defaults import CALIBRATION_TOKENS, EVALUATION_TEXT, EVALUATION_TOKENS
 from sandcat.errors import BadRecipe, SandcatError
-from sandcat.measure import EVALUATION_TEXT, EVALUATION_TOKENS
-from sandcat.sparsify import CALIBRATION_TOKENS
 
 app = typer.Typer(
     help="Make a pretrained language model cheaper to run: for each token, read only the weights this context needs.",
@@ -24,32 +44,24 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out, err = Console(), Console(stderr=True)
 
-Model = Annotated[str, typer.Argument(help="Folder, hub id, or smollm2-135m (embedded, needs no network).")]
-Folder = Annotated[str, typer.Argument(help="A folder that sandcat sparsify wrote.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto keeps the checkpoint's.")]
-Seed = Annotated[int, typer.Option(help="For everything that is drawn at random.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of text.")]
-Texts = Annotated[
-    list[str],
-    typer.Option("--text", help="Text to measure on: a .txt or .jsonl file, a hub dataset, python-docs, self."),
-]
-Tokens = Annotated[int, typer.Option(help="Tokens of each text.")]
-Tasks = Annotated[str, typer.Option(help="lm-eval tasks, or local files, by commas; paper for the CATS paper's eight.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="At most so many examples of each task.")]
-Batch = Annotated[str, typer.Option(help="Sequences at once, in decode steps, by commas.")]
-Runs = Annotated[int, typer.Option(min=1, help="Interleaved timing runs; the median counts.")]
-Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Time steps under torch.compile too.")]
-Twin = Annotated[
-    str | None,
-    typer.Option(
-        "--dense", help="The dense model to compare with; default the one in the folder, if its files hold it."
-    ),
-]
-Report_ = Annotated[Path | None, typer.Option("--report", help="Folder to write report.json and report.html to.")]
+
+def _version(asked: bool) -> None:
+    if asked:
+        from sandcat.machine import versions
+
+        for name, version in versions().items():
+            print(f"{name} {version}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the versions that matter.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 @app.command()
@@ -108,7 +120,7 @@ def sparsify(
     from sandcat.plan import check
     from sandcat.progress import shown
     from sandcat.saving import check_free, model_card, replace_text, save
-    from sandcat.sparsify import asked, sparsify
+    from sandcat.sparsifying import asked, sparsify
     from sandcat.target import the_one
     from sandcat.tasks import load_tasks
 
@@ -144,6 +156,7 @@ def sparsify(
         if dry_run:
             print_json(plan.to_json()) if as_json else print_plan(plan)
             return
+        assert output is not None  # see above
         save(
             dense, tokenizer, output, overwrite=overwrite, card=model_card(plan, model),
             finish=partial(hub.verify, dense, trust_remote_code=trust_remote_code),
@@ -162,6 +175,9 @@ def sparsify(
     print_report(report, as_json)
     if not as_json:
         out.print(f"\nsaved to {output}; the whole report: {output / 'report.html'}", soft_wrap=True)
+
+
+app.command()(sweep)
 
 
 @app.command()
@@ -192,7 +208,7 @@ def generate(
         raise BadRecipe("--json needs a prompt: a chat is for people.")
     with shown(not as_json):
         net, tokenizer = hub.load(model, dense=dense, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    options = {
+    options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
         "chat": chat, "compile": "default" if compile else "fused",
     }  # fmt: skip
@@ -313,34 +329,10 @@ def methods(as_json: Json = False) -> None:
     out.print("Give options after a colon: sandcat sparsify MODEL cats:sparsity=0.5,score=output -o OUT", style="dim")
 
 
-def summary(method: type) -> str:
-    return sys.modules[method.__module__].__doc__.splitlines()[0]
+def _measure(*args, **options):
+    from sandcat.measure import measure_saved
 
-
-def _measure(
-    folder: str, name: str, twin: str | None, *, device: str, dtype: str, trust_remote_code: bool = False, **options
-):
-    """Measures the model in a folder beside its dense twin, which the same files hold unless their weights are int8."""
-    from sandcat import hub
-    from sandcat.errors import PlanError
-    from sandcat.measure import measure
-    from sandcat.registration import plan_of
-
-    where = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    sparse, tokenizer = hub.load(folder, require_plan=True, **where)
-    plan = plan_of(sparse)
-    if plan.stored.steps and twin is None:
-        raise PlanError(
-            f"the weights in {folder!r} are int8, so it does not hold the dense model. Say which one to compare with: "
-            "--dense MODEL, the folder or name that it was made from."
-        )
-    where["dtype"] = sparse.dtype
-    dense, _ = hub.load(twin or folder, dense=True, **where)
-    int8_dense = hub.load(folder, dense=True, **where)[0] if plan.stored.steps and plan.stored != plan else None
-    return measure(
-        dense, sparse, tokenizer, name=name, int8_dense=int8_dense,
-        command=shlex.join(["sandcat", *sys.argv[1:]]), **options,
-    )  # fmt: skip
+    return measure_saved(*args, command=shlex.join(["sandcat", *sys.argv[1:]]), **options)
 
 
 def _ask() -> str:
@@ -350,53 +342,6 @@ def _ask() -> str:
         return ""
 
 
-def listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def numbers(text: str, name: str) -> list[float]:
-    try:
-        return [float(part) for part in listed(text)]
-    except ValueError:
-        raise BadRecipe(f"{name} {text!r}: give numbers with commas between them.") from None
-
-
-def whole_numbers(text: str, name: str) -> list[int]:
-    found = numbers(text, name)
-    if not found or any(number < 1 or number != int(number) for number in found):
-        raise BadRecipe(f"{name} {text!r}: give whole numbers from 1 on, with commas between them.")
-    return [int(number) for number in found]
-
-
-def print_json(data) -> None:
-    print(json.dumps(data, indent=2))
-
-
-def print_report(report, as_json: bool) -> None:
-    print_json(report.to_json()) if as_json else out.print(report.table())
-
-
-def print_plan(plan) -> None:
-    from sandcat import wording
-
-    for step in plan.steps:
-        out.print(f"[bold]{step.method}[/bold]: {summary(type(step.method))}")
-        rows = [
-            {"site": site, **{key: value for key, value in spec.items() if not isinstance(value, dict)}}
-            for site, spec in step.sites.items()
-        ]
-        table = Table(*rows[0], box=None, pad_edge=False)
-        for row in rows:
-            table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-        out.print(table)
-    if plan.budget is not None:
-        out.print(wording.budget(plan.budget))
-    if plan.calibration is not None:
-        c = plan.calibration
-        how = "each layer after the sparse ones before it" if c.sequential else "all layers dense"
-        out.print(f"calibrated on {c.source}: {c.tokens} tokens, sha256 {c.sha256[:12]}, {how}")
-
-
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 2 a mistake that the message explains, 130 interrupted."""
     try:
@@ -404,7 +349,3 @@ def main() -> None:
     except SandcatError as error:
         err.print(f"sandcat: {error}", style="red", markup=False, highlight=False)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()
