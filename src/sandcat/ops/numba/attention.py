@@ -83,7 +83,7 @@ def attend(model, layer, position, parts, item, q, weights, like):
         here = weights[: to - at]
         for g in range(G):
             acc = results[(group * G + g) * parts + part]
-            dot_rows(q[g : g + 1], keys[at:to], None, here.reshape(-1, 1))
+            dot_rows(q[g : g + 1], keys[at:to], None, here.reshape(1, -1))
             top = acc[D]
             for p in range(here.size):
                 here[p] *= np.float32(layer.scaling)
@@ -97,7 +97,7 @@ def attend(model, layer, position, parts, item, q, weights, like):
             acc = acc[:D]
             for d in range(D):
                 acc[d] *= fade
-            add_rows(acc.reshape(1, -1), here.reshape(-1, 1), values[at:to], None)
+            add_rows(acc.reshape(1, -1), here.reshape(1, -1), values[at:to], None)
 
 
 @njit

@@ -92,13 +92,13 @@ def _finish(site, first, end, y, like):
 @njit
 def _all_inputs(site, x, first, end, y, like):
     rows = numbers(site.weight, (site.outputs, site.inputs), like)[first:end]
-    dot_rows(x.reshape(1, -1), rows, None, y[first:end].reshape(-1, 1))
+    dot_rows(x.reshape(1, -1), rows, None, y[first:end].reshape(1, -1))
 
 
 @njit
 def _listed_inputs(site, kept, values, y, like):
     rows = numbers(site.weight, (site.inputs, site.outputs), like)
-    add_rows(y.reshape(1, -1), values.reshape(-1, 1), rows, kept)
+    add_rows(y.reshape(1, -1), values.reshape(1, -1), rows, kept)
 
 
 @njit
@@ -155,7 +155,7 @@ def _activations(g, code, like):
 def _listed_outputs(site, x, kept, values, like):
     """values[c] = row kept[c] of W times x."""
     rows = numbers(site.weight, (site.outputs, site.inputs), like)
-    dot_rows(x.reshape(1, -1), rows, kept, values.reshape(-1, 1))
+    dot_rows(x.reshape(1, -1), rows, kept, values.reshape(1, -1))
 
 
 @njit

@@ -53,7 +53,7 @@ def dot4(x, row0, row1, row2, row3, next0, next1, next2, next3):
 
 @njit
 def dot4x4(x0, x1, x2, x3, row0, row1, row2, row3, out):
-    """out[i, t] = row i . x t."""
+    """out[t, i] = row i . x t."""
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = splat(np.float32(0))
     c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = splat(np.float32(0))
     whole = x0.size // LANES * LANES
@@ -67,21 +67,21 @@ def dot4x4(x0, x1, x2, x3, row0, row1, row2, row3, out):
         a2, b2, c2, d2 = fma(r0, v, a2), fma(r1, v, b2), fma(r2, v, c2), fma(r3, v, d2)
         v = load(x3, k)
         a3, b3, c3, d3 = fma(r0, v, a3), fma(r1, v, b3), fma(r2, v, c3), fma(r3, v, d3)
-    out[0, 0], out[0, 1], out[0, 2], out[0, 3] = total(a0), total(a1), total(a2), total(a3)
-    out[1, 0], out[1, 1], out[1, 2], out[1, 3] = total(b0), total(b1), total(b2), total(b3)
-    out[2, 0], out[2, 1], out[2, 2], out[2, 3] = total(c0), total(c1), total(c2), total(c3)
-    out[3, 0], out[3, 1], out[3, 2], out[3, 3] = total(d0), total(d1), total(d2), total(d3)
+    out[0, 0], out[0, 1], out[0, 2], out[0, 3] = total(a0), total(b0), total(c0), total(d0)
+    out[1, 0], out[1, 1], out[1, 2], out[1, 3] = total(a1), total(b1), total(c1), total(d1)
+    out[2, 0], out[2, 1], out[2, 2], out[2, 3] = total(a2), total(b2), total(c2), total(d2)
+    out[3, 0], out[3, 1], out[3, 2], out[3, 3] = total(a3), total(b3), total(c3), total(d3)
     for k in range(whole, x0.size):
         for i, row in enumerate((row0, row1, row2, row3)):
             r = widen(row[k])
-            out[i, 0] += r * x0[k]
-            out[i, 1] += r * x1[k]
-            out[i, 2] += r * x2[k]
-            out[i, 3] += r * x3[k]
+            out[0, i] += r * x0[k]
+            out[1, i] += r * x1[k]
+            out[2, i] += r * x2[k]
+            out[3, i] += r * x3[k]
 
 
 @njit
-def _row(units, c):
+def row_of(units, c):
     """The c-th unit of a list, or of all."""
     if units is None:
         return c
@@ -90,25 +90,25 @@ def _row(units, c):
 
 @njit
 def _four(rows, units, c):
-    return rows[_row(units, c)], rows[_row(units, c + 1)], rows[_row(units, c + 2)], rows[_row(units, c + 3)]
+    return rows[row_of(units, c)], rows[row_of(units, c + 1)], rows[row_of(units, c + 2)], rows[row_of(units, c + 3)]
 
 
 @njit
 def dot_rows(x, rows, units, out):
-    """out[c, t] = rows[units[c]] . x[t], of all rows if units is None: each is read from memory once."""
-    count = len(out)
+    """out[t, c] = rows[units[c]] . x[t], of all rows if units is None: each is read from memory once."""
+    count = out.shape[1]
     fours, tokens = count // 4 * 4, len(x) // 4 * 4
     for c in range(0, fours, 4):
         row0, row1, row2, row3 = _four(rows, units, c)
         next0, next1, next2, next3 = _four(rows, units, min(c + 4, count - 4))
         for t in range(0, tokens, 4):
-            dot4x4(x[t], x[t + 1], x[t + 2], x[t + 3], row0, row1, row2, row3, out[c : c + 4, t : t + 4])
+            dot4x4(x[t], x[t + 1], x[t + 2], x[t + 3], row0, row1, row2, row3, out[t : t + 4, c : c + 4])
         for t in range(tokens, len(x)):
             four = dot4(x[t], row0, row1, row2, row3, next0, next1, next2, next3)
-            out[c, t], out[c + 1, t], out[c + 2, t], out[c + 3, t] = four
+            out[t, c], out[t, c + 1], out[t, c + 2], out[t, c + 3] = four
     for c in range(fours, count):
         for t in range(len(x)):
-            out[c, t] = dot(x[t], rows[_row(units, c)])
+            out[t, c] = dot(x[t], rows[row_of(units, c)])
 
 
 @njit
@@ -152,16 +152,16 @@ def add8(y, h, rows, units, c, first):
             store(y, k, fma(h7, load(row7, at), fma(h6, load(row6, at), s)))
     for k in range(whole, y.size):
         for i in range(8):
-            y[k] += h[c + i] * widen(rows[_row(units, c + i), first + k])
+            y[k] += h[c + i] * widen(rows[row_of(units, c + i), first + k])
 
 
 @njit
 def add4x4(y0, y1, y2, y3, h, row0, row1, row2, row3):
-    """y t += h[0, t] row 0 + ... + h[3, t] row 3, for four tokens."""
-    a0, a1, a2, a3 = splat(h[0, 0]), splat(h[0, 1]), splat(h[0, 2]), splat(h[0, 3])
-    b0, b1, b2, b3 = splat(h[1, 0]), splat(h[1, 1]), splat(h[1, 2]), splat(h[1, 3])
-    c0, c1, c2, c3 = splat(h[2, 0]), splat(h[2, 1]), splat(h[2, 2]), splat(h[2, 3])
-    d0, d1, d2, d3 = splat(h[3, 0]), splat(h[3, 1]), splat(h[3, 2]), splat(h[3, 3])
+    """y t += h[t, 0] row 0 + ... + h[t, 3] row 3, for four tokens."""
+    a0, b0, c0, d0 = splat(h[0, 0]), splat(h[0, 1]), splat(h[0, 2]), splat(h[0, 3])
+    a1, b1, c1, d1 = splat(h[1, 0]), splat(h[1, 1]), splat(h[1, 2]), splat(h[1, 3])
+    a2, b2, c2, d2 = splat(h[2, 0]), splat(h[2, 1]), splat(h[2, 2]), splat(h[2, 3])
+    a3, b3, c3, d3 = splat(h[3, 0]), splat(h[3, 1]), splat(h[3, 2]), splat(h[3, 3])
     whole = y0.size // LANES * LANES
     for k in range(0, whole, LANES):
         r0, r1, r2, r3 = load(row0, k), load(row1, k), load(row2, k), load(row3, k)
@@ -172,36 +172,36 @@ def add4x4(y0, y1, y2, y3, h, row0, row1, row2, row3):
     for k in range(whole, y0.size):
         for i, row in enumerate((row0, row1, row2, row3)):
             r = widen(row[k])
-            y0[k] += h[i, 0] * r
-            y1[k] += h[i, 1] * r
-            y2[k] += h[i, 2] * r
-            y3[k] += h[i, 3] * r
+            y0[k] += h[0, i] * r
+            y1[k] += h[1, i] * r
+            y2[k] += h[2, i] * r
+            y3[k] += h[3, i] * r
 
 
 @njit
 def add_rows(y, h, rows, units, first=0):
-    """y[t] += sum over c of h[c, t] rows[units[c]][first:], as wide as y, of all rows if units is None."""
+    """y[t] += sum over c of h[t, c] rows[units[c]][first:], as wide as y, of all rows if units is None."""
     if len(y) == 1:
-        _add_rows(y[0], h[:, 0].copy(), rows, units, first)
+        _add_rows(y[0], h[0], rows, units, first)
         return
-    count, tokens = len(h), len(y) // 4 * 4
+    count, tokens = h.shape[1], len(y) // 4 * 4
     fours, width = count // 4 * 4, max(256, 8192 // len(y))  # pieces of y that stay in the cache
     for start in range(0, y.shape[1], width):
         piece = slice(start, min(start + width, y.shape[1]))
         part = slice(first + piece.start, first + piece.stop)
         for t in range(tokens, len(y)):
-            _add_rows(y[t, piece], h[:, t].copy(), rows, units, first + start)
+            _add_rows(y[t, piece], h[t], rows, units, first + start)
         for c in range(0, fours if tokens else 0, 4):
-            row0, row1 = rows[_row(units, c), part], rows[_row(units, c + 1), part]
-            row2, row3 = rows[_row(units, c + 2), part], rows[_row(units, c + 3), part]
+            row0, row1 = rows[row_of(units, c), part], rows[row_of(units, c + 1), part]
+            row2, row3 = rows[row_of(units, c + 2), part], rows[row_of(units, c + 3), part]
             for t in range(0, tokens, 4):
                 add4x4(
-                    y[t, piece], y[t + 1, piece], y[t + 2, piece], y[t + 3, piece], h[c : c + 4, t : t + 4],
+                    y[t, piece], y[t + 1, piece], y[t + 2, piece], y[t + 3, piece], h[t : t + 4, c : c + 4],
                     row0, row1, row2, row3,
                 )  # fmt: skip
         for c in range(fours, count):
             for t in range(tokens):
-                add(y[t, piece], h[c, t], rows[_row(units, c), part])
+                add(y[t, piece], h[t, c], rows[row_of(units, c), part])
 
 
 @njit
@@ -211,7 +211,7 @@ def _add_rows(y, h, rows, units, first):
     for c in range(0, eights, 8):
         add8(y, h, rows, units, c, first)
     for c in range(eights, h.size):
-        add(y, h[c], rows[_row(units, c), first : first + y.size])
+        add(y, h[c], rows[row_of(units, c), first : first + y.size])
 
 
 @njit(fastmath={"reassoc", "contract"})
