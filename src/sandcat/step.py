@@ -47,7 +47,7 @@ def fused_step(model: nn.Module, cache: Cache) -> Step | None:
     whose weights have one dtype (or int8 and scales of that) and lie on one device, and whose modules are without hooks
     and adapters, which it would pass over. On CUDA down projections have no bias.
     """
-    kernels = kernel_name("sparse_mlp", model.device)
+    kernels, batch = kernel_name("sparse_mlp", model.device), cache.layers[0].keys.shape[0]
     if kernels not in ("triton", "numba"):
         return None
     try:
@@ -56,8 +56,6 @@ def fused_step(model: nn.Module, cache: Cache) -> Step | None:
             return None
         blocks = list(view.blocks())
     except UnsupportedModel:
-        return None
-    if cache.layers[0].keys.shape[0] != 1:
         return None
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return None
@@ -68,7 +66,9 @@ def fused_step(model: nn.Module, cache: Cache) -> Step | None:
     if kernels == "numba":
         from sandcat import cpu_step  # here, as not every machine has Numba's kernels
 
-        return cpu_step.CpuStep(view, blocks, cache) if cpu_step.applies(view, blocks) else None
+        return cpu_step.CpuStep(view, blocks, cache) if cpu_step.applies(view, blocks, batch) else None
+    if batch > 1:
+        return None
     plain = type(model.get_output_embeddings()) in _LINEARS and all(_plain(block) for block in blocks)
     return FusedStep(view, blocks, cache) if plain else None
 

@@ -19,7 +19,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from sandcat.ops.numba.floats import widen
-from sandcat.ops.numba.lanes import LANES, LINE, ask, load, vector
+from sandcat.ops.numba.lanes import LANES, LINE, ask, fma, load, splat, store, vector
 from sandcat.ops.numba.vectors import add_rows, dot_rows, row_of
 
 PAIRED = 2 * LANES
@@ -133,81 +133,116 @@ def _store_pairs(typing, array, at, low, high):
     return types.none(array, types.intp, vector, vector), generate
 
 
-def room_of(tokens: int, most: int) -> int:
-    """Numbers of 32 bits that a thread needs for products of so many tokens with up to `most` inputs."""
-    return 2 * LANES + 8 * TILE + tokens * (-(-most // PAIRED) * LANES)
+@intrinsic
+def _transpose(typing, array, at):
+    """The 16 x 16 numbers of 32 bits from array[at] on, rows for columns, in place."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.VectorType(ir.IntType(32), LANES)
+        step = ir.Constant(ir.IntType(64), LANES)
+        places, place = [], args[1]
+        for _ in range(LANES):
+            places.append(builder.bitcast(_place(context, builder, args[0], place, array), kind.as_pointer()))
+            place = builder.add(place, step)
+        rows = [builder.load(place) for place in places]
+        for row in rows:
+            row.align = 4
+        for far in (8, 4, 2, 1):
+            low = _indices(lane if not lane & far else LANES + lane - far for lane in range(LANES))
+            high = _indices(lane + far if not lane & far else LANES + lane for lane in range(LANES))
+            for i in (i for i in range(LANES) if not i & far):
+                a, b = rows[i], rows[i + far]
+                rows[i], rows[i + far] = builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high)
+        for row, place in zip(rows, places, strict=True):
+            builder.store(row, place).align = 4
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp), generate
+
+
+def _indices(lanes) -> ir.Constant:
+    return ir.Constant(ir.VectorType(ir.IntType(32), LANES), list(lanes))
+
+
+def room_of(most: int) -> int:
+    """Numbers of 32 bits that a thread needs for products of up to 16 tokens with up to `most` inputs."""
+    return HEAD + 2 * LANES * -(-most // PAIRED) * LANES
+
+
+SEGMENT = 128
+"""Outputs of a pair of rows that are read in one go: pieces of memory long enough to come fast, and all rows of a tile
+side by side still fit the nearest cache."""
+AHEAD = 8
+"""So many pairs of rows before they are needed they are asked for."""
+HEAD = LANES + SEGMENT * LANES
 
 
 @njit
-def _shape(room, rows_a, columns_b):
-    """Tiles 0 to 3 are sums [rows of a, columns of b], 4 and 5 are a, 6 and 7 are b."""
+def _shape(room, tokens):
+    """Tiles 0 to 3 are sums, 4 and 5 are first factors, 6 and 7 are second ones; 16 x 16, but as many rows as `tokens`
+    where these are the rows."""
     settings = room[:LANES].view(np.uint8)
     settings[:] = 0
     settings[0] = 1
     widths, rows = settings[16:32].view(np.uint16), settings[48:56]
     for tile in range(8):
-        widths[tile] = 4 * LANES if tile in (4, 5) else 4 * columns_b
-        rows[tile] = LANES if tile > 5 else rows_a
+        widths[tile] = 4 * LANES
+        rows[tile] = tokens if tile < 6 else LANES
     _configure(room, 0)
 
 
 @njit
 def dot_rows_tiled(x, rows, units, out, room):
-    """`dot_rows` by tiles; `room`: see `room_of`."""
-    tokens, count = len(x), out.shape[1]
-    blocks, chunks = count // LANES, x.shape[1] // PAIRED
-    if blocks and chunks:
-        _shape(room, LANES, tokens)
-        pairs, packed, sums = room[2 * LANES :], room[2 * LANES + 8 * TILE :], room[2 * LANES + 6 * TILE :]
-        _pack_columns(x, chunks, pairs, packed)
-        for block in range(blocks):
-            first = block * LANES
-            ahead = min(first + LANES, count - LANES)
+    """`dot_rows` by tiles, after `pack_columns(x, room)`; `room`: see `room_of`."""
+    count, chunks = out.shape[1], x.shape[1] // PAIRED
+    whole = count // LANES * LANES if chunks else 0
+    if whole:
+        _shape(room, LANES)
+        pairs, packed = room[LANES:HEAD], room[HEAD:]
+        for first in range(0, whole, LANES):
+            ahead = min(first + LANES, whole - LANES)
             _zero(0)
             _zero(1)
             for chunk in range(0, chunks - 1, 2):
                 _pair_inputs(rows, units, first, ahead, chunk * PAIRED, pairs, 0)
                 _pair_inputs(rows, units, first, ahead, (chunk + 1) * PAIRED, pairs, TILE)
                 _load(4, pairs, 0, LINE)
-                _load(6, packed, chunk * LANES * tokens, 4 * tokens)
+                _load(6, packed, chunk * TILE, LINE)
                 _multiply(0, 4, 6)
                 _load(5, pairs, TILE, LINE)
-                _load(7, packed, (chunk + 1) * LANES * tokens, 4 * tokens)
+                _load(7, packed, (chunk + 1) * TILE, LINE)
                 _multiply(1, 5, 7)
             if chunks % 2:
                 _pair_inputs(rows, units, first, ahead, (chunks - 1) * PAIRED, pairs, 0)
                 _load(4, pairs, 0, LINE)
-                _load(6, packed, (chunks - 1) * LANES * tokens, 4 * tokens)
+                _load(6, packed, (chunks - 1) * TILE, LINE)
                 _multiply(0, 4, 6)
-            _store(0, sums, 0, 4 * tokens)
-            _store(1, sums, TILE, 4 * tokens)
-            found = sums.view(np.float32)
-            for r in range(LANES):
-                for t in range(tokens):
-                    out[t, first + r] = found[r * tokens + t] + found[TILE + r * tokens + t]
-        whole = chunks * PAIRED
-        if whole < x.shape[1]:
-            _add_last_inputs(x, rows, units, whole, out[:, : blocks * LANES])
-    else:
-        blocks = 0
-    rest = blocks * LANES
-    if rest < count:
+            _store(0, pairs, 0, LINE)
+            _store(1, pairs, TILE, LINE)
+            _transpose(pairs, 0)
+            _transpose(pairs, TILE)
+            found = pairs.view(np.float32)
+            one = splat(np.float32(1))
+            for t in range(len(x)):
+                store(out[t], first, fma(load(found, t * LANES), one, load(found, TILE + t * LANES)))
+        _add_last_inputs(x, rows, units, chunks * PAIRED, out[:, :whole])
+    if whole < count:
         if units is None:
-            dot_rows(x, rows[rest:], None, out[:, rest:])
+            dot_rows(x, rows[whole:], None, out[:, whole:])
         else:
-            dot_rows(x, rows, units[rest:], out[:, rest:])
+            dot_rows(x, rows, units[whole:], out[:, whole:])
 
 
 @njit
-def _pack_columns(x, chunks, pairs, packed):
-    """x [T, I] as tiles of pairs [chunk, pair, T]."""
-    tokens = len(x)
-    for t in range(tokens):
-        for chunk in range(chunks):
-            at = chunk * PAIRED
-            _store_pairs(pairs, 0, load(x[t], at), load(x[t], at + LANES))
-            for pair in range(LANES):
-                packed[(chunk * LANES + pair) * tokens + t] = pairs[pair]
+def pack_columns(x, room):
+    """Keeps x [T, I] in `room` as tiles of pairs [chunk, pair, token], zero after the last token."""
+    packed = room[HEAD:]
+    for chunk in range(x.shape[1] // PAIRED):
+        at, to = chunk * PAIRED, chunk * TILE
+        for t in range(len(x)):
+            _store_pairs(packed, to + t * LANES, load(x[t], at), load(x[t], at + LANES))
+        packed[to + len(x) * LANES : to + TILE] = 0
+        _transpose(packed, to)
 
 
 @njit
@@ -220,17 +255,14 @@ def _pair_inputs(rows, units, first, ahead, at, pairs, to):
 
 
 @njit
-def _add_last_inputs(x, rows, units, whole, out):
-    for c in range(out.shape[1]):
-        row = rows[row_of(units, c)]
-        for t in range(len(x)):
-            for k in range(whole, x.shape[1]):
-                out[t, c] += x[t, k] * widen(row[k])
-
-
-BLOCK = 2
-AHEAD = BLOCK * PAIRED
-"""Tiles of listed rows whose sums stay in the unit: fewer rows are better to ask memory for, more to compute with."""
+def _add_last_inputs(x, rows, units, first, out):
+    """Inputs that fill no tile."""
+    if first < x.shape[1]:
+        for c in range(out.shape[1]):
+            row = rows[row_of(units, c)]
+            for t in range(len(x)):
+                for k in range(first, x.shape[1]):
+                    out[t, c] += x[t, k] * widen(row[k])
 
 
 @njit
@@ -238,32 +270,32 @@ def add_rows_tiled(y, h, rows, units, room, first=0):
     """`add_rows` by tiles; `room`: see `room_of`."""
     tokens, count = h.shape
     whole, chunks = y.shape[1] // PAIRED * PAIRED, -(-count // PAIRED)
-    if whole:
-        _shape(room, tokens, LANES)
-        pairs, packed = room[2 * LANES :], room[2 * LANES + 8 * TILE :]
-        _pack_rows(h, chunks, pairs, packed)
+    if whole and count:
+        _shape(room, tokens)
+        pairs, packed = room[LANES:HEAD], room[HEAD + (len(room) - HEAD) // 2 :]
+        _pack_rows(h, chunks, packed)
         stride = y.strides[0]
-        for start in range(0, chunks, BLOCK):
-            end = min(start + BLOCK, chunks)
-            for at in range(0, whole, PAIRED):
-                _load(0, y, at, stride)
-                _load(1, y, at + LANES, stride)
-                for chunk in range(start, end):
-                    _pair_outputs(rows, units, count, chunk * PAIRED, first + at, pairs)
-                    _load(4, packed, chunk * LANES * tokens, LINE)
-                    _load(6, pairs, 0, LINE)
-                    _load(7, pairs, TILE, LINE)
+        for chunk in range(chunks):
+            for at in range(0, whole, SEGMENT):
+                to = min(at + SEGMENT, whole)
+                _pair_outputs(rows, units, count, chunk * PAIRED, first, at, to, whole, pairs)
+                _load(4, packed, chunk * LANES * tokens, LINE)
+                for o in range(at, to, PAIRED):
+                    _load(0, y, o, stride)
+                    _load(1, y, o + LANES, stride)
+                    _load(6, pairs, (o - at) * LANES, LINE)
+                    _load(7, pairs, (o - at) * LANES + TILE, LINE)
                     _multiply(0, 4, 6)
                     _multiply(1, 4, 7)
-                _store(0, y, at, stride)
-                _store(1, y, at + LANES, stride)
+                    _store(0, y, o, stride)
+                    _store(1, y, o + LANES, stride)
     if whole < y.shape[1]:
         add_rows(y[:, whole:], h, rows, units, first + whole)
 
 
 @njit
-def _pack_rows(h, chunks, pairs, packed):
-    """h [T, C] as tiles of pairs [chunk, T, pair], zero after the last."""
+def _pack_rows(h, chunks, packed):
+    """h [T, C] as tiles of pairs [chunk, token, pair], zero after the last."""
     tokens, count = h.shape
     last = np.zeros(PAIRED, np.float32)
     for t in range(tokens):
@@ -278,12 +310,25 @@ def _pack_rows(h, chunks, pairs, packed):
 
 
 @njit
-def _pair_outputs(rows, units, count, c, at, pairs):
-    """pairs = 32 outputs of the 32 listed rows from the c-th on, of the last one again after it."""
+def _pair_outputs(rows, units, count, c, first, at, to, whole, pairs):
+    """pairs = those outputs of the 32 listed rows from the c-th on, of the last one again after it."""
+    line = LINE // rows.itemsize
     for pair in range(LANES):
         low = rows[row_of(units, min(c + pair, count - 1))]
         high = rows[row_of(units, min(c + pair + LANES, count - 1))]
-        ask(rows[row_of(units, min(c + pair + AHEAD, count - 1))], at)
-        ask(rows[row_of(units, min(c + pair + AHEAD + LANES, count - 1))], at)
-        _store_pairs(pairs, pair * LANES, load(low, at), load(high, at))
-        _store_pairs(pairs, TILE + pair * LANES, load(low, at + LANES), load(high, at + LANES))
+        n, ask_at = c + pair + AHEAD, at
+        if pair + AHEAD >= LANES:
+            n -= LANES
+            ask_at += SEGMENT
+            if ask_at >= whole:
+                n += PAIRED
+                ask_at = 0
+        next_low = rows[row_of(units, min(n, count - 1))]
+        next_high = rows[row_of(units, min(n + LANES, count - 1))]
+        for o in range(at, to, PAIRED):
+            if (o - at) % line == 0:
+                ask(next_low, first + ask_at + o - at)
+                ask(next_high, first + ask_at + o - at)
+            place = (o - at) * LANES + pair * LANES
+            _store_pairs(pairs, place, load(low, first + o), load(high, first + o))
+            _store_pairs(pairs, place + TILE, load(low, first + o + LANES), load(high, first + o + LANES))
