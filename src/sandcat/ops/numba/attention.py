@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit
 
 from sandcat.ops.numba.floats import narrow, rounded, widen
+from sandcat.ops.numba.lanes import apart
 from sandcat.ops.numba.threads import float32s, numbers
 from sandcat.ops.numba.vectors import add_rows, dot_rows, norm
 
@@ -53,6 +54,7 @@ def _head(values, weight, eps, cos, sin, out, like):
 def attend(model, layer, position, item, q, weights, like):
     """One part of the cache of one key-value head of a sequence: maximum, sum and weighted values of each of its query
     heads."""
+    apart()
     B, D, G, parts = model.sequences, model.D, model.heads // model.groups, model.parts
     b, group, part = item // parts // model.groups, item // parts % model.groups, item % parts
     qkv = float32s(model.qkv, (B, (model.heads + 2 * model.groups) * D))[b]

@@ -13,6 +13,7 @@ import numpy as np
 from numba import carray, njit
 
 from sandcat.ops.numba.floats import widen
+from sandcat.ops.numba.lanes import apart
 from sandcat.ops.numba.shared import list_shared
 from sandcat.ops.numba.threads import numbers, pointer
 from sandcat.ops.numba.tiles import add_rows_tiled, dot_rows_tiled, pack_columns
@@ -52,8 +53,6 @@ def share(size, work):
 def _dot_rows(x, rows, units, out, room):
     if room is None:
         dot_rows(x, rows, units, out)
-    elif len(x) == 1:
-        dot_rows(x, rows, units, out)
     else:
         dot_rows_tiled(x, rows, units, out, room)
 
@@ -61,8 +60,6 @@ def _dot_rows(x, rows, units, out, room):
 @njit
 def _add_rows(y, h, rows, units, room):
     if room is None:
-        add_rows(y, h, rows, units)
-    elif len(y) == 1:
         add_rows(y, h, rows, units)
     else:
         add_rows_tiled(y, h, rows, units, room)
@@ -123,6 +120,7 @@ def keep_one(x, threshold, first, end, kept, values):
 def keep_any(x, threshold, first, end, work):
     """The same for several sequences: how many any of them keeps. For those that do not keep one, its value is 0;
     values stand at the places of their units, for `gather`."""
+    apart()
     kept, wanted = work.kept, work.wanted
     wanted[first:end] = False
     for b in range(len(x)):
@@ -186,6 +184,7 @@ def _listed_inputs(site, mine, y, work, like):
 def begin(site, x, first, end, y, at, work):
     """y[:, first:end] = those outputs of a linear layer; where it is stored by inputs, the thread's sums from `at` on
     of what its share of the kept inputs adds to all outputs, and when all threads have theirs `finish` gives y."""
+    apart()
     x = x[:, : site.inputs]
     if site.by_inputs:
         mine = _keep(site, x, work)
@@ -206,6 +205,7 @@ def begin(site, x, first, end, y, at, work):
 @njit
 def finish(site, first, end, y, at, work):
     """y[:, first:end] of a layer that is stored by inputs, after `begin` in all threads; of others it is there."""
+    apart()
     if site.by_inputs:
         sums = work.sums
         for b in range(len(y)):
@@ -226,6 +226,7 @@ def _listed_outputs(site, x, kept, values, work, like):
 @njit
 def listed_outputs(site, x, count, values, work):
     """values[:, c] = output kept[c] of a layer that is stored by outputs."""
+    apart()
     x, kept, values = x[:, : site.inputs], work.kept[:count], values[:, :count]
     if site.scale:
         _listed_outputs(site, x, kept, values, work, codes(site))

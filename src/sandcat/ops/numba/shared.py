@@ -14,6 +14,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from sandcat.ops.numba.floats import STORAGE, rounded, widen
+from sandcat.ops.numba.lanes import apart
 from sandcat.ops.numba.threads import VERSION, on_all_threads, pointer, threads_of
 from sandcat.ops.numba.vectors import add_rows, dot_rows
 from sandcat.ops.shared import LEAST_THRESHOLD, shared_linear, shared_up_down
@@ -30,6 +31,7 @@ _AFTER_INFINITY = 0x7F800001
 @njit
 def list_shared(scores, threshold, units):
     """Writes the shared units in order, and returns how many they are; `scores` [B, U] may have signs."""
+    apart()
     total = np.zeros(threshold.size, np.float32)
     kept = 0
     for b in range(len(scores)):

@@ -102,7 +102,7 @@ def _shared_neurons(layer, x, a, first, end, work, hidden):
     threshold = numbers(layer.neuron_threshold, (layer.neurons,), work.like)
     hidden[:, first:end] = 0
     _barrier()
-    count = list_shared(a[:, : layer.neurons], threshold, work.kept)
+    count = list_shared(a, threshold, work.kept)
     first, end = count * work.thread // work.threads, count * (work.thread + 1) // work.threads
     work.kept[: end - first] = work.kept[first:end].copy()
     _multiply(layer, x, a, threshold, end - first, work, hidden)
@@ -142,7 +142,7 @@ def _neurons(layer, x, a, first, end, work, hidden):
 @njit
 def _add(site, x, h, y, work):
     """h += a linear layer's outputs."""
-    first, end = share(site.outputs, work)
+    y, (first, end) = y[:, : site.outputs], share(site.outputs, work)
     if not site.by_inputs:
         pack(site, x, work)
     begin(site, x, first, end, y, 0, work)
@@ -218,11 +218,12 @@ def _step(model, layers, work):
         _add(layer.o, x, h, y, work)
         _norms(h, layer.mlp_norm, layer.mlp_eps, x, work)
         first, end = share(layer.neurons, work)
-        _neurons(layer, x, gates[0] if layer.shared else y, first, end, work, hidden)
+        a = gates[0, :, : layer.neurons] if layer.shared else y[:, : layer.neurons]
+        _neurons(layer, x, a, first, end, work, hidden[:, : layer.neurons])
         _barrier()
         _add(layer.down, hidden, h, y, work)
     _norms(h, model.norm, model.eps, x, work)
-    scores, logits = float32s(model.scores, (B, V)), numbers(model.logits, (B, V), like)
+    scores, logits = float32s(model.scores, (B, V))[:, :V], numbers(model.logits, (B, V), like)
     first, end = share(V, work)
     if not model.head.by_inputs:
         pack(model.head, x, work)

@@ -19,7 +19,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from sandcat.ops.numba.floats import widen
-from sandcat.ops.numba.lanes import LANES, LINE, ask, fma, load, splat, store, vector
+from sandcat.ops.numba.lanes import LANES, LINE, apart, ask, fma, load, splat, store, vector
 from sandcat.ops.numba.vectors import add_rows, dot_rows, row_of
 
 PAIRED = 2 * LANES
@@ -194,6 +194,7 @@ def _shape(room, tokens):
 @njit
 def dot_rows_tiled(x, rows, units, out, room):
     """`dot_rows` by tiles, after `pack_columns(x, room)`; `room`: see `room_of`."""
+    apart()
     count, chunks = out.shape[1], x.shape[1] // PAIRED
     whole = count // LANES * LANES if chunks else 0
     if whole:
@@ -236,6 +237,7 @@ def dot_rows_tiled(x, rows, units, out, room):
 @njit
 def pack_columns(x, room):
     """Keeps x [T, I] in `room` as tiles of pairs [chunk, pair, token], zero after the last token."""
+    apart()
     packed = room[HEAD:]
     for chunk in range(x.shape[1] // PAIRED):
         at, to = chunk * PAIRED, chunk * TILE
@@ -268,6 +270,7 @@ def _add_last_inputs(x, rows, units, first, out):
 @njit
 def add_rows_tiled(y, h, rows, units, room, first=0):
     """`add_rows` by tiles; `room`: see `room_of`."""
+    apart()
     tokens, count = h.shape
     whole, chunks = y.shape[1] // PAIRED * PAIRED, -(-count // PAIRED)
     if whole and count:

@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from sandcat.ops.numba.floats import rounded, widen
-from sandcat.ops.numba.lanes import LANES, LINE, ask, fma, load, splat, store, total
+from sandcat.ops.numba.lanes import LANES, LINE, apart, ask, fma, load, splat, store, total
 
 
 @njit
@@ -96,6 +96,7 @@ def _four(rows, units, c):
 @njit
 def dot_rows(x, rows, units, out):
     """out[t, c] = rows[units[c]] . x[t], of all rows if units is None: each is read from memory once."""
+    apart()
     count = out.shape[1]
     fours, tokens = count // 4 * 4, len(x) // 4 * 4
     for c in range(0, fours, 4):
@@ -181,6 +182,7 @@ def add4x4(y0, y1, y2, y3, h, row0, row1, row2, row3):
 @njit
 def add_rows(y, h, rows, units, first=0):
     """y[t] += sum over c of h[t, c] rows[units[c]][first:], as wide as y, of all rows if units is None."""
+    apart()
     if len(y) == 1:
         _add_rows(y[0], h[0], rows, units, first)
         return
