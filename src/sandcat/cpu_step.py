@@ -73,6 +73,7 @@ class CpuStep:
         self.dtype, self.vocabulary = table.dtype, len(table)
         self.held = [table]  # by its address, as it need not be contiguous
         batch, groups, length, size = cache.layers[0].keys.shape
+        rows = batch if batch == 1 else -(-batch // 4) * 4
         self.x_B1H = torch.empty(batch, 1, 0, dtype=self.dtype)
         heads, hidden = blocks[0].q.out_features // size, table.shape[1]
         neurons = max(_linears(block)["down"].in_features for block in blocks)
@@ -92,15 +93,15 @@ class CpuStep:
 
         self.model = np.zeros(1, step.MODEL)
         self._fill(
-            self.model[0], sequences=batch, tokens=self.tokens, position=self.position, table=table.data_ptr(),
+            self.model[0], sequences=batch, rows=rows, tokens=self.tokens, position=self.position, table=table.data_ptr(),
             table_row=table.stride(0), table_column=table.stride(1), vocabulary=len(table), cos=cos[0], sin=sin[0],
-            h=torch.zeros(batch, hidden), qkv=torch.zeros(batch, (heads + 2 * groups) * size),
-            partial=torch.zeros(batch, heads, parts, size + 2), parts=parts, hidden=torch.zeros(batch, most),
-            scores=torch.zeros(batch, head.out_features), logits=self.logits, norm=decoder.norm.weight,
+            h=torch.zeros(batch, hidden), qkv=torch.zeros(rows, (heads + 2 * groups) * size),
+            partial=torch.zeros(batch, heads, parts, size + 2), parts=parts, hidden=torch.zeros(rows, most),
+            scores=torch.zeros(rows, head.out_features), logits=self.logits, norm=decoder.norm.weight,
             eps=decoder.norm.variance_epsilon, layers=len(blocks), heads=heads, groups=groups, D=size, H=hidden,
-            L=length, x=rooms(batch, most), y=rooms(batch, most), values=rooms(batch, most),
+            L=length, x=rooms(rows, most), y=rooms(rows, most), values=rooms(rows, most),
             kept=rooms(most, dtype=torch.int64), wanted=rooms(most, dtype=torch.bool), most=most,
-            sums=rooms(batch, stride), stride=stride, room=rooms(room_of(most), dtype=torch.int32) if tiles else None,
+            sums=rooms(rows, stride), stride=stride, room=rooms(room_of(most), dtype=torch.int32) if tiles else None,
             tiles=room_of(most),
         )  # fmt: skip
         self._fill_linear(self.model[0]["head"], head, _rows_of(head), by_inputs=isinstance(head, Sparse))

@@ -57,7 +57,7 @@ def attend(model, layer, position, item, q, weights, like):
     apart()
     B, D, G, parts = model.sequences, model.D, model.heads // model.groups, model.parts
     b, group, part = item // parts // model.groups, item // parts % model.groups, item % parts
-    qkv = float32s(model.qkv, (B, (model.heads + 2 * model.groups) * D))[b]
+    qkv = float32s(model.qkv, (model.rows, (model.heads + 2 * model.groups) * D))[b]
     cos = numbers(model.cos, (model.L, D), like)[position]
     sin = numbers(model.sin, (model.L, D), like)[position]
     keys = numbers(layer.keys, (B, model.groups, model.L, D), like)[b, group]

@@ -1,6 +1,7 @@
 """The linear layers of a decode step (step.py): tables of them, the lists of inputs that are kept, and the products.
 
-Shapes: B sequences, one token each; weights are read once for all of them. Each thread computes its share of a matrix's
+Shapes: B sequences, one token each; weights are read once for all of them. Arrays have R rows, B and, as products are
+fastest for four at once, some that stay zero. Each thread computes its share of a matrix's
 outputs; where inputs are skipped, it adds up its share of those that are kept, for rows are short and should be read
 whole, and the threads' sums are joined in their order.
 """
@@ -30,9 +31,9 @@ LINEAR = record("weight scale bias threshold by_inputs shared outputs inputs")
 outputs]; with scales as int8, else in the model's dtype. Then inputs may have a threshold each, below which one is
 skipped, and several sequences use one list of them if `shared` (see ops/shared.py)."""
 
-Work = namedtuple("Work", "thread threads like kept wanted values sums room")
-"""What a thread works with: its number, how many there are, an array of the model's dtype, room for the list of kept
-units, for which are wanted and for their values [B, most], sums [threads, B, ...], and where the processor's matrix
+Work = namedtuple("Work", "B thread threads like kept wanted values sums room")
+"""What a thread works with: how many sequences there are, its number, how many threads there are, an array of the model's dtype, room for the list of kept
+units, for which are wanted and for their values [R, most], sums [threads, R, ...], and where the processor's matrix
 unit is used its room (tiles.py), else None."""
 
 UNIT = 16
@@ -94,10 +95,10 @@ def _biases(site, like):
 
 
 @njit
-def _finish(site, first, end, y, like):
+def _finish(site, first, end, y, work):
     """The scales of int8 weights, and the bias."""
-    scale, bias = _scales(site, like), _biases(site, like)
-    for b in range(len(y)):
+    scale, bias = _scales(site, work.like), _biases(site, work.like)
+    for b in range(work.B):
         for r in range(first, end):
             if scale.size:
                 y[b, r] *= widen(scale[r])
@@ -123,7 +124,7 @@ def keep_any(x, threshold, first, end, work):
     apart()
     kept, wanted = work.kept, work.wanted
     wanted[first:end] = False
-    for b in range(len(x)):
+    for b in range(work.B):
         x_b, value_b = x[b], work.values[b]
         for k in range(first, end):
             keeps = not abs(x_b[k]) <= (widen(threshold[k]) if threshold.size else np.float32(0))
@@ -141,30 +142,28 @@ def keep_any(x, threshold, first, end, work):
 
 
 @njit
-def gather(x, kept, first, end, values):
+def _gather(x, first, end, work):
     """values[:, first:end] = x of the units listed there; x may be `values`, as no unit stands before its place."""
-    for b in range(len(x)):
+    for b in range(work.B):
         for c in range(first, end):
-            values[b, c] = x[b, kept[c]]
+            work.values[b, c] = x[b, work.kept[c]]
 
 
 @njit
 def _keep(site, x, work):
     """Lists the inputs that are kept; the part of the list that is this thread's, with its values."""
     threshold = numbers(site.threshold, (site.inputs if site.threshold else 0,), work.like)
-    kept, values = work.kept, work.values
-    if len(x) == 1:
-        count = keep_one(x[0], threshold, 0, site.inputs, kept, values[0])
-    elif site.shared and threshold.size:
-        count = list_shared(x, threshold, kept)
+    if work.B == 1:
+        count = keep_one(x[0], threshold, 0, site.inputs, work.kept, work.values[0])
+    elif site.shared:
+        count = list_shared(x[: work.B], threshold, work.kept)
     else:
         count = keep_any(x, threshold, 0, site.inputs, work)
     first, end = count * work.thread // work.threads, count * (work.thread + 1) // work.threads
-    if len(x) > 1:
-        if site.shared and threshold.size:
-            gather(x, kept, first, end, values)
-        elif count < site.inputs:
-            gather(values, kept, first, end, values)
+    if site.shared:
+        _gather(x, first, end, work)
+    elif work.B > 1 and count < site.inputs:
+        _gather(work.values, first, end, work)
     return slice(first, end)
 
 
@@ -199,7 +198,7 @@ def begin(site, x, first, end, y, at, work):
         _all_inputs(site, x, first, end, y, work, codes(site))
     else:
         _all_inputs(site, x, first, end, y, work, work.like)
-    _finish(site, first, end, y, work.like)
+    _finish(site, first, end, y, work)
 
 
 @njit
@@ -208,13 +207,13 @@ def finish(site, first, end, y, at, work):
     apart()
     if site.by_inputs:
         sums = work.sums
-        for b in range(len(y)):
+        for b in range(work.B):
             for r in range(first, end):
                 y[b, r] = sums[0, b, at + r]
             for thread in range(1, len(sums)):
                 for r in range(first, end):
                     y[b, r] += sums[thread, b, at + r]
-        _finish(site, first, end, y, work.like)
+        _finish(site, first, end, y, work)
 
 
 @njit
@@ -233,7 +232,7 @@ def listed_outputs(site, x, count, values, work):
     else:
         _listed_outputs(site, x, kept, values, work, work.like)
     scale, bias = _scales(site, work.like), _biases(site, work.like)
-    for b in range(len(values)):
+    for b in range(work.B):
         for c in range(count):
             if scale.size:
                 values[b, c] *= widen(scale[kept[c]])

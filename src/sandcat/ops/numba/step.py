@@ -1,7 +1,7 @@
 """CPU kernel of a whole decode step: one call for all layers, on all threads, with barriers between its phases.
 `sandcat.cpu_step` fills its tables, products.py has its linear layers.
 
-Shapes: B sequences, H hidden size, I intermediate size, D size of a head, G query heads a key-value head, L positions
+Shapes: B sequences in R rows (see products.py), H hidden size, I intermediate size, D size of a head, G query heads a key-value head, L positions
 of the cache. The residual state h is float32; what transformers rounds to the model's dtype inside a layer is rounded
 here too.
 """
@@ -41,14 +41,14 @@ LAYER = record(
 )
 """`skips`: neurons with |activation| <= neuron_threshold are skipped, and `shared`: by one list for all sequences."""
 MODEL = record(
-    "sequences tokens position table table_row table_column vocabulary cos sin h qkv partial hidden scores logits norm "
+    "sequences rows tokens position table table_row table_column vocabulary cos sin h qkv partial hidden scores logits norm "
     "layers heads groups parts D H L x y kept wanted values sums room most stride tiles",
     "eps",
     head=LINEAR,
 )
 """`tokens` [B]: the ids; `table_row`, `table_column`: how far rows and columns of the embedding table lie apart;
-`groups`: key-value heads; `parts`: see `parts_of`. Of each thread: x, y and values [B, most], kept and wanted [most],
-sums [B, stride] (see products.py), room [tiles], where `most` is the most units that a matrix has."""
+`groups`: key-value heads; `parts`: see `parts_of`. Of each thread: x, y and values [R, most], kept and wanted [most],
+sums [R, stride] (see products.py), room [tiles], where `most` is the most units that a matrix has."""
 
 BLOCK = 64
 """Neurons whose gates are computed before the rows of those that are kept, for one sequence."""
@@ -57,15 +57,16 @@ _barrier = types.ExternalFunction("GOMP_barrier", types.void())
 
 
 @njit
-def _round(y, first, end, like):
-    for b in range(len(y)):
+def _round(y, first, end, work):
+    for b in range(work.B):
         for r in range(first, end):
-            y[b, r] = rounded(y[b, r], like)
+            y[b, r] = rounded(y[b, r], work.like[0])
 
 
 @njit
-def _activations(g, first, end, code, like):
-    for b in range(len(g)):
+def _activations(g, first, end, code, work):
+    like = work.like[0]
+    for b in range(work.B):
         for j in range(first, end):
             g[b, j] = rounded(activate(rounded(g[b, j], like), code), like)
 
@@ -75,7 +76,7 @@ def _multiply(layer, x, a, threshold, count, work, hidden):
     """hidden = a * up(x) of the listed neurons, 0 where a sequence does not keep one."""
     like, values, own = work.like[0], work.values, not layer.shared
     listed_outputs(layer.up, x, count, values, work)
-    for b in range(len(x)):
+    for b in range(work.B):
         for c in range(count):
             j = work.kept[c]
             value = rounded(a[b, j] * rounded(values[b, c], like), like)
@@ -89,7 +90,7 @@ def _kept_neurons(layer, x, a, first, end, work, hidden):
     """hidden[:, first:end] = a * up(x), where |a| is above the threshold; else 0, and the row is not read."""
     threshold = numbers(layer.neuron_threshold, (layer.neurons,), work.like)
     hidden[:, first:end] = 0
-    if len(x) == 1:
+    if work.B == 1:
         count = keep_one(a[0], threshold, first, end, work.kept, work.values[0])
     else:
         count = keep_any(a, threshold, first, end, work)
@@ -102,7 +103,7 @@ def _shared_neurons(layer, x, a, first, end, work, hidden):
     threshold = numbers(layer.neuron_threshold, (layer.neurons,), work.like)
     hidden[:, first:end] = 0
     _barrier()
-    count = list_shared(a, threshold, work.kept)
+    count = list_shared(a[: work.B], threshold, work.kept)
     first, end = count * work.thread // work.threads, count * (work.thread + 1) // work.threads
     work.kept[: end - first] = work.kept[first:end].copy()
     _multiply(layer, x, a, threshold, end - first, work, hidden)
@@ -114,11 +115,11 @@ def _neurons(layer, x, a, first, end, work, hidden):
     gate, up, I, like = layer.gate, layer.up, layer.neurons, work.like[0]
     if not (gate.by_inputs and up.by_inputs):
         pack(gate, x, work)
-    if layer.skips and len(x) == 1 and not gate.by_inputs:
+    if layer.skips and work.B == 1 and not gate.by_inputs:
         for at in range(first, end, BLOCK):
             to = min(end, at + BLOCK)
             begin(gate, x, at, to, a, 0, work)
-            _activations(a, at, to, layer.activation, like)
+            _activations(a, at, to, layer.activation, work)
             _kept_neurons(layer, x, a, at, to, work, hidden)
         return
     begin(gate, x, first, end, a, 0, work)
@@ -127,14 +128,14 @@ def _neurons(layer, x, a, first, end, work, hidden):
     if gate.by_inputs or (up.by_inputs and not layer.skips):
         _barrier()
     finish(gate, first, end, a, 0, work)
-    _activations(a, first, end, layer.activation, like)
+    _activations(a, first, end, layer.activation, work)
     if layer.skips and layer.shared:
         _shared_neurons(layer, x, a, first, end, work, hidden)
     elif layer.skips:
         _kept_neurons(layer, x, a, first, end, work, hidden)
     else:
         finish(up, first, end, hidden, I, work)
-        for b in range(len(x)):
+        for b in range(work.B):
             for j in range(first, end):
                 hidden[b, j] = rounded(a[b, j] * rounded(hidden[b, j], like), like)
 
@@ -149,7 +150,7 @@ def _add(site, x, h, y, work):
     if site.by_inputs:
         _barrier()
     finish(site, first, end, y, 0, work)
-    for b in range(len(h)):
+    for b in range(work.B):
         for k in range(first, end):
             h[b, k] += y[b, k]
     _barrier()
@@ -177,9 +178,9 @@ def _project(layer, x, qkv, Q, K, work):
     finish(q, q_at, q_to, q_y, 0, work)
     finish(k, at, to, k_y, Q, work)
     finish(v, at, to, v_y, Q + K, work)
-    _round(q_y, q_at, q_to, work.like[0])
-    _round(k_y, at, to, work.like[0])
-    _round(v_y, at, to, work.like[0])
+    _round(q_y, q_at, q_to, work)
+    _round(k_y, at, to, work)
+    _round(v_y, at, to, work)
     _barrier()
 
 
@@ -197,12 +198,12 @@ def _embed(model, h, work):
 
 @njit
 def _step(model, layers, work):
-    B, D, H, V = model.sequences, model.D, model.H, model.head.outputs
+    B, R, D, H, V = work.B, model.rows, model.D, model.H, model.head.outputs
     Q, K, most, like = model.heads * D, model.groups * D, model.most, work.like
     position = carray(pointer(model.position), (1,), np.int32)
-    h, qkv, hidden = float32s(model.h, (B, H)), float32s(model.qkv, (B, Q + 2 * K)), float32s(model.hidden, (B, most))
-    x = float32s(model.x, (work.threads, B, most))[work.thread]
-    gates = float32s(model.y, (work.threads, B, most))
+    h, qkv, hidden = float32s(model.h, (B, H)), float32s(model.qkv, (R, Q + 2 * K)), float32s(model.hidden, (R, most))
+    x = float32s(model.x, (work.threads, R, most))[work.thread]
+    gates = float32s(model.y, (work.threads, R, most))
     y = gates[work.thread]
     weights, heads = np.empty(POSITIONS, np.float32), np.empty((model.heads // model.groups, D), np.float32)
     _embed(model, h, work)
@@ -223,7 +224,7 @@ def _step(model, layers, work):
         _barrier()
         _add(layer.down, hidden, h, y, work)
     _norms(h, model.norm, model.eps, x, work)
-    scores, logits = float32s(model.scores, (B, V))[:, :V], numbers(model.logits, (B, V), like)
+    scores, logits = float32s(model.scores, (R, V))[:, :V], numbers(model.logits, (B, V), like)
     first, end = share(V, work)
     if not model.head.by_inputs:
         pack(model.head, x, work)
@@ -252,17 +253,17 @@ def kernel(dtype: torch.dtype, tiles: bool):
             return
         model = carray(pointer(args[0]), (1,), MODEL)[0]
         layers = carray(pointer(args[1]), (model.layers,), LAYER)
-        B, most = model.sequences, model.most
+        R, most = model.rows, model.most
         like = np.zeros(1, storage)
         kept = carray(pointer(model.kept), (threads, most), np.int64)[thread]
         wanted = carray(pointer(model.wanted), (threads, most), np.bool_)[thread]
-        values = float32s(model.values, (threads, B, most))[thread]
-        sums = float32s(model.sums, (threads, B, model.stride))
+        values = float32s(model.values, (threads, R, most))[thread]
+        sums = float32s(model.sums, (threads, R, model.stride))
         if tiles:
             room = carray(pointer(model.room), (threads, model.tiles), np.int32)[thread]
         else:
             room = None
-        _step(model, layers, Work(thread, threads, like, kept, wanted, values, sums, room))
+        _step(model, layers, Work(model.sequences, thread, threads, like, kept, wanted, values, sums, room))
         if tiles:
             release()
 
