@@ -93,8 +93,9 @@ class CpuStep:
 
         self.model = np.zeros(1, step.MODEL)
         self._fill(
-            self.model[0], sequences=batch, rows=rows, tokens=self.tokens, position=self.position, table=table.data_ptr(),
-            table_row=table.stride(0), table_column=table.stride(1), vocabulary=len(table), cos=cos[0], sin=sin[0],
+            self.model[0], sequences=batch, rows=rows, tokens=self.tokens, position=self.position,
+            table=table.data_ptr(), table_row=table.stride(0), table_column=table.stride(1), vocabulary=len(table),
+            cos=cos[0], sin=sin[0],
             h=torch.zeros(batch, hidden), qkv=torch.zeros(rows, (heads + 2 * groups) * size),
             partial=torch.zeros(batch, heads, parts, size + 2), parts=parts, hidden=torch.zeros(rows, most),
             scores=torch.zeros(rows, head.out_features), logits=self.logits, norm=decoder.norm.weight,

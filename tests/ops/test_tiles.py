@@ -1,4 +1,4 @@
-"""Products of several tokens by rows of a matrix, on the processor's matrix unit and without it, against NumPy."""
+"""Products of several tokens by rows of a matrix, on the processor's matrix unit and without it, against torch."""
 
 from __future__ import annotations
 
@@ -33,24 +33,30 @@ KINDS = [
 ]
 
 
+SHAPES = [(1, 5, 5), (63, 40, 33), (576, 33, 16), (129, 191, 77), (4097, 70, 70), (40, 8, 0)]
+"""Inputs, rows, and how many of these are listed."""
+
+
+def exact(random: np.random.Generator, *shape: int) -> torch.Tensor:
+    """Numbers that bfloat16 has."""
+    return torch.tensor(random.standard_normal(shape), dtype=torch.bfloat16).float()
+
+
 @pytest.mark.parametrize("product", KINDS, ids=["tiles", "vectors"])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8], ids=str)
-def test_equals_numpy(product, stored):
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 16])
+def test_equals_torch(product, stored, tokens):
     random = np.random.default_rng(0)
-    for tokens in (1, 2, 3, 4, 7, 16):
-        for inputs, outputs, listed in [(1, 5, 5), (63, 40, 33), (576, 33, 16), (129, 191, 77), (4097, 70, 70), (40, 8, 0)]:
-            x, h = (
-                torch.tensor(random.standard_normal((tokens, n)), dtype=torch.bfloat16).float() for n in (inputs, listed)
-            )
-            rows = torch.tensor(random.standard_normal((outputs, inputs)) * 50).to(stored)
-            units = np.sort(random.permutation(outputs)[:listed])
-            out, start = np.full((tokens, listed), np.nan, np.float32), random.standard_normal((tokens, inputs - 1))
-            y = np.full((tokens, inputs + 3), np.nan, np.float32)[:, 1:inputs]  # rows that are not aligned
-            y[:] = start
-            codes = rows.numpy() if stored == torch.int8 else rows.view(torch.uint16).numpy()
-            room = np.zeros(room_of(max(inputs, listed, 32)), np.int32)
-            product(x.numpy(), codes, units, out, y, h.numpy(), codes, 1, room)
-            kept = rows.double()[units]
-            assert_close(torch.tensor(out), x.double() @ kept.T, torch.float32)
-            want = torch.tensor(start) + h.double() @ kept[:, 1:]
-            assert_close(torch.tensor(y), want, torch.float32)
+    for inputs, count, listed in SHAPES:
+        x, h, rows = exact(random, tokens, inputs), exact(random, tokens, listed), exact(random, count, inputs)
+        rows = (rows * 50).to(stored)
+        codes = rows.numpy() if stored == torch.int8 else rows.view(torch.uint16).numpy()
+        units = np.sort(random.permutation(count)[:listed])
+        out, start = np.full((tokens, listed), np.nan, np.float32), random.standard_normal((tokens, inputs - 1))
+        y = np.full((tokens, inputs + 3), np.nan, np.float32)[:, 1:inputs]  # rows that are not aligned
+        y[:] = start
+        room = np.zeros(room_of(max(inputs, listed, 32)), np.int32)
+        product(x.numpy(), codes, units, out, y, h.numpy(), codes, 1, room)
+        kept = rows.double()[units]
+        assert_close(torch.tensor(out), x.double() @ kept.T, torch.float32)
+        assert_close(torch.tensor(y), torch.tensor(start) + h.double() @ kept[:, 1:], torch.float32)

@@ -1,6 +1,7 @@
 """Attention of one decode step on a CPU, over a part of the cache of each key-value head at a time.
 
-Shapes: B sequences, D size of a head, G query heads a key-value head, L positions of the cache. The tables are those of step.py.
+Shapes: B sequences, D size of a head, G query heads a key-value head, L positions of the cache. The tables are those of
+step.py.
 """
 
 from __future__ import annotations

@@ -32,9 +32,9 @@ outputs]; with scales as int8, else in the model's dtype. Then inputs may have a
 skipped, and several sequences use one list of them if `shared` (see ops/shared.py)."""
 
 Work = namedtuple("Work", "B thread threads like kept wanted values sums room")
-"""What a thread works with: how many sequences there are, its number, how many threads there are, an array of the model's dtype, room for the list of kept
-units, for which are wanted and for their values [R, most], sums [threads, R, ...], and where the processor's matrix
-unit is used its room (tiles.py), else None."""
+"""What a thread works with: how many sequences there are, its number, how many threads there are, an array of the
+model's dtype, room for the list of kept units, for which are wanted and for their values [R, most], sums [threads, R,
+...], and where the processor's matrix unit is used its room (tiles.py), else None."""
 
 UNIT = 16
 """Outputs that no two threads share: a cache line of float32."""

@@ -1,9 +1,9 @@
 """CPU kernel of a whole decode step: one call for all layers, on all threads, with barriers between its phases.
 `sandcat.cpu_step` fills its tables, products.py has its linear layers.
 
-Shapes: B sequences in R rows (see products.py), H hidden size, I intermediate size, D size of a head, G query heads a key-value head, L positions
-of the cache. The residual state h is float32; what transformers rounds to the model's dtype inside a layer is rounded
-here too.
+Shapes: B sequences in R rows (see products.py), H hidden size, I intermediate size, D size of a head, G query heads a
+key-value head, L positions of the cache. The residual state h is float32; what transformers rounds to the model's dtype
+inside a layer is rounded here too.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ LAYER = record(
 )
 """`skips`: neurons with |activation| <= neuron_threshold are skipped, and `shared`: by one list for all sequences."""
 MODEL = record(
-    "sequences rows tokens position table table_row table_column vocabulary cos sin h qkv partial hidden scores logits norm "
-    "layers heads groups parts D H L x y kept wanted values sums room most stride tiles",
+    "sequences rows tokens position table table_row table_column vocabulary cos sin h qkv partial hidden scores logits "
+    "norm layers heads groups parts D H L x y kept wanted values sums room most stride tiles",
     "eps",
     head=LINEAR,
 )
@@ -259,10 +259,7 @@ def kernel(dtype: torch.dtype, tiles: bool):
         wanted = carray(pointer(model.wanted), (threads, most), np.bool_)[thread]
         values = float32s(model.values, (threads, R, most))[thread]
         sums = float32s(model.sums, (threads, R, model.stride))
-        if tiles:
-            room = carray(pointer(model.room), (threads, model.tiles), np.int32)[thread]
-        else:
-            room = None
+        room = carray(pointer(model.room), (threads, model.tiles), np.int32)[thread] if tiles else None
         _step(model, layers, Work(model.sequences, thread, threads, like, kept, wanted, values, sums, room))
         if tiles:
             release()
