@@ -1,4 +1,5 @@
-"""The fused step on a CPU: tables of addresses and sizes, made once, from which one compiled call runs all layers."""
+"""The fused step on a CPU: tables of addresses and sizes, made once, from which one compiled call runs all layers for
+all sequences."""
 
 from __future__ import annotations
 
