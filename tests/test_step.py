@@ -189,8 +189,9 @@ def test_each_of_several_sequences_is_as_alone(recipe):
         assert_close(found[b], alone.step(ids[b : b + 1, 31:])[0], torch.bfloat16)
 
 
-@pytest.mark.parametrize("recipe", ["teal", "cats", "teal:batch=shared", "teal:sites=[q,k,v,o,gate] cats"])
-def test_above_the_batch_that_pays_it_is_the_dense_model(recipe):
+@pytest.mark.parametrize("words", [["teal"], ["cats"], ["teal:batch=shared"], ["teal:sites=[q,k,v,o,gate]", "cats"]])
+def test_above_the_batch_that_pays_it_is_the_dense_model(words):
+    recipe = " ".join(f"{word}{',' if ':' in word else ':'}dense_prompt=true" for word in words)
     models = several(None), several(recipe)
     torch.manual_seed(0)
     dense, *_ = pair(models[0], batch=16, length=20)

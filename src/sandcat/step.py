@@ -1,5 +1,5 @@
-"""A decode step in few kernels: on a GPU five a layer, instead of a compiler's dozen, for one sequence; on a CPU one for
-all layers and up to 16 sequences (cpu_step.py).
+"""A decode step in few kernels. On a GPU they are five a layer, instead of a compiler's dozen, for one sequence; on a
+CPU one for all layers and up to 16 sequences (cpu_step.py).
 
 Once skipping has made the large kernels short, the small ones and the time between them are what is left of a step. The
 fused step applies to the families whose row in architectures.py says so; others run the step of transformers, compiled
