@@ -15,12 +15,13 @@ from sandcat.layers.mlp import SparseMLP
 from sandcat.layers.sparse import Sparse
 from sandcat.ops import MAX_TOKENS
 from sandcat.ops.numba import step
+from sandcat.ops.numba.amx import HAS_TILES
 from sandcat.ops.numba.attention import parts_of
 from sandcat.ops.numba.floats import STORAGE
 from sandcat.ops.numba.lanes import LANES
 from sandcat.ops.numba.sparse_mlp import CODES
 from sandcat.ops.numba.threads import HAS_BARRIER, VERSION, threads_of
-from sandcat.ops.numba.tiles import HAS_TILES, room_of
+from sandcat.ops.numba.tiles import room_of
 
 
 def applies(view: ModelView, blocks: list[Block], batch: int) -> bool:

@@ -8,7 +8,8 @@ import torch
 from conftest import assert_close
 from numba import njit
 
-from sandcat.ops.numba.tiles import HAS_TILES, add_rows_tiled, dot_rows_tiled, pack_columns, release, room_of
+from sandcat.ops.numba.amx import HAS_TILES, release_tiles
+from sandcat.ops.numba.tiles import add_rows_tiled, dot_rows_tiled, pack_columns, room_of
 from sandcat.ops.numba.vectors import add_rows, dot_rows
 
 
@@ -18,7 +19,7 @@ def by_tiles(x, rows, units, out, y, h, columns, first, room):
     pack_columns(x, room)
     dot_rows_tiled(x, rows, units, out, room)
     add_rows_tiled(y, h, columns, units, room, first)
-    release()
+    release_tiles()
 
 
 @njit

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numba import carray, njit, types
 
+from sandcat.ops.numba.amx import release_tiles
 from sandcat.ops.numba.attention import POSITIONS, attend, joined
 from sandcat.ops.numba.floats import STORAGE, narrow, rounded, widen
 from sandcat.ops.numba.products import (
@@ -31,7 +32,6 @@ from sandcat.ops.numba.products import (
 from sandcat.ops.numba.shared import list_shared
 from sandcat.ops.numba.sparse_mlp import activate
 from sandcat.ops.numba.threads import VERSION, float32s, numbers, on_all_threads, pointer
-from sandcat.ops.numba.tiles import release
 from sandcat.ops.numba.vectors import norm
 
 LAYER = record(
@@ -262,6 +262,6 @@ def kernel(dtype: torch.dtype, tiles: bool):
         room = carray(pointer(model.room), (threads, model.tiles), np.int32)[thread] if tiles else None
         _step(model, layers, Work(model.sequences, thread, threads, like, kept, wanted, values, sums, room))
         if tiles:
-            release()
+            release_tiles()
 
     return on_all_threads(body)
