@@ -49,7 +49,7 @@ def fused_step(model: nn.Module, cache: Cache) -> Step | None:
     modules are without hooks and adapters, which it would pass over. On CUDA down projections have no bias. Each module
     skips or runs dense as it does in the step of transformers.
     """
-    kernels, batch = kernel_name("sparse_mlp", model.device), cache.layers[0].keys.shape[0]
+    kernels = kernel_name("sparse_mlp", model.device)
     if kernels not in ("triton", "numba"):
         return None
     try:
@@ -65,6 +65,7 @@ def fused_step(model: nn.Module, cache: Cache) -> Step | None:
         return None
     if len({(p.dtype, p.device) for p in model.parameters() if p.dtype != torch.int8}) != 1:
         return None
+    batch = len(cache.layers[0].keys)
     if kernels == "numba":
         from sandcat import cpu_step  # here, as not every machine has Numba's kernels
 
