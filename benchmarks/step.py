@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                         # Llama-2-7B and Mistral-7B shapes, four recipes, 500 tokens
     python benchmarks/step.py --shapes llama-3.2-1b --recipe cats:sparsity=0.7 --recipe "int8 teal:sparsity=0.5"
+    python benchmarks/step.py --shapes llama-3.2-1b --batch 4 --no-compile       # on a CPU
 
 Thresholds are calibrated on random tokens, so the shares dropped are the recipes'. All steps run in the same loop, over
 a static cache, on a GPU as one CUDA graph; `fused` are those of `sandcat.step`, `compiled` of torch.compile
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--context", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=1, help="sequences")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--no-compile", action="store_true", help="leave out compiled steps, which take minutes")
@@ -60,7 +62,7 @@ def main() -> None:
     device, dtype = pick_device(options.device), pick_dtype(options.dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     bandwidth = read_bandwidth(device)
-    print(f"{name}, torch {torch.__version__}, {dtype}, after {options.context} tokens, ", end="")
+    print(f"{name}, torch {torch.__version__}, {dtype}, {options.batch} x {options.context} tokens before, ", end="")
     print(f"read bandwidth {bandwidth / 1e9:.0f} GB/s\n")
     print("| shapes | recipe | step | ms | GB | GB/s | of read | dense ms | gain | bytes allow |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -75,7 +77,7 @@ def compare(shapes: str, recipes: list[str], device: torch.device, dtype: torch.
     dense = random_model(shapes, device, dtype)
     vocabulary = dense.config.vocab_size
     text = Text(torch.randint(0, vocabulary, (16, 256)), "random tokens", "")
-    ids_BT = torch.randint(0, vocabulary, (1, options.context + options.steps))
+    ids_BT = torch.randint(0, vocabulary, (options.batch, options.context + options.steps))
     modes = step_modes(device, not options.no_compile)
     dense_steps = prepared_steps("dense", dense, ids_BT, options.steps, modes)
     dense_bytes, dense_shown = step_bytes(dense, ids_BT), False

@@ -1,4 +1,5 @@
-"""The fused step on a CPU: tables of addresses and sizes, made once, from which one compiled call runs all layers."""
+"""The fused step on a CPU: tables of addresses and sizes, made once, from which one compiled call runs all layers for
+all sequences."""
 
 from __future__ import annotations
 
@@ -12,20 +13,25 @@ from sandcat.layers.int8 import Int8Linear, scale_of
 from sandcat.layers.linear import SparseLinear
 from sandcat.layers.mlp import SparseMLP
 from sandcat.layers.sparse import Sparse
+from sandcat.ops import MAX_TOKENS
 from sandcat.ops.numba import step
+from sandcat.ops.numba.amx import HAS_TILES
 from sandcat.ops.numba.attention import parts_of
 from sandcat.ops.numba.floats import STORAGE
+from sandcat.ops.numba.lanes import LANES
 from sandcat.ops.numba.sparse_mlp import CODES
 from sandcat.ops.numba.threads import HAS_BARRIER, VERSION, threads_of
+from sandcat.ops.numba.tiles import room_of
 
 
-def applies(view: ModelView, blocks: list[Block]) -> bool:
+def applies(view: ModelView, blocks: list[Block], batch: int) -> bool:
     """Whether the kernel can run this model: all matrices are stored as it reads them."""
     table, head = view.model.get_input_embeddings().weight, view.model.get_output_embeddings()
     linears = [(linear, _rows(block, name)) for block in blocks for name, linear in _linears(block).items()]
-    linears.append((head, _by_inputs(head)))
+    linears.append((head, _rows_of(head)))
     return (
         HAS_BARRIER
+        and batch <= MAX_TOKENS
         and table.dtype in STORAGE
         and all(
             type(linear) in (nn.Linear, Int8Linear, SparseLinear) and rows.is_contiguous() for linear, rows in linears
@@ -39,14 +45,25 @@ def _linears(block: Block) -> dict[str, nn.Module]:
     return {"q": block.q, "k": block.k, "v": block.v, "o": block.o} | {k: getattr(mlp, n) for k, n in names.items()}
 
 
+def _by_inputs(block: Block, name: str) -> bool:
+    """Whether a layer's weight is stored [I, O]: where inputs can be skipped."""
+    sparse = name == "down" and isinstance(block.mlp.module, SparseMLP)
+    return sparse or isinstance(_linears(block)[name], Sparse)
+
+
 def _rows(block: Block, name: str) -> Tensor:
-    """The weight [O, I] of a linear layer, or [I, O] where inputs are skipped."""
-    return _by_inputs(_linears(block)[name], name == "down" and isinstance(block.mlp.module, SparseMLP))
+    """The weight as it lies in memory."""
+    weight = _linears(block)[name].weight
+    return weight.t() if _by_inputs(block, name) else weight
 
 
-def _by_inputs(linear: nn.Module, skipped: bool = False) -> Tensor:
-    """The weight as it lies in memory: transposed where inputs are skipped."""
-    return linear.weight.t() if skipped or isinstance(linear, Sparse) else linear.weight
+def _rows_of(head: nn.Module) -> Tensor:
+    return head.weight.t() if isinstance(head, Sparse) else head.weight
+
+
+def _odd_lines(size: int) -> int:
+    """At least so many float32, an odd number of cache lines: rows of them do not fall on each other in the cache."""
+    return (-(-size // LANES) | 1) * LANES
 
 
 class CpuStep:
@@ -57,32 +74,44 @@ class CpuStep:
         table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
         self.dtype, self.vocabulary = table.dtype, len(table)
         self.held = [table]  # by its address, as it need not be contiguous
-        _, groups, length, size = cache.layers[0].keys.shape
+        batch, groups, length, size = cache.layers[0].keys.shape
+        rows = batch if batch == 1 else -(-batch // 4) * 4
+        self.x_B1H = torch.empty(batch, 1, 0, dtype=self.dtype)
         heads, hidden = blocks[0].q.out_features // size, table.shape[1]
         neurons = max(_linears(block)["down"].in_features for block in blocks)
-        most = max(heads * size, hidden, neurons)
-        room = max((heads + 2 * groups) * size, 2 * neurons, hidden, head.out_features)
+        most = _odd_lines(max(heads * size, hidden, neurons))
+        stride = _odd_lines(max((heads + 2 * groups) * size, 2 * neurons, hidden, head.out_features))
         self.threads = threads_of()
-        parts = parts_of(self.threads, groups)
+        parts = parts_of(self.threads, batch * groups)
+        tiles = HAS_TILES and batch > 1 and self.dtype == torch.bfloat16
         positions = torch.arange(length)[None]
         cos, sin = decoder.rotary_emb(torch.zeros(1, 1, hidden, dtype=self.dtype), position_ids=positions)
         self.position = torch.zeros(1, dtype=torch.int32)
-        self.logits = torch.zeros(head.out_features, dtype=self.dtype)
+        self.tokens = torch.zeros(batch, dtype=torch.int64)
+        self.logits = torch.zeros(batch, head.out_features, dtype=self.dtype)
+
+        def rooms(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(self.threads, *shape, dtype=dtype)
 
         self.model = np.zeros(1, step.MODEL)
         self._fill(
-            self.model[0], table=table.data_ptr(), table_row=table.stride(0), table_column=table.stride(1),
-            vocabulary=len(table), position=self.position, cos=cos[0], sin=sin[0], h=torch.zeros(hidden),
-            qkv=torch.zeros((heads + 2 * groups) * size), partial=torch.zeros(heads, parts, size + 2), parts=parts,
-            hidden=torch.zeros(neurons), scores=torch.zeros(head.out_features), logits=self.logits,
-            norm=decoder.norm.weight, eps=decoder.norm.variance_epsilon, layers=len(blocks), heads=heads,
-            groups=groups, D=size, H=hidden, L=length, most=most, room=room, sums=torch.zeros(self.threads, room),
+            self.model[0], sequences=batch, rows=rows, tokens=self.tokens, position=self.position,
+            table=table.data_ptr(), table_row=table.stride(0), table_column=table.stride(1), vocabulary=len(table),
+            cos=cos[0], sin=sin[0],
+            h=torch.zeros(batch, hidden), qkv=torch.zeros(rows, (heads + 2 * groups) * size),
+            partial=torch.zeros(batch, heads, parts, size + 2), parts=parts, hidden=torch.zeros(rows, most),
+            scores=torch.zeros(rows, head.out_features), logits=self.logits, norm=decoder.norm.weight,
+            eps=decoder.norm.variance_epsilon, layers=len(blocks), heads=heads, groups=groups, D=size, H=hidden,
+            L=length, x=rooms(rows, most), y=rooms(rows, most), values=rooms(rows, most),
+            kept=rooms(most, dtype=torch.int64), wanted=rooms(most, dtype=torch.bool), most=most,
+            sums=rooms(rows, stride), stride=stride, room=rooms(room_of(most), dtype=torch.int32) if tiles else None,
+            tiles=room_of(most),
         )  # fmt: skip
-        self._fill_linear(self.model[0]["head"], head, _by_inputs(head))
+        self._fill_linear(self.model[0]["head"], head, _rows_of(head), by_inputs=isinstance(head, Sparse))
         self.layers = np.zeros(len(blocks), step.LAYER)
         for entry, block, cached in zip(self.layers, blocks, cache.layers, strict=True):
             self._fill_layer(entry, block, cached.keys, cached.values)
-        self.kernel = step.kernel(self.dtype)
+        self.kernel = step.kernel(self.dtype, tiles)
         self.arguments = [self.model.ctypes.data, self.layers.ctypes.data, VERSION]
 
     def _fill(self, entry: np.void, **fields: Tensor | float | None) -> None:
@@ -94,32 +123,39 @@ class CpuStep:
                 value = value.data_ptr()
             entry[name] = 0 if value is None else value
 
-    def _fill_linear(self, entry: np.void, linear: nn.Module, rows: Tensor) -> None:
+    def _skips(self, module: nn.Module) -> bool:
+        """Whether it drops something in a step of these sequences."""
+        return isinstance(module, Sparse) and not module.runs_dense(self.x_B1H)
+
+    def _fill_linear(self, entry: np.void, linear: nn.Module, rows: Tensor, *, by_inputs: bool) -> None:
+        skips = self._skips(linear)
         self._fill(
-            entry, weight=rows, scale=scale_of(linear), bias=linear.bias, threshold=getattr(linear, "threshold", None),
+            entry, weight=rows, scale=scale_of(linear), bias=linear.bias, by_inputs=by_inputs,
+            threshold=linear.threshold if skips else None, shared=skips and linear.shares(self.x_B1H),
             outputs=linear.out_features, inputs=linear.in_features,
         )  # fmt: skip
 
     def _fill_layer(self, entry: np.void, block: Block, keys: Tensor, values: Tensor) -> None:
         mlp = block.mlp.module
-        skips = isinstance(mlp, SparseMLP)
+        skips = self._skips(mlp)
         linears = _linears(block)
         for name, linear in linears.items():
-            self._fill_linear(entry[name], linear, _rows(block, name))
+            self._fill_linear(entry[name], linear, _rows(block, name), by_inputs=_by_inputs(block, name))
         q_norm, k_norm = (None if norm is None else norm.weight for norm in (block.q_norm, block.k_norm))
         self._fill(
             entry, input_norm=block.input_norm.weight, q_norm=q_norm, k_norm=k_norm, mlp_norm=block.mlp_norm.weight,
             keys=keys, values=values, window=block.window or keys.shape[2], skips=skips,
-            activation=CODES[mlp.activation if skips else block.mlp.activation], neurons=linears["down"].in_features,
+            shared=skips and mlp.shares(self.x_B1H), neurons=linears["down"].in_features,
+            activation=CODES[mlp.activation if isinstance(mlp, SparseMLP) else block.mlp.activation],
             neuron_threshold=mlp.threshold if skips else None, input_eps=block.input_norm.variance_epsilon,
             head_eps=0 if block.q_norm is None else block.q_norm.variance_epsilon,
             mlp_eps=block.mlp_norm.variance_epsilon, scaling=block.scaling,
         )  # fmt: skip
 
-    def __call__(self, ids_11: Tensor) -> Tensor:
-        token = int(ids_11)
-        if not 0 <= token < self.vocabulary:
-            raise IndexError(f"token {token} is outside the vocabulary of {self.vocabulary}.")
-        self.model["token"] = token
+    def __call__(self, ids_B1: Tensor) -> Tensor:
+        self.tokens.copy_(ids_B1[:, 0])
+        least, most = self.tokens.aminmax()
+        if not 0 <= least <= most < self.vocabulary:
+            raise IndexError(f"tokens {self.tokens.tolist()}: one is outside the vocabulary of {self.vocabulary}.")
         self.kernel(self.arguments, self.threads)
-        return self.logits[None]
+        return self.logits

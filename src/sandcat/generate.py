@@ -20,7 +20,7 @@ class Decoder:
     Args:
         model: a causal language model.
         max_length: prompt and new tokens together, at most.
-        batch: sequences, all of one length.
+        batch: sequences, all of one length and without padding.
         compile: "fused" runs the step by `sandcat.step` where it applies, None eagerly, and anything else is the mode
             for `torch.compile` without its own graphs, such as "default" or "max-autotune-no-cudagraphs". On CUDA the
             step is captured in a CUDA graph in every case.

@@ -1,5 +1,5 @@
-"""A decode step of one sequence in few kernels: on a GPU five a layer, instead of a compiler's dozen; on a CPU one for
-all layers (cpu_step.py).
+"""A decode step in few kernels. On a GPU they are five a layer, instead of a compiler's dozen, for one sequence; on a
+CPU one for all layers and up to 16 sequences (cpu_step.py).
 
 Once skipping has made the large kernels short, the small ones and the time between them are what is left of a step. The
 fused step applies to the families whose row in architectures.py says so; others run the step of transformers, compiled
@@ -29,23 +29,25 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class Step(Protocol):
-    """Called with ids [1, 1]: the logits [1, vocabulary] that follow; the token is added to the cache.
+    """Called with ids [B, 1]: the logits [B, vocabulary] that follow; the tokens are added to the cache.
 
-    The logits are overwritten by the next call.
+    The logits are overwritten by the next call. The B sequences are of one length and without padding, of which a
+    step knows nothing: it sees all positions of the cache that are taken.
     """
 
     position: Tensor
     """int32 [1]: how many positions of the cache are taken."""
 
-    def __call__(self, ids_11: Tensor) -> Tensor: ...
+    def __call__(self, ids_B1: Tensor) -> Tensor: ...
 
 
 def fused_step(model: nn.Module, cache: Cache) -> Step | None:
     """The fused step of a model over a static cache that holds a prompt; None where it does not apply.
 
-    It applies to one sequence, on CUDA with Triton or on a CPU with OpenMP, to families with `Architecture.fused_step`
-    whose weights have one dtype (or int8 and scales of that) and lie on one device, and whose modules are without hooks
-    and adapters, which it would pass over. On CUDA down projections have no bias.
+    It applies to one sequence on CUDA with Triton, and up to `ops.MAX_TOKENS` on a CPU with OpenMP, to families with
+    `Architecture.fused_step` whose weights have one dtype (or int8 and scales of that) and lie on one device, and whose
+    modules are without hooks and adapters, which it would pass over. On CUDA down projections have no bias. Each module
+    skips or runs dense as it does in the step of transformers.
     """
     kernels = kernel_name("sparse_mlp", model.device)
     if kernels not in ("triton", "numba"):
@@ -57,18 +59,19 @@ def fused_step(model: nn.Module, cache: Cache) -> Step | None:
         blocks = list(view.blocks())
     except UnsupportedModel:
         return None
-    if cache.layers[0].keys.shape[0] != 1:
-        return None
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return None
     if any(isinstance(block.mlp.module, Sparse) and not isinstance(block.mlp.module, SparseMLP) for block in blocks):
         return None
     if len({(p.dtype, p.device) for p in model.parameters() if p.dtype != torch.int8}) != 1:
         return None
+    batch = len(cache.layers[0].keys)
     if kernels == "numba":
         from sandcat import cpu_step  # here, as not every machine has Numba's kernels
 
-        return cpu_step.CpuStep(view, blocks, cache) if cpu_step.applies(view, blocks) else None
+        return cpu_step.CpuStep(view, blocks, cache) if cpu_step.applies(view, blocks, batch) else None
+    if batch > 1:
+        return None
     plain = type(model.get_output_embeddings()) in _LINEARS and all(_plain(block) for block in blocks)
     return FusedStep(view, blocks, cache) if plain else None
 

@@ -1,6 +1,7 @@
 """Attention of one decode step on a CPU, over a part of the cache of each key-value head at a time.
 
-Shapes: D size of a head, G query heads a key-value head, L positions of the cache. The tables are those of step.py.
+Shapes: B sequences, D size of a head, G query heads a key-value head, L positions of the cache. The tables are those of
+step.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import numpy as np
 from numba import njit
 
 from sandcat.ops.numba.floats import narrow, rounded, widen
+from sandcat.ops.numba.lanes import apart
 from sandcat.ops.numba.threads import float32s, numbers
 from sandcat.ops.numba.vectors import add_rows, dot_rows, norm
 
@@ -18,9 +20,9 @@ POSITIONS = 256
 """Positions that all query heads of a group look at before the next ones, so that these stay in the cache."""
 
 
-def parts_of(threads: int, groups: int) -> int:
-    """Parts that the cache of each key-value head is cut into, so that all threads have as many."""
-    return threads // math.gcd(threads, groups)
+def parts_of(threads: int, heads: int) -> int:
+    """Parts that the cache of each of so many key-value heads is cut into, so that all threads have as many."""
+    return threads // math.gcd(threads, heads)
 
 
 @njit
@@ -50,15 +52,17 @@ def _head(values, weight, eps, cos, sin, out, like):
 
 
 @njit
-def attend(model, layer, position, parts, item, q, weights, like):
-    """One part of the cache of one key-value head: maximum, sum and weighted values of each of its query heads."""
-    D, G = model.D, model.heads // model.groups
-    group, part = item // parts, item % parts
-    qkv = float32s(model.qkv, ((model.heads + 2 * model.groups) * D,))
+def attend(model, layer, position, item, q, weights, like):
+    """One part of the cache of one key-value head of a sequence: maximum, sum and weighted values of each of its query
+    heads."""
+    apart()
+    B, D, G, parts = model.sequences, model.D, model.heads // model.groups, model.parts
+    b, group, part = item // parts // model.groups, item // parts % model.groups, item % parts
+    qkv = float32s(model.qkv, (model.rows, (model.heads + 2 * model.groups) * D))[b]
     cos = numbers(model.cos, (model.L, D), like)[position]
     sin = numbers(model.sin, (model.L, D), like)[position]
-    keys = numbers(layer.keys, (model.groups, model.L, D), like)[group]
-    values = numbers(layer.values, (model.groups, model.L, D), like)[group]
+    keys = numbers(layer.keys, (B, model.groups, model.L, D), like)[b, group]
+    values = numbers(layer.values, (B, model.groups, model.L, D), like)[b, group]
     start = max(0, position + 1 - layer.window)
     seen = position + 1 - start
     first, end = start + seen * part // parts, start + seen * (part + 1) // parts
@@ -72,7 +76,7 @@ def attend(model, layer, position, parts, item, q, weights, like):
     for g in range(G):
         at = (group * G + g) * D
         _head(qkv[at : at + D], layer.q_norm, layer.head_eps, cos, sin, q[g], like)
-    results = float32s(model.partial, (model.heads * parts, D + 2))
+    results = float32s(model.partial, (B, model.heads * parts, D + 2))[b]
     for g in range(G):
         result = results[(group * G + g) * parts + part]
         for d in range(D + 2):
@@ -83,7 +87,7 @@ def attend(model, layer, position, parts, item, q, weights, like):
         here = weights[: to - at]
         for g in range(G):
             acc = results[(group * G + g) * parts + part]
-            dot_rows(q[g : g + 1], keys[at:to], None, here.reshape(-1, 1))
+            dot_rows(q[g : g + 1], keys[at:to], None, here.reshape(1, -1))
             top = acc[D]
             for p in range(here.size):
                 here[p] *= np.float32(layer.scaling)
@@ -97,26 +101,27 @@ def attend(model, layer, position, parts, item, q, weights, like):
             acc = acc[:D]
             for d in range(D):
                 acc[d] *= fade
-            add_rows(acc.reshape(1, -1), here.reshape(-1, 1), values[at:to], None)
+            add_rows(acc.reshape(1, -1), here.reshape(1, -1), values[at:to], None)
 
 
 @njit
-def joined(model, parts, x, like):
+def joined(model, x, like):
     """x = the heads' outputs, joined from the parts of the cache."""
-    D = model.D
-    results = float32s(model.partial, (model.heads, parts, D + 2))
-    for head in range(model.heads):
-        out = x[head * D : (head + 1) * D]
-        top = results[head, 0, D]
-        for part in range(1, parts):
-            top = max(top, results[head, part, D])
-        total = np.float32(0)
-        for d in range(D):
-            out[d] = 0
-        for part in range(parts):
-            weight = np.float32(math.exp(results[head, part, D] - top))
-            total += weight * results[head, part, D + 1]
+    B, D, parts = model.sequences, model.D, model.parts
+    results = float32s(model.partial, (B, model.heads, parts, D + 2))
+    for b in range(B):
+        for head in range(model.heads):
+            out, result = x[b, head * D : (head + 1) * D], results[b, head]
+            top = result[0, D]
+            for part in range(1, parts):
+                top = max(top, result[part, D])
+            total = np.float32(0)
             for d in range(D):
-                out[d] += weight * results[head, part, d]
-        for d in range(D):
-            out[d] = rounded(out[d] / total, like)
+                out[d] = 0
+            for part in range(parts):
+                weight = np.float32(math.exp(result[part, D] - top))
+                total += weight * result[part, D + 1]
+                for d in range(D):
+                    out[d] += weight * result[part, d]
+            for d in range(D):
+                out[d] = rounded(out[d] / total, like)

@@ -44,8 +44,8 @@ def _kernel(dtype: torch.dtype, gate_dtype: torch.dtype, up_dtype: torch.dtype, 
         up_scale = carray(pointer(args[14]), (neurons if args[14] else 0,), storage)
         y = carray(pointer(args[7]), (threads, tokens, hidden), np.float32)[thread]
         kept = np.empty(BLOCK, np.int64)
-        a = np.empty((BLOCK, tokens), np.float32)
-        h = np.empty((BLOCK, tokens), np.float32)
+        a = np.empty((tokens, BLOCK), np.float32)
+        h = np.empty((tokens, BLOCK), np.float32)
         end = neurons * (thread + 1) // threads
         for start in range(neurons * thread // threads, end, BLOCK):
             count = 0
@@ -55,18 +55,18 @@ def _kernel(dtype: torch.dtype, gate_dtype: torch.dtype, up_dtype: torch.dtype, 
                     wanted |= core[t, j] != 0
                 kept[count] = j
                 count += wanted
-            dot_rows(x, gate, kept, a[:count])
-            dot_rows(x, up, kept, h[:count])
+            dot_rows(x, gate, kept, a[:, :count])
+            dot_rows(x, up, kept, h[:, :count])
             for c in range(count):
                 j = kept[c]
                 for t in range(tokens):
-                    g = a[c, t] * widen(gate_scale[j]) if gate_scale.size else a[c, t]
-                    u = h[c, t] * widen(up_scale[j]) if up_scale.size else h[c, t]
+                    g = a[t, c] * widen(gate_scale[j]) if gate_scale.size else a[t, c]
+                    u = h[t, c] * widen(up_scale[j]) if up_scale.size else h[t, c]
                     g = g + widen(gate_bias[j]) if gate_bias.size else g
                     u = u + widen(up_bias[j]) if up_bias.size else u
                     g = rounded(activate(rounded(g, unit), code), unit)
-                    h[c, t] = rounded(g * rounded(u, unit), unit) if core[t, j] else np.float32(0)
-            add_rows(y, h[:count], down, kept)
+                    h[t, c] = rounded(g * rounded(u, unit), unit) if core[t, j] else np.float32(0)
+            add_rows(y, h[:, :count], down, kept)
 
     return on_all_threads(body)
 

@@ -34,11 +34,10 @@ def _kernel(dtype: torch.dtype):
         scale = carray(pointer(args[2]), (outputs,), storage)
         y = carray(pointer(args[3]), (tokens, outputs), np.float32)
         first, end = outputs * thread // threads, outputs * (thread + 1) // threads
-        sums = np.empty((end - first, tokens), np.float32)
-        dot_rows(x, weight[first:end], None, sums)
-        for o in range(first, end):
-            for t in range(tokens):
-                y[t, o] = sums[o - first, t] * widen(scale[o])
+        dot_rows(x, weight[first:end], None, y[:, first:end])
+        for t in range(tokens):
+            for o in range(first, end):
+                y[t, o] *= widen(scale[o])
 
     return on_all_threads(body)
 

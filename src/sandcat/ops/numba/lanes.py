@@ -128,3 +128,15 @@ def ask(typing, array, at):
         return context.get_dummy_value()
 
     return types.none(array, types.intp), generate
+
+
+@intrinsic
+def apart(typing):
+    """Keeps the function that calls this a function of its own, instead of a copy at every call: a large one would take
+    long to compile."""
+
+    def generate(context, builder, signature, args):
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.none(), generate

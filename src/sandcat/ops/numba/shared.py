@@ -14,6 +14,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from sandcat.ops.numba.floats import STORAGE, rounded, widen
+from sandcat.ops.numba.lanes import apart
 from sandcat.ops.numba.threads import VERSION, on_all_threads, pointer, threads_of
 from sandcat.ops.numba.vectors import add_rows, dot_rows
 from sandcat.ops.shared import LEAST_THRESHOLD, shared_linear, shared_up_down
@@ -30,6 +31,7 @@ _AFTER_INFINITY = 0x7F800001
 @njit
 def list_shared(scores, threshold, units):
     """Writes the shared units in order, and returns how many they are; `scores` [B, U] may have signs."""
+    apart()
     total = np.zeros(threshold.size, np.float32)
     kept = 0
     for b in range(len(scores)):
@@ -81,10 +83,10 @@ def _linear_kernel(weight_dtype: torch.dtype, dtype: torch.dtype):
         units = np.empty(channels, np.int64)
         count = list_shared(x, threshold, units)
         first, end = count * thread // threads, count * (thread + 1) // threads
-        values = np.empty((end - first, sequences), np.float32)
+        values = np.empty((sequences, end - first), np.float32)
         for c in range(first, end):
             for b in range(sequences):
-                values[c - first, b] = x[b, units[c]]
+                values[b, c - first] = x[b, units[c]]
         add_rows(y, values, weight, units[first:end])
 
     return on_all_threads(body)
@@ -129,18 +131,18 @@ def _up_down_kernel(dtype: torch.dtype, up_dtype: torch.dtype, down_dtype: torch
         y = carray(pointer(args[7]), (threads, sequences, hidden), np.float32)[thread]
         units = np.empty(neurons, np.int64)
         count = list_shared(a, threshold, units)
-        h = np.empty((BLOCK, sequences), np.float32)
+        h = np.empty((sequences, BLOCK), np.float32)
         end = count * (thread + 1) // threads
         for start in range(count * thread // threads, end, BLOCK):
             block = units[start : min(start + BLOCK, end)]
-            dot_rows(x, up, block, h[: block.size])
+            dot_rows(x, up, block, h[:, : block.size])
             for c in range(block.size):
                 j = block[c]
                 for b in range(sequences):
-                    u = h[c, b] * widen(up_scale[j]) if up_scale.size else h[c, b]
+                    u = h[b, c] * widen(up_scale[j]) if up_scale.size else h[b, c]
                     u = u + widen(up_bias[j]) if up_bias.size else u
-                    h[c, b] = rounded(widen(a[b, j]) * rounded(u, unit), unit)
-            add_rows(y, h[: block.size], down, block)
+                    h[b, c] = rounded(widen(a[b, j]) * rounded(u, unit), unit)
+            add_rows(y, h[:, : block.size], down, block)
 
     return on_all_threads(body)
 

@@ -43,7 +43,7 @@ def _kernel(weight_dtype: torch.dtype, dtype: torch.dtype):
                 values[count] = x[t, i]
                 count += not abs(x[t, i]) <= widen(threshold[i])
             first, end = count * thread // threads, count * (thread + 1) // threads
-            add_rows(y[t : t + 1], values[first:end].reshape(-1, 1), weight, kept[first:end])
+            add_rows(y[t : t + 1], values[first:end].reshape(1, -1), weight, kept[first:end])
 
     return on_all_threads(body)
 

@@ -62,36 +62,36 @@ def _kernel(dtype: torch.dtype, gate_dtype: torch.dtype, up_dtype: torch.dtype, 
         up_scale = carray(pointer(args[15]), (neurons if args[15] else 0,), storage)
         y = carray(pointer(args[7]), (threads, tokens, hidden), np.float32)[thread]
         kept = np.empty(BLOCK, np.int64)
-        keeps = np.empty((BLOCK, tokens), np.bool_)
-        g = np.empty((BLOCK, tokens), np.float32)
-        a = np.empty((BLOCK, tokens), np.float32)
-        h = np.empty((BLOCK, tokens), np.float32)
+        keeps = np.empty((tokens, BLOCK), np.bool_)
+        g = np.empty((tokens, BLOCK), np.float32)
+        a = np.empty((tokens, BLOCK), np.float32)
+        h = np.empty((tokens, BLOCK), np.float32)
         end = neurons * (thread + 1) // threads
         for start in range(neurons * thread // threads, end, BLOCK):
             stop, count = min(start + BLOCK, end), 0
             if gate.size:
-                dot_rows(x, gate[start:stop], None, g[: stop - start])
+                dot_rows(x, gate[start:stop], None, g[:, : stop - start])
             for j in range(start, stop):
                 wanted = False
                 for t in range(tokens):
                     if gate.size:
-                        s = g[j - start, t] * widen(gate_scale[j]) if gate_scale.size else g[j - start, t]
+                        s = g[t, j - start] * widen(gate_scale[j]) if gate_scale.size else g[t, j - start]
                         s = s + widen(gate_bias[j]) if gate_bias.size else s
-                        a[count, t] = rounded(activate(rounded(s, unit), code), unit)
+                        a[t, count] = rounded(activate(rounded(s, unit), code), unit)
                     else:
-                        a[count, t] = widen(given[t, j])
-                    keeps[count, t] = not abs(a[count, t]) <= widen(threshold[j])
-                    wanted |= keeps[count, t]
+                        a[t, count] = widen(given[t, j])
+                    keeps[t, count] = not abs(a[t, count]) <= widen(threshold[j])
+                    wanted |= keeps[t, count]
                 if wanted:
                     kept[count] = j
                     count += 1
-            dot_rows(x, up, kept, h[:count])
+            dot_rows(x, up, kept, h[:, :count])
             for c in range(count):
                 for t in range(tokens):
-                    u = h[c, t] * widen(up_scale[kept[c]]) if up_scale.size else h[c, t]
+                    u = h[t, c] * widen(up_scale[kept[c]]) if up_scale.size else h[t, c]
                     u = u + widen(up_bias[kept[c]]) if up_bias.size else u
-                    h[c, t] = rounded(a[c, t] * rounded(u, unit), unit) if keeps[c, t] else np.float32(0)
-            add_rows(y, h[:count], down, kept)
+                    h[t, c] = rounded(a[t, c] * rounded(u, unit), unit) if keeps[t, c] else np.float32(0)
+            add_rows(y, h[:, :count], down, kept)
 
     return on_all_threads(body)
 

@@ -1,10 +1,9 @@
-"""CPU kernel of a whole decode step of one sequence: one call for all layers, on all threads, with barriers between its
-phases. `sandcat.cpu_step` fills its tables.
+"""CPU kernel of a whole decode step: one call for all layers, on all threads, with barriers between its phases.
+`sandcat.cpu_step` fills its tables, products.py has its linear layers.
 
-Shapes: H hidden size, I intermediate size, D size of a head, G query heads a key-value head, L positions of the cache.
-The residual state h is float32; what transformers rounds to the model's dtype inside a layer is rounded here too. Each
-thread computes its share of a matrix's outputs; where inputs are skipped, it adds up its share of those that are kept,
-for rows are short and should be read whole, and the threads' sums are joined in their order.
+Shapes: B sequences in R rows (see products.py), H hidden size, I intermediate size, D size of a head, G query heads a
+key-value head, L positions of the cache. The residual state h is float32; what transformers rounds to the model's dtype
+inside a layer is rounded here too.
 """
 
 from __future__ import annotations
@@ -15,290 +14,235 @@ import numpy as np
 import torch
 from numba import carray, njit, types
 
+from sandcat.ops.numba.amx import release_tiles
 from sandcat.ops.numba.attention import POSITIONS, attend, joined
 from sandcat.ops.numba.floats import STORAGE, narrow, rounded, widen
+from sandcat.ops.numba.products import (
+    LINEAR,
+    Work,
+    begin,
+    finish,
+    keep_any,
+    keep_one,
+    listed_outputs,
+    pack,
+    record,
+    share,
+)
+from sandcat.ops.numba.shared import list_shared
 from sandcat.ops.numba.sparse_mlp import activate
 from sandcat.ops.numba.threads import VERSION, float32s, numbers, on_all_threads, pointer
-from sandcat.ops.numba.vectors import add_rows, dot_rows, norm
+from sandcat.ops.numba.vectors import norm
 
-
-def _record(integers: str, reals: str = "", **nested: np.dtype) -> np.dtype:
-    fields = [(name, np.int64) for name in integers.split()] + [(name, np.float64) for name in reals.split()]
-    return np.dtype(fields + list(nested.items()))
-
-
-LINEAR = _record("weight scale bias threshold outputs inputs")
-"""A matrix by its addresses and sizes, 0 for what it lacks. It is stored [outputs, inputs], and with a threshold for
-each input, below which that is skipped, [inputs, outputs]; with scales as int8, else in the model's dtype."""
-LAYER = _record(
-    "input_norm q_norm k_norm mlp_norm keys values window activation skips neurons neuron_threshold",
+LAYER = record(
+    "input_norm q_norm k_norm mlp_norm keys values window activation skips shared neurons neuron_threshold",
     "input_eps head_eps mlp_eps scaling",
     **dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), LINEAR),
 )
-"""`skips`: the down projection is stored [I, H], and neurons with |activation| <= neuron_threshold are skipped."""
-MODEL = _record(
-    "token position table table_row table_column vocabulary cos sin h qkv partial sums hidden scores logits norm "
-    "layers heads groups parts D H L most room",
+"""`skips`: neurons with |activation| <= neuron_threshold are skipped, and `shared`: by one list for all sequences."""
+MODEL = record(
+    "sequences rows tokens position table table_row table_column vocabulary cos sin h qkv partial hidden scores logits "
+    "norm layers heads groups parts D H L x y kept wanted values sums room most stride tiles",
     "eps",
     head=LINEAR,
 )
-"""`table_row`, `table_column`: how far rows and columns of the embedding table lie apart; `groups`: key-value heads;
-`parts`: see `parts_of`; `most`: the most inputs that a matrix has; `sums` [threads, room]: see `_begin`."""
+"""`tokens` [B]: the ids; `table_row`, `table_column`: how far rows and columns of the embedding table lie apart;
+`groups`: key-value heads; `parts`: see `parts_of`. Of each thread: x, y and values [R, most], kept and wanted [most],
+sums [R, stride] (see products.py), room [tiles], where `most` is the most units that a matrix has."""
 
-UNIT = 16
-"""Outputs that no two threads share: a cache line of float32."""
 BLOCK = 64
-"""Neurons whose gates are computed before the rows of those that are kept."""
+"""Neurons whose gates are computed before the rows of those that are kept, for one sequence."""
 
 _barrier = types.ExternalFunction("GOMP_barrier", types.void())
 
 
 @njit
-def _share(size, thread, threads):
-    """Which outputs are this thread's."""
-    units = -(-size // UNIT)
-    return min(size, units * thread // threads * UNIT), min(size, units * (thread + 1) // threads * UNIT)
-
-
-@njit
-def _above(x, threshold, kept, values):
-    """How many inputs are kept, after listing them; a NaN is kept."""
-    count = 0
-    for k in range(x.size):
-        kept[count] = k
-        values[count] = x[k]
-        count += not abs(x[k]) <= widen(threshold[k])
-    return count
-
-
-@njit
-def _codes(site):
-    """What int8 weights are like."""
-    return carray(pointer(site.weight), (1,), np.int8)
-
-
-@njit
-def _finish(site, first, end, y, like):
-    """The scales of int8 weights, and the bias."""
-    scale = numbers(site.scale, (site.outputs if site.scale else 0,), like)
-    bias = numbers(site.bias, (site.outputs if site.bias else 0,), like)
-    for r in range(first, end):
-        if scale.size:
-            y[r] *= widen(scale[r])
-        if bias.size:
-            y[r] += widen(bias[r])
-
-
-@njit
-def _all_inputs(site, x, first, end, y, like):
-    rows = numbers(site.weight, (site.outputs, site.inputs), like)[first:end]
-    dot_rows(x.reshape(1, -1), rows, None, y[first:end].reshape(-1, 1))
-
-
-@njit
-def _listed_inputs(site, kept, values, y, like):
-    rows = numbers(site.weight, (site.inputs, site.outputs), like)
-    add_rows(y.reshape(1, -1), values.reshape(-1, 1), rows, kept)
-
-
-@njit
-def _begin_listed(site, kept, values, sums, thread, threads, like):
-    """sums = what this thread's share of the listed inputs adds to a linear layer's outputs."""
-    sums = sums[: site.outputs]
-    sums[:] = 0
-    mine = slice(kept.size * thread // threads, kept.size * (thread + 1) // threads)
-    if site.scale:
-        _listed_inputs(site, kept[mine], values[mine], sums, _codes(site))
-    else:
-        _listed_inputs(site, kept[mine], values[mine], sums, like)
-
-
-@njit
-def _begin(site, x, kept, values, sums, thread, threads, first, end, y, like):
-    """y[first:end] = those outputs of a linear layer; where inputs are skipped, `sums` as in `_begin_listed`, and when
-    all threads have theirs `_end` gives y."""
-    x = x[: site.inputs]
-    if site.threshold:
-        count = _above(x, numbers(site.threshold, (site.inputs,), like), kept, values)
-        _begin_listed(site, kept[:count], values[:count], sums, thread, threads, like)
-        return
-    if site.scale:
-        _all_inputs(site, x, first, end, y, _codes(site))
-    else:
-        _all_inputs(site, x, first, end, y, like)
-    _finish(site, first, end, y, like)
-
-
-@njit
-def _end(site, sums, first, end, y, like):
-    """y[first:end] = those outputs of a layer whose inputs are listed, from the `sums` [threads, outputs] of all."""
-    y[first:end] = sums[0, first:end]
-    for thread in range(1, len(sums)):
+def _round(y, first, end, work):
+    for b in range(work.B):
         for r in range(first, end):
-            y[r] += sums[thread, r]
-    _finish(site, first, end, y, like)
+            y[b, r] = rounded(y[b, r], work.like[0])
 
 
 @njit
-def _round(y, like):
-    for r in range(y.size):
-        y[r] = rounded(y[r], like)
-
-
-@njit
-def _activations(g, code, like):
-    for j in range(g.size):
-        g[j] = rounded(activate(rounded(g[j], like), code), like)
-
-
-@njit
-def _listed_outputs(site, x, kept, values, like):
-    """values[c] = row kept[c] of W times x."""
-    rows = numbers(site.weight, (site.outputs, site.inputs), like)
-    dot_rows(x.reshape(1, -1), rows, kept, values.reshape(-1, 1))
-
-
-@njit
-def _kept_neurons(layer, x, a, threshold, kept, values, first, end, hidden, like):
-    """hidden[first:end] = a * up(x), where |a| is above the threshold; else 0, and the row is not read."""
-    up, count = layer.up, 0
-    for j in range(first, end):
-        hidden[j] = 0
-        kept[count] = j
-        count += not abs(a[j]) <= widen(threshold[j])
-    if up.scale:
-        _listed_outputs(up, x, kept, values[:count], _codes(up))
-    else:
-        _listed_outputs(up, x, kept, values[:count], like)
-    scale = numbers(up.scale, (up.outputs if up.scale else 0,), like)
-    bias = numbers(up.bias, (up.outputs if up.bias else 0,), like)
-    for c in range(count):
-        j = kept[c]
-        u = values[c] * widen(scale[j]) if scale.size else values[c]
-        u = u + widen(bias[j]) if bias.size else u
-        hidden[j] = rounded(a[j] * rounded(u, like[0]), like[0])
-
-
-@njit
-def _neurons(layer, x, a, kept, values, sums, thread, threads, first, end, hidden, like):
-    """hidden[first:end] = activation(gate(x)) * up(x)."""
-    gate, up, mine, I = layer.gate, layer.up, sums[thread], layer.neurons
-    whole = not layer.skips or gate.threshold != 0
-    if whole:
-        _begin(gate, x, kept, values, mine, thread, threads, first, end, a, like)
-        if not layer.skips:
-            _begin(up, x, kept, values, mine[I:], thread, threads, first, end, hidden, like)
-        if gate.threshold or (up.threshold and not layer.skips):
-            _barrier()
-        if gate.threshold:
-            _end(gate, sums, first, end, a, like)
-        _activations(a[first:end], layer.activation, like[0])
-    if not layer.skips:
-        if up.threshold:
-            _end(up, sums[:, I:], first, end, hidden, like)
+def _activations(g, first, end, code, work):
+    like = work.like[0]
+    for b in range(work.B):
         for j in range(first, end):
-            hidden[j] = rounded(a[j] * rounded(hidden[j], like[0]), like[0])
-        return
-    threshold = numbers(layer.neuron_threshold, (I,), like)
-    for at in range(first, end, BLOCK):
-        to = min(end, at + BLOCK)
-        if not whole:
-            _begin(gate, x, kept, values, mine, thread, threads, at, to, a, like)
-            _activations(a[at:to], layer.activation, like[0])
-        _kept_neurons(layer, x[: up.inputs], a, threshold, kept, values, at, to, hidden, like)
+            g[b, j] = rounded(activate(rounded(g[b, j], like), code), like)
 
 
 @njit
-def _down(layer, hidden, kept, values, sums, thread, threads, first, end, y, like):
-    """y[first:end] = the down projection; of skipped neurons, whose hidden is 0, nothing is read."""
-    if layer.skips:
-        count = 0
-        for j in range(layer.neurons):
-            kept[count] = j
-            values[count] = hidden[j]
-            count += hidden[j] != 0
-        _begin_listed(layer.down, kept[:count], values[:count], sums[thread], thread, threads, like)
+def _multiply(layer, x, a, threshold, count, work, hidden):
+    """hidden = a * up(x) of the listed neurons, 0 where a sequence does not keep one."""
+    like, values, own = work.like[0], work.values, not layer.shared
+    listed_outputs(layer.up, x, count, values, work)
+    for b in range(work.B):
+        for c in range(count):
+            j = work.kept[c]
+            value = rounded(a[b, j] * rounded(values[b, c], like), like)
+            if own and abs(a[b, j]) <= widen(threshold[j]):
+                value = np.float32(0)
+            hidden[b, j] = value
+
+
+@njit
+def _kept_neurons(layer, x, a, first, end, work, hidden):
+    """hidden[:, first:end] = a * up(x), where |a| is above the threshold; else 0, and the row is not read."""
+    threshold = numbers(layer.neuron_threshold, (layer.neurons,), work.like)
+    hidden[:, first:end] = 0
+    if work.B == 1:
+        count = keep_one(a[0], threshold, first, end, work.kept, work.values[0])
     else:
-        _begin(layer.down, hidden, kept, values, sums[thread], thread, threads, first, end, y, like)
-    if layer.skips or layer.down.threshold:
-        _barrier()
-        _end(layer.down, sums, first, end, y, like)
+        count = keep_any(a, threshold, first, end, work)
+    _multiply(layer, x, a, threshold, count, work, hidden)
 
 
 @njit
-def _step(model, layers, thread, threads, like):
-    position, token = carray(pointer(model.position), (1,), np.int32), model.token
-    D, H, parts = model.D, model.H, model.parts
-    Q, K = model.heads * D, model.groups * D
-    h, qkv = float32s(model.h, (H,)), float32s(model.qkv, (Q + 2 * K,))
-    hidden, logits = float32s(model.hidden, (model.most,)), numbers(model.logits, (model.head.outputs,), like)
-    x, y, values = np.empty(model.most, np.float32), np.empty(model.most, np.float32), np.empty(model.most, np.float32)
-    kept, weights = np.empty(model.most, np.int64), np.empty(POSITIONS, np.float32)
-    heads = np.empty((model.heads // model.groups, D), np.float32)
-    first, end = _share(H, thread, threads)
-    sums = float32s(model.sums, (threads, model.room))
-    mine = sums[thread]
-    table = numbers(model.table, ((model.vocabulary - 1) * model.table_row + (H - 1) * model.table_column + 1,), like)
-    for k in range(first, end):
-        h[k] = widen(table[token * model.table_row + k * model.table_column])
+def _shared_neurons(layer, x, a, first, end, work, hidden):
+    """The same, of the neurons that all sequences share."""
+    threshold = numbers(layer.neuron_threshold, (layer.neurons,), work.like)
+    hidden[:, first:end] = 0
     _barrier()
+    count = list_shared(a[: work.B], threshold, work.kept)
+    first, end = count * work.thread // work.threads, count * (work.thread + 1) // work.threads
+    work.kept[: end - first] = work.kept[first:end].copy()
+    _multiply(layer, x, a, threshold, end - first, work, hidden)
+
+
+@njit
+def _neurons(layer, x, a, first, end, work, hidden):
+    """hidden[:, first:end] = activation(gate(x)) * up(x)."""
+    gate, up, I, like = layer.gate, layer.up, layer.neurons, work.like[0]
+    if not (gate.by_inputs and up.by_inputs):
+        pack(gate, x, work)
+    if layer.skips and work.B == 1 and not gate.by_inputs:
+        for at in range(first, end, BLOCK):
+            to = min(end, at + BLOCK)
+            begin(gate, x, at, to, a, 0, work)
+            _activations(a, at, to, layer.activation, work)
+            _kept_neurons(layer, x, a, at, to, work, hidden)
+        return
+    begin(gate, x, first, end, a, 0, work)
+    if not layer.skips:
+        begin(up, x, first, end, hidden, I, work)
+    if gate.by_inputs or (up.by_inputs and not layer.skips):
+        _barrier()
+    finish(gate, first, end, a, 0, work)
+    _activations(a, first, end, layer.activation, work)
+    if layer.skips and layer.shared:
+        _shared_neurons(layer, x, a, first, end, work, hidden)
+    elif layer.skips:
+        _kept_neurons(layer, x, a, first, end, work, hidden)
+    else:
+        finish(up, first, end, hidden, I, work)
+        for b in range(work.B):
+            for j in range(first, end):
+                hidden[b, j] = rounded(a[b, j] * rounded(hidden[b, j], like), like)
+
+
+@njit
+def _add(site, x, h, y, work):
+    """h += a linear layer's outputs."""
+    y, (first, end) = y[:, : site.outputs], share(site.outputs, work)
+    if not site.by_inputs:
+        pack(site, x, work)
+    begin(site, x, first, end, y, 0, work)
+    if site.by_inputs:
+        _barrier()
+    finish(site, first, end, y, 0, work)
+    for b in range(work.B):
+        for k in range(first, end):
+            h[b, k] += y[b, k]
+    _barrier()
+
+
+@njit
+def _norms(h, weight, eps, x, work):
+    for b in range(len(h)):
+        norm(h[b], numbers(weight, (h.shape[1],), work.like), eps, x[b])
+
+
+@njit
+def _project(layer, x, qkv, Q, K, work):
+    q, k, v = layer.q, layer.k, layer.v
+    q_at, q_to = share(Q, work)
+    at, to = share(K, work)
+    q_y, k_y, v_y = qkv[:, :Q], qkv[:, Q : Q + K], qkv[:, Q + K :]
+    if not (q.by_inputs and k.by_inputs and v.by_inputs):
+        pack(q, x, work)
+    begin(q, x, q_at, q_to, q_y, 0, work)
+    begin(k, x, at, to, k_y, Q, work)
+    begin(v, x, at, to, v_y, Q + K, work)
+    if q.by_inputs or k.by_inputs or v.by_inputs:
+        _barrier()
+    finish(q, q_at, q_to, q_y, 0, work)
+    finish(k, at, to, k_y, Q, work)
+    finish(v, at, to, v_y, Q + K, work)
+    _round(q_y, q_at, q_to, work)
+    _round(k_y, at, to, work)
+    _round(v_y, at, to, work)
+    _barrier()
+
+
+@njit
+def _embed(model, h, work):
+    H, rows, columns = model.H, model.table_row, model.table_column
+    tokens = carray(pointer(model.tokens), (len(h),), np.int64)
+    table = numbers(model.table, ((model.vocabulary - 1) * rows + (H - 1) * columns + 1,), work.like)
+    first, end = share(H, work)
+    for b in range(len(h)):
+        for k in range(first, end):
+            h[b, k] = widen(table[tokens[b] * rows + k * columns])
+    _barrier()
+
+
+@njit
+def _step(model, layers, work):
+    B, R, D, H, V = work.B, model.rows, model.D, model.H, model.head.outputs
+    Q, K, most, like = model.heads * D, model.groups * D, model.most, work.like
+    position = carray(pointer(model.position), (1,), np.int32)
+    h, qkv, hidden = float32s(model.h, (B, H)), float32s(model.qkv, (R, Q + 2 * K)), float32s(model.hidden, (R, most))
+    x = float32s(model.x, (work.threads, R, most))[work.thread]
+    gates = float32s(model.y, (work.threads, R, most))
+    y = gates[work.thread]
+    weights, heads = np.empty(POSITIONS, np.float32), np.empty((model.heads // model.groups, D), np.float32)
+    _embed(model, h, work)
     for i in range(model.layers):
         layer = layers[i]
-        norm(h, numbers(layer.input_norm, (H,), like), layer.input_eps, x)
-        q_at, q_to = _share(Q, thread, threads)
-        at, to = _share(K, thread, threads)
-        q, k, v, q_y, k_y, v_y = layer.q, layer.k, layer.v, qkv[:Q], qkv[Q : Q + K], qkv[Q + K :]
-        _begin(q, x, kept, values, mine, thread, threads, q_at, q_to, q_y, like)
-        _begin(k, x, kept, values, mine[Q:], thread, threads, at, to, k_y, like)
-        _begin(v, x, kept, values, mine[Q + K :], thread, threads, at, to, v_y, like)
-        if q.threshold or k.threshold or v.threshold:
-            _barrier()
-        if q.threshold:
-            _end(q, sums, q_at, q_to, q_y, like)
-        if k.threshold:
-            _end(k, sums[:, Q:], at, to, k_y, like)
-        if v.threshold:
-            _end(v, sums[:, Q + K :], at, to, v_y, like)
-        _round(q_y[q_at:q_to], like[0])
-        _round(k_y[at:to], like[0])
-        _round(v_y[at:to], like[0])
+        _norms(h, layer.input_norm, layer.input_eps, x, work)
+        _project(layer, x, qkv, Q, K, work)
+        items = B * model.groups * model.parts
+        for item in range(items * work.thread // work.threads, items * (work.thread + 1) // work.threads):
+            attend(model, layer, position[0], item, heads, weights, like)
         _barrier()
-        items = model.groups * parts
-        for item in range(items * thread // threads, items * (thread + 1) // threads):
-            attend(model, layer, position[0], parts, item, heads, weights, like)
+        joined(model, x, like[0])
+        _add(layer.o, x, h, y, work)
+        _norms(h, layer.mlp_norm, layer.mlp_eps, x, work)
+        first, end = share(layer.neurons, work)
+        a = gates[0, :, : layer.neurons] if layer.shared else y[:, : layer.neurons]
+        _neurons(layer, x, a, first, end, work, hidden[:, : layer.neurons])
         _barrier()
-        joined(model, parts, x, like[0])
-        _begin(layer.o, x, kept, values, mine, thread, threads, first, end, y, like)
-        if layer.o.threshold:
-            _barrier()
-            _end(layer.o, sums, first, end, y, like)
-        for k in range(first, end):
-            h[k] += y[k]
+        _add(layer.down, hidden, h, y, work)
+    _norms(h, model.norm, model.eps, x, work)
+    scores, logits = float32s(model.scores, (R, V))[:, :V], numbers(model.logits, (B, V), like)
+    first, end = share(V, work)
+    if not model.head.by_inputs:
+        pack(model.head, x, work)
+    begin(model.head, x, first, end, scores, 0, work)
+    if model.head.by_inputs:
         _barrier()
-        norm(h, numbers(layer.mlp_norm, (H,), like), layer.mlp_eps, x)
-        at, to = _share(layer.neurons, thread, threads)
-        _neurons(layer, x, y, kept, values, sums, thread, threads, at, to, hidden, like)
-        _barrier()
-        _down(layer, hidden, kept, values, sums, thread, threads, first, end, y, like)
-        for k in range(first, end):
-            h[k] += y[k]
-        _barrier()
-    norm(h, numbers(model.norm, (H,), like), model.eps, x)
-    scores = float32s(model.scores, (model.head.outputs,))
-    at, to = _share(model.head.outputs, thread, threads)
-    _begin(model.head, x, kept, values, mine, thread, threads, at, to, scores, like)
-    if model.head.threshold:
-        _barrier()
-        _end(model.head, sums, at, to, scores, like)
-    for r in range(at, to):
-        logits[r] = narrow(scores[r], like[0])
-    if thread == 0:
+    finish(model.head, first, end, scores, 0, work)
+    for b in range(B):
+        for r in range(first, end):
+            logits[b, r] = narrow(scores[b, r], like[0])
+    if work.thread == 0:
         position[0] += 1
 
 
 @cache
-def kernel(dtype: torch.dtype):
-    """The step for one dtype, compiled on first use (and then cached on disk).
+def kernel(dtype: torch.dtype, tiles: bool):
+    """The step for one dtype, with the processor's matrix unit or without, compiled on first use (and then cached on
+    disk).
 
     Called with the addresses of a `MODEL` and of its `LAYER`s, the `VERSION`, and how many threads it may run on.
     """
@@ -309,7 +253,15 @@ def kernel(dtype: torch.dtype):
             return
         model = carray(pointer(args[0]), (1,), MODEL)[0]
         layers = carray(pointer(args[1]), (model.layers,), LAYER)
+        R, most = model.rows, model.most
         like = np.zeros(1, storage)
-        _step(model, layers, thread, threads, like)
+        kept = carray(pointer(model.kept), (threads, most), np.int64)[thread]
+        wanted = carray(pointer(model.wanted), (threads, most), np.bool_)[thread]
+        values = float32s(model.values, (threads, R, most))[thread]
+        sums = float32s(model.sums, (threads, R, model.stride))
+        room = carray(pointer(model.room), (threads, model.tiles), np.int32)[thread] if tiles else None
+        _step(model, layers, Work(model.sequences, thread, threads, like, kept, wanted, values, sums, room))
+        if tiles:
+            release_tiles()
 
     return on_all_threads(body)

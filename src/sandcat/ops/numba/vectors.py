@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from sandcat.ops.numba.floats import rounded, widen
-from sandcat.ops.numba.lanes import LANES, LINE, ask, fma, load, splat, store, total
+from sandcat.ops.numba.lanes import LANES, LINE, apart, ask, fma, load, splat, store, total
 
 
 @njit
@@ -53,7 +53,7 @@ def dot4(x, row0, row1, row2, row3, next0, next1, next2, next3):
 
 @njit
 def dot4x4(x0, x1, x2, x3, row0, row1, row2, row3, out):
-    """out[i, t] = row i . x t."""
+    """out[t, i] = row i . x t."""
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = splat(np.float32(0))
     c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = splat(np.float32(0))
     whole = x0.size // LANES * LANES
@@ -67,21 +67,21 @@ def dot4x4(x0, x1, x2, x3, row0, row1, row2, row3, out):
         a2, b2, c2, d2 = fma(r0, v, a2), fma(r1, v, b2), fma(r2, v, c2), fma(r3, v, d2)
         v = load(x3, k)
         a3, b3, c3, d3 = fma(r0, v, a3), fma(r1, v, b3), fma(r2, v, c3), fma(r3, v, d3)
-    out[0, 0], out[0, 1], out[0, 2], out[0, 3] = total(a0), total(a1), total(a2), total(a3)
-    out[1, 0], out[1, 1], out[1, 2], out[1, 3] = total(b0), total(b1), total(b2), total(b3)
-    out[2, 0], out[2, 1], out[2, 2], out[2, 3] = total(c0), total(c1), total(c2), total(c3)
-    out[3, 0], out[3, 1], out[3, 2], out[3, 3] = total(d0), total(d1), total(d2), total(d3)
+    out[0, 0], out[0, 1], out[0, 2], out[0, 3] = total(a0), total(b0), total(c0), total(d0)
+    out[1, 0], out[1, 1], out[1, 2], out[1, 3] = total(a1), total(b1), total(c1), total(d1)
+    out[2, 0], out[2, 1], out[2, 2], out[2, 3] = total(a2), total(b2), total(c2), total(d2)
+    out[3, 0], out[3, 1], out[3, 2], out[3, 3] = total(a3), total(b3), total(c3), total(d3)
     for k in range(whole, x0.size):
         for i, row in enumerate((row0, row1, row2, row3)):
             r = widen(row[k])
-            out[i, 0] += r * x0[k]
-            out[i, 1] += r * x1[k]
-            out[i, 2] += r * x2[k]
-            out[i, 3] += r * x3[k]
+            out[0, i] += r * x0[k]
+            out[1, i] += r * x1[k]
+            out[2, i] += r * x2[k]
+            out[3, i] += r * x3[k]
 
 
 @njit
-def _row(units, c):
+def row_of(units, c):
     """The c-th unit of a list, or of all."""
     if units is None:
         return c
@@ -90,25 +90,26 @@ def _row(units, c):
 
 @njit
 def _four(rows, units, c):
-    return rows[_row(units, c)], rows[_row(units, c + 1)], rows[_row(units, c + 2)], rows[_row(units, c + 3)]
+    return rows[row_of(units, c)], rows[row_of(units, c + 1)], rows[row_of(units, c + 2)], rows[row_of(units, c + 3)]
 
 
 @njit
 def dot_rows(x, rows, units, out):
-    """out[c, t] = rows[units[c]] . x[t], of all rows if units is None: each is read from memory once."""
-    count = len(out)
+    """out[t, c] = rows[units[c]] . x[t], of all rows if units is None: each is read from memory once."""
+    apart()
+    count = out.shape[1]
     fours, tokens = count // 4 * 4, len(x) // 4 * 4
     for c in range(0, fours, 4):
         row0, row1, row2, row3 = _four(rows, units, c)
         next0, next1, next2, next3 = _four(rows, units, min(c + 4, count - 4))
         for t in range(0, tokens, 4):
-            dot4x4(x[t], x[t + 1], x[t + 2], x[t + 3], row0, row1, row2, row3, out[c : c + 4, t : t + 4])
+            dot4x4(x[t], x[t + 1], x[t + 2], x[t + 3], row0, row1, row2, row3, out[t : t + 4, c : c + 4])
         for t in range(tokens, len(x)):
             four = dot4(x[t], row0, row1, row2, row3, next0, next1, next2, next3)
-            out[c, t], out[c + 1, t], out[c + 2, t], out[c + 3, t] = four
+            out[t, c], out[t, c + 1], out[t, c + 2], out[t, c + 3] = four
     for c in range(fours, count):
         for t in range(len(x)):
-            out[c, t] = dot(x[t], rows[_row(units, c)])
+            out[t, c] = dot(x[t], rows[row_of(units, c)])
 
 
 @njit
@@ -152,56 +153,75 @@ def add8(y, h, rows, units, c, first):
             store(y, k, fma(h7, load(row7, at), fma(h6, load(row6, at), s)))
     for k in range(whole, y.size):
         for i in range(8):
-            y[k] += h[c + i] * widen(rows[_row(units, c + i), first + k])
+            y[k] += h[c + i] * widen(rows[row_of(units, c + i), first + k])
 
 
 @njit
-def add4x4(y0, y1, y2, y3, h, row0, row1, row2, row3):
-    """y t += h[0, t] row 0 + ... + h[3, t] row 3, for four tokens."""
-    a0, a1, a2, a3 = splat(h[0, 0]), splat(h[0, 1]), splat(h[0, 2]), splat(h[0, 3])
-    b0, b1, b2, b3 = splat(h[1, 0]), splat(h[1, 1]), splat(h[1, 2]), splat(h[1, 3])
-    c0, c1, c2, c3 = splat(h[2, 0]), splat(h[2, 1]), splat(h[2, 2]), splat(h[2, 3])
-    d0, d1, d2, d3 = splat(h[3, 0]), splat(h[3, 1]), splat(h[3, 2]), splat(h[3, 3])
-    whole = y0.size // LANES * LANES
-    for k in range(0, whole, LANES):
-        r0, r1, r2, r3 = load(row0, k), load(row1, k), load(row2, k), load(row3, k)
-        store(y0, k, fma(d0, r3, fma(c0, r2, fma(b0, r1, fma(a0, r0, load(y0, k))))))
-        store(y1, k, fma(d1, r3, fma(c1, r2, fma(b1, r1, fma(a1, r0, load(y1, k))))))
-        store(y2, k, fma(d2, r3, fma(c2, r2, fma(b2, r1, fma(a2, r0, load(y2, k))))))
-        store(y3, k, fma(d3, r3, fma(c3, r2, fma(b3, r1, fma(a3, r0, load(y3, k))))))
-    for k in range(whole, y0.size):
-        for i, row in enumerate((row0, row1, row2, row3)):
-            r = widen(row[k])
-            y0[k] += h[i, 0] * r
-            y1[k] += h[i, 1] * r
-            y2[k] += h[i, 2] * r
-            y3[k] += h[i, 3] * r
+def _add4(y, at, h, rows, units, c, end, first):
+    """y[t, at : at + 4 * LANES] += h[t, c] row c + ... + h[t, end - 1] row end - 1, for four tokens, whose sums stay in
+    registers."""
+    y0, y1, y2, y3 = y[0], y[1], y[2], y[3]
+    a0, a1, a2, a3 = load(y0, at), load(y1, at), load(y2, at), load(y3, at)
+    b0, b1, b2, b3 = load(y0, at + LANES), load(y1, at + LANES), load(y2, at + LANES), load(y3, at + LANES)
+    at2, at3 = at + 2 * LANES, at + 3 * LANES
+    c0, c1, c2, c3 = load(y0, at2), load(y1, at2), load(y2, at2), load(y3, at2)
+    d0, d1, d2, d3 = load(y0, at3), load(y1, at3), load(y2, at3), load(y3, at3)
+    for n in range(c, end):
+        row, from_ = rows[row_of(units, n)], first + at
+        r0, r1 = load(row, from_), load(row, from_ + LANES)
+        r2, r3 = load(row, from_ + 2 * LANES), load(row, from_ + 3 * LANES)
+        v = splat(h[0, n])
+        a0, b0, c0, d0 = fma(r0, v, a0), fma(r1, v, b0), fma(r2, v, c0), fma(r3, v, d0)
+        v = splat(h[1, n])
+        a1, b1, c1, d1 = fma(r0, v, a1), fma(r1, v, b1), fma(r2, v, c1), fma(r3, v, d1)
+        v = splat(h[2, n])
+        a2, b2, c2, d2 = fma(r0, v, a2), fma(r1, v, b2), fma(r2, v, c2), fma(r3, v, d2)
+        v = splat(h[3, n])
+        a3, b3, c3, d3 = fma(r0, v, a3), fma(r1, v, b3), fma(r2, v, c3), fma(r3, v, d3)
+    store(y0, at, a0)
+    store(y0, at + LANES, b0)
+    store(y0, at2, c0)
+    store(y0, at3, d0)
+    store(y1, at, a1)
+    store(y1, at + LANES, b1)
+    store(y1, at2, c1)
+    store(y1, at3, d1)
+    store(y2, at, a2)
+    store(y2, at + LANES, b2)
+    store(y2, at2, c2)
+    store(y2, at3, d2)
+    store(y3, at, a3)
+    store(y3, at + LANES, b3)
+    store(y3, at2, c3)
+    store(y3, at3, d3)
+
+
+TOGETHER = 32
+"""Rows that several tokens add a piece of, before the next piece: few enough to stay in the nearest cache."""
 
 
 @njit
 def add_rows(y, h, rows, units, first=0):
-    """y[t] += sum over c of h[c, t] rows[units[c]][first:], as wide as y, of all rows if units is None."""
-    if len(y) == 1:
-        _add_rows(y[0], h[:, 0].copy(), rows, units, first)
-        return
-    count, tokens = len(h), len(y) // 4 * 4
-    fours, width = count // 4 * 4, max(256, 8192 // len(y))  # pieces of y that stay in the cache
-    for start in range(0, y.shape[1], width):
-        piece = slice(start, min(start + width, y.shape[1]))
-        part = slice(first + piece.start, first + piece.stop)
-        for t in range(tokens, len(y)):
-            _add_rows(y[t, piece], h[:, t].copy(), rows, units, first + start)
-        for c in range(0, fours if tokens else 0, 4):
-            row0, row1 = rows[_row(units, c), part], rows[_row(units, c + 1), part]
-            row2, row3 = rows[_row(units, c + 2), part], rows[_row(units, c + 3), part]
-            for t in range(0, tokens, 4):
-                add4x4(
-                    y[t, piece], y[t + 1, piece], y[t + 2, piece], y[t + 3, piece], h[c : c + 4, t : t + 4],
-                    row0, row1, row2, row3,
-                )  # fmt: skip
-        for c in range(fours, count):
-            for t in range(tokens):
-                add(y[t, piece], h[c, t], rows[_row(units, c), part])
+    """y[t] += sum over c of h[t, c] rows[units[c]][first:], as wide as y, of all rows if units is None."""
+    apart()
+    count, tokens, width = h.shape[1], len(y) // 4 * 4, 4 * LANES
+    for t in range(tokens, len(y)):
+        _add_rows(y[t], h[t], rows, units, first)
+    if tokens:
+        whole, line = y.shape[1] // width * width, LINE // rows.itemsize
+        for c in range(0, count, TOGETHER):
+            end = min(c + TOGETHER, count)
+            for at in range(0, whole, width):
+                ahead, shift = (at + width, 0) if at + width < whole else (0, TOGETHER)
+                for n in range(c + shift, min(end + shift, count)):
+                    row = rows[row_of(units, n)]
+                    for k in range(0, width, line):
+                        ask(row, first + ahead + k)
+                for t in range(0, tokens, 4):
+                    _add4(y[t : t + 4], at, h[t : t + 4], rows, units, c, end, first)
+            for n in range(c, end):
+                for t in range(tokens):
+                    add(y[t, whole:], h[t, n], rows[row_of(units, n), first + whole : first + y.shape[1]])
 
 
 @njit
@@ -211,7 +231,7 @@ def _add_rows(y, h, rows, units, first):
     for c in range(0, eights, 8):
         add8(y, h, rows, units, c, first)
     for c in range(eights, h.size):
-        add(y, h[c], rows[_row(units, c), first : first + y.size])
+        add(y, h[c], rows[row_of(units, c), first : first + y.size])
 
 
 @njit(fastmath={"reassoc", "contract"})

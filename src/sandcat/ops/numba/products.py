@@ -1,0 +1,240 @@
+"""The linear layers of a decode step (step.py): tables of them, the lists of inputs that are kept, and the products.
+
+Shapes: B sequences, one token each; weights are read once for all of them. Arrays have R rows, B and, as products are
+fastest for four at once, some that stay zero. Each thread computes its share of a matrix's
+outputs; where inputs are skipped, it adds up its share of those that are kept, for rows are short and should be read
+whole, and the threads' sums are joined in their order.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import numpy as np
+from numba import carray, njit
+
+from sandcat.ops.numba.floats import widen
+from sandcat.ops.numba.lanes import apart
+from sandcat.ops.numba.shared import list_shared
+from sandcat.ops.numba.threads import numbers, pointer
+from sandcat.ops.numba.tiles import add_rows_tiled, dot_rows_tiled, pack_columns
+from sandcat.ops.numba.vectors import add_rows, dot_rows
+
+
+def record(integers: str, reals: str = "", **nested: np.dtype) -> np.dtype:
+    fields = [(name, np.int64) for name in integers.split()] + [(name, np.float64) for name in reals.split()]
+    return np.dtype(fields + list(nested.items()))
+
+
+LINEAR = record("weight scale bias threshold by_inputs shared outputs inputs")
+"""A matrix by its addresses and sizes, 0 for what it lacks. It is stored [outputs, inputs], and `by_inputs` [inputs,
+outputs]; with scales as int8, else in the model's dtype. Then inputs may have a threshold each, below which one is
+skipped, and several sequences use one list of them if `shared` (see ops/shared.py)."""
+
+Work = namedtuple("Work", "B thread threads like kept wanted values sums room")
+"""What a thread works with: how many sequences there are, its number, how many threads there are, an array of the
+model's dtype, room for the list of kept units, for which are wanted and for their values [R, most], sums [threads, R,
+...], and where the processor's matrix unit is used its room (tiles.py), else None."""
+
+UNIT = 16
+"""Outputs that no two threads share: a cache line of float32."""
+NEARLY_ALL = 0.9
+"""Above this share of units that any sequence keeps all are read: making the list costs more than it saves."""
+
+
+@njit
+def share(size, work):
+    """Which outputs are this thread's."""
+    units = -(-size // UNIT)
+    first, end = units * work.thread // work.threads, units * (work.thread + 1) // work.threads
+    return min(size, first * UNIT), min(size, end * UNIT)
+
+
+@njit
+def _dot_rows(x, rows, units, out, room):
+    if room is None:
+        dot_rows(x, rows, units, out)
+    else:
+        dot_rows_tiled(x, rows, units, out, room)
+
+
+@njit
+def _add_rows(y, h, rows, units, room):
+    if room is None:
+        add_rows(y, h, rows, units)
+    else:
+        add_rows_tiled(y, h, rows, units, room)
+
+
+@njit
+def _pack(x, room):
+    if room is not None and len(x) > 1:
+        pack_columns(x, room)
+
+
+@njit
+def pack(site, x, work):
+    """Before the products of layers that are stored by outputs, all with x: lays x out for the matrix unit."""
+    _pack(x[:, : site.inputs], work.room)
+
+
+@njit
+def codes(site):
+    """What int8 weights are like."""
+    return carray(pointer(site.weight), (1,), np.int8)
+
+
+@njit
+def _scales(site, like):
+    return numbers(site.scale, (site.outputs if site.scale else 0,), like)
+
+
+@njit
+def _biases(site, like):
+    return numbers(site.bias, (site.outputs if site.bias else 0,), like)
+
+
+@njit
+def _finish(site, first, end, y, work):
+    """The scales of int8 weights, and the bias."""
+    scale, bias = _scales(site, work.like), _biases(site, work.like)
+    for b in range(work.B):
+        for r in range(first, end):
+            if scale.size:
+                y[b, r] *= widen(scale[r])
+            if bias.size:
+                y[b, r] += widen(bias[r])
+
+
+@njit
+def keep_one(x, threshold, first, end, kept, values):
+    """How many of x[first:end] one sequence keeps, after listing them; a NaN is kept."""
+    count = 0
+    for k in range(first, end):
+        kept[count] = k
+        values[count] = x[k]
+        count += not abs(x[k]) <= (widen(threshold[k]) if threshold.size else np.float32(0))
+    return count
+
+
+@njit
+def keep_any(x, threshold, first, end, work):
+    """The same for several sequences: how many any of them keeps. For those that do not keep one, its value is 0;
+    values stand at the places of their units, for `gather`."""
+    apart()
+    kept, wanted = work.kept, work.wanted
+    wanted[first:end] = False
+    for b in range(work.B):
+        x_b, value_b = x[b], work.values[b]
+        for k in range(first, end):
+            keeps = not abs(x_b[k]) <= (widen(threshold[k]) if threshold.size else np.float32(0))
+            wanted[k] |= keeps
+            value_b[k - first] = x_b[k] if keeps else np.float32(0)
+    count = 0
+    for k in range(first, end):
+        kept[count] = k
+        count += wanted[k]
+    if count >= NEARLY_ALL * (end - first):
+        count = end - first
+        for k in range(count):
+            kept[k] = first + k
+    return count
+
+
+@njit
+def _gather(x, first, end, work):
+    """values[:, first:end] = x of the units listed there; x may be `values`, as no unit stands before its place."""
+    for b in range(work.B):
+        for c in range(first, end):
+            work.values[b, c] = x[b, work.kept[c]]
+
+
+@njit
+def _keep(site, x, work):
+    """Lists the inputs that are kept; the part of the list that is this thread's, with its values."""
+    threshold = numbers(site.threshold, (site.inputs if site.threshold else 0,), work.like)
+    if work.B == 1:
+        count = keep_one(x[0], threshold, 0, site.inputs, work.kept, work.values[0])
+    elif site.shared:
+        count = list_shared(x[: work.B], threshold, work.kept)
+    else:
+        count = keep_any(x, threshold, 0, site.inputs, work)
+    first, end = count * work.thread // work.threads, count * (work.thread + 1) // work.threads
+    if site.shared:
+        _gather(x, first, end, work)
+    elif work.B > 1 and count < site.inputs:
+        _gather(work.values, first, end, work)
+    return slice(first, end)
+
+
+@njit
+def _all_inputs(site, x, first, end, y, work, like):
+    rows = numbers(site.weight, (site.outputs, site.inputs), like)[first:end]
+    _dot_rows(x, rows, None, y[:, first:end], work.room)
+
+
+@njit
+def _listed_inputs(site, mine, y, work, like):
+    rows = numbers(site.weight, (site.inputs, site.outputs), like)
+    _add_rows(y, work.values[:, mine], rows, work.kept[mine], work.room)
+
+
+@njit
+def begin(site, x, first, end, y, at, work):
+    """y[:, first:end] = those outputs of a linear layer; where it is stored by inputs, the thread's sums from `at` on
+    of what its share of the kept inputs adds to all outputs, and when all threads have theirs `finish` gives y."""
+    apart()
+    x = x[:, : site.inputs]
+    if site.by_inputs:
+        mine = _keep(site, x, work)
+        sums = work.sums[work.thread, :, at : at + site.outputs]
+        sums[:] = 0
+        if site.scale:
+            _listed_inputs(site, mine, sums, work, codes(site))
+        else:
+            _listed_inputs(site, mine, sums, work, work.like)
+        return
+    if site.scale:
+        _all_inputs(site, x, first, end, y, work, codes(site))
+    else:
+        _all_inputs(site, x, first, end, y, work, work.like)
+    _finish(site, first, end, y, work)
+
+
+@njit
+def finish(site, first, end, y, at, work):
+    """y[:, first:end] of a layer that is stored by inputs, after `begin` in all threads; of others it is there."""
+    apart()
+    if site.by_inputs:
+        sums = work.sums
+        for b in range(work.B):
+            for r in range(first, end):
+                y[b, r] = sums[0, b, at + r]
+            for thread in range(1, len(sums)):
+                for r in range(first, end):
+                    y[b, r] += sums[thread, b, at + r]
+        _finish(site, first, end, y, work)
+
+
+@njit
+def _listed_outputs(site, x, kept, values, work, like):
+    rows = numbers(site.weight, (site.outputs, site.inputs), like)
+    _dot_rows(x, rows, kept, values, work.room)
+
+
+@njit
+def listed_outputs(site, x, count, values, work):
+    """values[:, c] = output kept[c] of a layer that is stored by outputs."""
+    apart()
+    x, kept, values = x[:, : site.inputs], work.kept[:count], values[:, :count]
+    if site.scale:
+        _listed_outputs(site, x, kept, values, work, codes(site))
+    else:
+        _listed_outputs(site, x, kept, values, work, work.like)
+    scale, bias = _scales(site, work.like), _biases(site, work.like)
+    for b in range(work.B):
+        for c in range(count):
+            if scale.size:
+                values[b, c] *= widen(scale[kept[c]])
+            if bias.size:
+                values[b, c] += widen(bias[kept[c]])
