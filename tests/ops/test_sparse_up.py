@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import DEVICES, assert_close
 
 from sandcat.ops import kernel_name
 from sandcat.ops.arguments import MAX_TOKENS
@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def arguments(tokens, hidden, neurons, dtype, *, bias=False, int8=False, seed=0):
+def arguments(tokens, hidden, neurons, dtype, device="cpu", *, bias=False, int8=False, seed=0):
     """Random inputs whose thresholds drop about half of the neurons."""
     generator = torch.Generator().manual_seed(seed)
     x, a, up = (
@@ -25,10 +25,10 @@ def arguments(tokens, hidden, neurons, dtype, *, bias=False, int8=False, seed=0)
     up = up * hidden**-0.5
     threshold = a.abs().quantile(0.5) * (0.5 + torch.rand(neurons, generator=generator))
     args = [t.to(dtype) for t in (x, a, up, threshold)] + [torch.randn(neurons).to(dtype) if bias else None]
-    if not int8:
-        return args
-    args[2] = (up / up.abs().amax() * 127).round().to(torch.int8)
-    return [*args, (up.abs().amax() / 127).expand(neurons).to(dtype)]
+    if int8:
+        args[2] = (up / up.abs().amax() * 127).round().to(torch.int8)
+        args.append((up.abs().amax() / 127).expand(neurons).to(dtype))
+    return [t if t is None else t.to(device) for t in args]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -36,14 +36,16 @@ def arguments(tokens, hidden, neurons, dtype, *, bias=False, int8=False, seed=0)
 @pytest.mark.parametrize("tokens", [1, 3, MAX_TOKENS])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("int8", [False, True])
-def test_equals_reference(dtype, hidden, neurons, tokens, bias, int8):
-    args = arguments(tokens, hidden, neurons, dtype, bias=bias, int8=int8)
+@pytest.mark.parametrize("device", DEVICES)
+def test_equals_reference(dtype, hidden, neurons, tokens, bias, int8, device):
+    args = arguments(tokens, hidden, neurons, dtype, device, bias=bias, int8=int8)
     assert_close(sparse_up(*args), reference(*args), dtype)
-    assert kernel_name("sparse_up", "cpu", int8) == "numba"
+    assert kernel_name("sparse_up", device, int8) == {"cpu": "numba", "cuda": "triton"}[device]
 
 
-def test_rows_of_dropped_neurons_are_not_read():
-    args = arguments(1, 64, 96, torch.float32)
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_of_dropped_neurons_are_not_read(device):
+    args = arguments(1, 64, 96, torch.float32, device)
     want = reference(*args)
     dropped = args[1][0].abs() <= args[3]
     assert 0 < dropped.sum() < 96
