@@ -78,17 +78,22 @@ def answers(folder: Path, prompts: list[list[int]], tmp_path: Path, **options) -
 
 
 @torch.inference_mode()
-def check(folder: Path, prompts: list[list[int]], tmp_path: Path, tolerance: float = 2e-3, **options) -> None:
-    """Each token that vLLM writes is the likeliest of ours after the same tokens (or as likely, within the tolerance),
-    and has the same probability."""
-    options = {"dtype": "float32", **options}
-    model, _ = hub.load(folder, dtype=options["dtype"])
-    for prompt, row in zip(prompts, answers(folder, prompts, tmp_path, **options), strict=True):
-        logits = model(torch.tensor([prompt + row["ids"]])).logits[0, len(prompt) - 1 : -1].float()
-        ours = logits.log_softmax(-1)
+def logprobs(folder: Path, dtype: str, prompts: list[list[int]], found: list[dict]) -> list[torch.Tensor]:
+    """What our model gives in transformers for the tokens that vLLM wrote, each after the same tokens."""
+    model, _ = hub.load(folder, dtype=dtype)
+    rows = zip(prompts, found, strict=True)
+    logits = [model(torch.tensor([p + row["ids"]])).logits[0, len(p) - 1 : -1].float() for p, row in rows]
+    return [x.log_softmax(-1) for x in logits]
+
+
+def check(folder: Path, prompts: list[list[int]], tmp_path: Path, **options) -> None:
+    """In float32 each token that vLLM writes is our likeliest, and has our probability. (Where two are as likely but
+    for rounding, it may be either.)"""
+    found = answers(folder, prompts, tmp_path, dtype="float32", **options)
+    for ours, row in zip(logprobs(folder, "float32", prompts, found), found, strict=True):
         chosen = ours.gather(-1, torch.tensor(row["ids"])[:, None])[:, 0]
-        assert (ours.amax(-1) - chosen).max() <= tolerance
-        assert (chosen - torch.tensor(row["logprobs"])).abs().max() <= tolerance
+        assert (ours.amax(-1) - chosen).max() <= 2e-3
+        assert (chosen - torch.tensor(row["logprobs"])).abs().max() <= 2e-3
 
 
 LAYOUTS = pytest.mark.parametrize("sequences", [1, 64], ids=["laid out for skipping", "packed"])
@@ -102,7 +107,15 @@ def test_equals_transformers(folder_of, prompts, tmp_path, recipe, sequences):
 
 @LAYOUTS
 def test_in_bfloat16(folder_of, prompts, tmp_path, sequences):
-    check(folder_of("stack"), prompts, tmp_path, 0.5, max_num_seqs=sequences, dtype="bfloat16")
+    """There a threshold turns rounding into other neurons, in any engine: vLLM may be as far from float32 as we are."""
+    folder = folder_of("cats")
+    found = answers(folder, prompts, tmp_path, max_num_seqs=sequences, dtype="bfloat16")
+    exact, ours = (
+        torch.cat([x.gather(-1, torch.tensor(row["ids"])[:, None]) for x, row in zip(rows, found, strict=True)])[:, 0]
+        for rows in (logprobs(folder, dtype, prompts, found) for dtype in ("float32", "bfloat16"))
+    )
+    theirs = torch.tensor([value for row in found for value in row["logprobs"]])
+    assert (theirs - exact).abs().mean() <= 1.5 * (ours - exact).abs().mean()
 
 
 SERVED = [name for name, row in ARCHITECTURES.items() if row.served and name != "gemma3"]

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearBase,
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -36,6 +37,9 @@ from sandcat.plan import QUANT_METHOD, Plan
 from sandcat.served import sites
 from sandcat.served.layers import Masked, Outputs, Skipping, SkippingUp, drop_up
 from sandcat.served.ops import most_sequences
+
+logger = init_logger(f"vllm.{__name__}")
+"""Under vLLM's name, whose messages alone it shows."""
 
 
 class SandcatQuantization(QuantizationConfig):
@@ -194,8 +198,12 @@ class SandcatLinear(UnquantizedLinearMethod):
 
     def _pays(self, op: str, weight_OI: Tensor, int8: bool) -> bool:
         """Whether a layer is laid out for skipping. A GPU's is in any case: its dense products take both layouts."""
-        on_cpu = weight_OI.device.type == "cpu"
-        return not on_cpu or self.sequences <= most_sequences(op, weight_OI, self.dtype, int8)
+        if weight_OI.device.type != "cpu":
+            return True
+        pays = self.sequences <= most_sequences(op, weight_OI, self.dtype, int8)
+        how = "laid out for skipping" if pays else "packed, and only masked"
+        logger.info_once("sandcat: %s is %s, for %d sequences at once (--max-num-seqs)", op, how, self.sequences)
+        return pays
 
     def _check(self, *tensors: Tensor | None) -> None:
         if any(bool(t.isnan().any()) for t in tensors if t is not None):
@@ -220,11 +228,15 @@ class SandcatLinear(UnquantizedLinearMethod):
         return y_TO.view(*x.shape[:-1], -1)
 
 
-class Table(UnquantizedEmbeddingMethod):
-    """An embedding table that may be stored by channels, as a head that shares its weight skips them."""
+class Table(QuantizeMethodBase):
+    """An embedding table that may be stored by channels, as a head that shares its weight skips them. (vLLM's own
+    method tells its kernels that a table is stored row by row.)"""
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        pass
+    def create_weights(self, layer: nn.Module, *sizes, **options) -> None:
+        UnquantizedEmbeddingMethod().create_weights(layer, *sizes, **options)
+
+    def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
+        return F.embedding(ids, layer.weight)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, layer.weight, bias)
