@@ -78,22 +78,41 @@ def answers(folder: Path, prompts: list[list[int]], tmp_path: Path, **options) -
 
 
 @torch.inference_mode()
-def logprobs(folder: Path, dtype: str, prompts: list[list[int]], found: list[dict]) -> list[torch.Tensor]:
-    """What our model gives in transformers for the tokens that vLLM wrote, each after the same tokens."""
-    model, _ = hub.load(folder, dtype=dtype)
-    rows = zip(prompts, found, strict=True)
-    logits = [model(torch.tensor([p + row["ids"]])).logits[0, len(p) - 1 : -1].float() for p, row in rows]
-    return [x.log_softmax(-1) for x in logits]
+def ours(model: torch.nn.Module, prompts: list[list[int]], found: list[dict], disturbed: float = 0.0) -> torch.Tensor:
+    """What our model gives in transformers for the tokens that vLLM wrote, each after the same tokens: the logarithm of
+    their probability, and by how much the likeliest token is likelier, [2, tokens].
+
+    Args:
+        disturbed: share of noise in the embeddings.
+    """
+    noise = torch.Generator().manual_seed(0)
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, x: x * (1 + disturbed * torch.randn(x.shape, generator=noise).to(x))
+    )
+    rows = []
+    for prompt, row in zip(prompts, found, strict=True):
+        logits = model(torch.tensor([prompt + row["ids"]])).logits[0, len(prompt) - 1 : -1]
+        all_tokens = logits.float().log_softmax(-1)
+        chosen = all_tokens.gather(-1, torch.tensor(row["ids"])[:, None])[:, 0]
+        rows.append(torch.stack([chosen, all_tokens.amax(-1) - chosen]))
+    hook.remove()
+    return torch.cat(rows, 1)
 
 
 def check(folder: Path, prompts: list[list[int]], tmp_path: Path, **options) -> None:
-    """In float32 each token that vLLM writes is our likeliest, and has our probability. (Where two are as likely but
-    for rounding, it may be either.)"""
+    """vLLM writes our likeliest tokens, with our probabilities, but for rounding.
+
+    Rounding decides where a value lies at its threshold, and such a decision grows on its way through the layers: of
+    the embedded model with `teal` in all of them, noise of 1e-7 changes probabilities by 10 %. So what our model makes
+    of noise at the size of float32's rounding is what vLLM may differ by.
+    """
     found = answers(folder, prompts, tmp_path, dtype="float32", **options)
-    for ours, row in zip(logprobs(folder, "float32", prompts, found), found, strict=True):
-        chosen = ours.gather(-1, torch.tensor(row["ids"])[:, None])[:, 0]
-        assert (ours.amax(-1) - chosen).max() <= 2e-3
-        assert (chosen - torch.tensor(row["logprobs"])).abs().max() <= 2e-3
+    theirs = torch.tensor([value for row in found for value in row["logprobs"]])
+    model, _ = hub.load(folder, dtype="float32")
+    exact = ours(model, prompts, found)
+    allowed = 1e-4 + 2 * (ours(model, prompts, found, 1e-6)[0] - exact[0]).abs().mean()
+    assert (theirs - exact[0]).abs().mean() <= allowed
+    assert exact[1].mean() <= allowed
 
 
 LAYOUTS = pytest.mark.parametrize("sequences", [1, 64], ids=["laid out for skipping", "packed"])
@@ -107,15 +126,12 @@ def test_equals_transformers(folder_of, prompts, tmp_path, recipe, sequences):
 
 @LAYOUTS
 def test_in_bfloat16(folder_of, prompts, tmp_path, sequences):
-    """There a threshold turns rounding into other neurons, in any engine: vLLM may be as far from float32 as we are."""
+    """Rounding is coarser there: vLLM may be as far from float32 as our own model is."""
     folder = folder_of("cats")
     found = answers(folder, prompts, tmp_path, max_num_seqs=sequences, dtype="bfloat16")
-    exact, ours = (
-        torch.cat([x.gather(-1, torch.tensor(row["ids"])[:, None]) for x, row in zip(rows, found, strict=True)])[:, 0]
-        for rows in (logprobs(folder, dtype, prompts, found) for dtype in ("float32", "bfloat16"))
-    )
+    exact, rounded = (ours(hub.load(folder, dtype=d)[0], prompts, found)[0] for d in ("float32", "bfloat16"))
     theirs = torch.tensor([value for row in found for value in row["logprobs"]])
-    assert (theirs - exact).abs().mean() <= 1.5 * (ours - exact).abs().mean()
+    assert (theirs - exact).abs().mean() <= 1.5 * (rounded - exact).abs().mean()
 
 
 SERVED = [name for name, row in ARCHITECTURES.items() if row.served and name != "gemma3"]
