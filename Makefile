@@ -36,7 +36,7 @@ format: .venv/test
 	@touch $@
 
 .venv/test: .venv/demo
-	$(PIP) -e ".[eval,demo,dev]"
+	$(PIP) -e ".[eval,demo,serving,dev]"
 	@touch $@
 
 clean:

@@ -40,6 +40,8 @@ class Architecture:
     fused_step: bool = False
     """Whether `sandcat.step` can run its layers: RMSNorm before attention and before the MLP and nowhere else (but for
     heads), rotary embedding of whole heads, and nothing scaled but the scores."""
+    served: str = "all"
+    """What of it vLLM can run sparse: "all", the "layers" alone, where vLLM has no head of its own, or nothing ("")."""
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -47,11 +49,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": Architecture(fused_step=True),
     "qwen2": Architecture(fused_step=True),
     "qwen3": Architecture(fused_step=True),
-    "gemma2": Architecture(activation="hidden_activation"),
+    "gemma2": Architecture(activation="hidden_activation", served="layers"),
     "gemma3_text": Architecture(activation="hidden_activation"),
     "gemma3": Architecture(layers="model.language_model.layers", activation="hidden_activation"),
     "phi3": Architecture(gate="gate_up_proj", up="gate_up_proj", q="qkv_proj", k="qkv_proj", v="qkv_proj"),
-    "olmo2": Architecture(),
+    "olmo2": Architecture(served=""),
     "granite": Architecture(),
 }
 

@@ -40,6 +40,9 @@ class Method(ABC):
     """The word on the command line, in the plan, and of the file."""
     slot: ClassVar[str]
     """What it claims of its linear layers, one of `SLOTS`; two methods on one slot of one layer conflict."""
+    served: ClassVar[str | None] = None
+    """What an engine with model code of its own (vLLM) has to do for it: "channels" have thresholds, or "neurons", or
+    weights are int8 "codes"; None: it runs in transformers only."""
 
     layers: str | tuple[int, ...] = option("all", 'decoder layers to change: "all", a slice "4:28", or a list [0,2,5]')
 

@@ -130,10 +130,10 @@ class FusedStep:
         cos, sin = decoder.rotary_emb(buffer(1, 1, self.H), position_ids=positions)
         self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
 
-    def __call__(self, ids_11: Tensor) -> Tensor:
+    def __call__(self, ids_B1: Tensor) -> Tensor:
         grid = (_tiles(self.H, 1024),)
         self.kernels.embed[grid](
-            ids_11, self.table, self.h, *self.table.stride(), self.H, BLOCK=1024, **self.dependent
+            ids_B1, self.table, self.h, *self.table.stride(), self.H, BLOCK=1024, **self.dependent
         )  # fmt: skip
         for block, cached in self.layers:
             self._project(block.input_norm, [block.q, block.k, block.v], self.qkv)

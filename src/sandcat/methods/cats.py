@@ -31,6 +31,7 @@ class Cats(Method):
 
     name = "cats"
     slot = "input"
+    served = "neurons"
 
     sparsity: float = option(0.5, "fraction of each layer's neurons dropped on calibration text, in [0, 1)")
     score: Literal["activation", "output"] = option(

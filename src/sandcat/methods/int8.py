@@ -33,6 +33,7 @@ class Int8(Method):
 
     name = "int8"
     slot = "weight"
+    served = "codes"
 
     sites: str | tuple[str, ...] = option(
         "all", 'linear layers to change: "all", or a list [q,k,v,o,gate,up,down,head]; the head is in no layer'

@@ -31,6 +31,7 @@ class Teal(Method):
 
     name = "teal"
     slot = "input"
+    served = "channels"
 
     sparsity: float = option(0.4, "fraction of each site's input channels dropped on calibration text, in [0, 1)")
     score: Literal["input", "output"] = option(

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from sandcat.ops.arguments import LARGE, MAX_TOKENS, PROMPT_CHUNK
 from sandcat.ops.core_mlp import core_mlp
@@ -15,34 +17,62 @@ from sandcat.ops.int8_linear import int8_linear
 from sandcat.ops.shared import shared_linear, shared_up_down
 from sandcat.ops.sparse_linear import sparse_linear
 from sandcat.ops.sparse_mlp import sparse_mlp, sparse_up_down
+from sandcat.ops.sparse_up import sparse_up
 
 __all__ = [
     "MAX_TOKENS", "PROMPT_CHUNK", "core_mlp", "int8_linear", "kernel_name", "most_tokens",
-    "shared_linear", "shared_up_down", "sparse_linear", "sparse_mlp", "sparse_up_down",
+    "shared_linear", "shared_up_down", "sparse_linear", "sparse_mlp", "sparse_up", "sparse_up_down",
 ]  # fmt: skip
 
 _KERNELS: dict[tuple[str, str, bool], str] = {}
 """(op, device, whether the weights are int8) -> the library that has the kernel."""
 
 
-def _register(device: str, library: str) -> None:
-    """Imports the kernels of a library, where it is installed and has them; else the references run."""
-    for name in ("core_mlp", "int8_linear", "shared", "sparse_linear", "sparse_mlp"):
+_FILES = {
+    "core_mlp": "core_mlp", "int8_linear": "int8_linear", "shared_linear": "shared", "shared_up_down": "shared",
+    "sparse_linear": "sparse_linear", "sparse_mlp": "sparse_mlp", "sparse_up": "sparse_up",
+    "sparse_up_down": "sparse_mlp",
+}  # fmt: skip
+"""The file that has an op's kernel, in the folder of each library that has one."""
+
+
+def _register_numba() -> None:
+    """Has each CPU kernel imported when it is first called: Numba takes a while to import, and vLLM stumbles over it
+    where it comes early."""
+    if importlib.util.find_spec("numba") is None:
+        return
+    for name, file in _FILES.items():
+        op = globals()[name]
+        _KERNELS.update({(name, "cpu", int8): "numba" for int8 in ({True} if op is int8_linear else {True, False})})
+        op.register_kernel("cpu")(_importing(op, f"sandcat.ops.numba.{file}"))
+
+
+def _importing(op: torch.library.CustomOpDef, module: str) -> Callable[..., Tensor]:
+    def kernel(*args) -> Tensor:
+        importlib.import_module(module)  # registers the kernel in place of this one
+        return op(*args)
+
+    return kernel
+
+
+def _register_triton() -> None:
+    """Imports the CUDA kernels, where Triton is installed and has them; else the references run."""
+    for file in dict.fromkeys(_FILES.values()):
         try:
-            kernels = importlib.import_module(f"sandcat.ops.{library}.{name}")
+            kernels = importlib.import_module(f"sandcat.ops.triton.{file}")
         except ImportError:
             continue
-        _KERNELS.update({(op, device, False): library for op in kernels.OPS})
-        _KERNELS.update({(op, device, True): library for op in kernels.INT8_OPS})
+        _KERNELS.update({(op, "cuda", False): "triton" for op in kernels.OPS})
+        _KERNELS.update({(op, "cuda", True): "triton" for op in kernels.INT8_OPS})
 
 
-_register("cpu", "numba")
+_register_numba()
 if torch.cuda.is_available():
-    _register("cuda", "triton")
+    _register_triton()
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_MLP = ("sparse_mlp", "sparse_up_down")
+_MLP = ("sparse_mlp", "sparse_up_down", "sparse_up")
 _ALL = (*_MLP, "core_mlp", "sparse_linear", "int8_linear", "shared_linear", "shared_up_down")
 _MOST_TOKENS = {
     **{(op, "cpu", torch.float32, False): (1, 8) for op in _MLP},

@@ -20,8 +20,6 @@ from sandcat.ops.numba.sparse_mlp import BLOCK, CODES, activate
 from sandcat.ops.numba.threads import VERSION, on_all_threads, pointer, threads_of
 from sandcat.ops.numba.vectors import add_rows, dot_rows
 
-OPS = INT8_OPS = ("core_mlp",)
-
 
 @cache
 def _kernel(dtype: torch.dtype, gate_dtype: torch.dtype, up_dtype: torch.dtype, down_dtype: torch.dtype):

@@ -17,8 +17,6 @@ from sandcat.ops.numba.floats import STORAGE, widen
 from sandcat.ops.numba.threads import VERSION, on_all_threads, pointer, threads_of
 from sandcat.ops.numba.vectors import dot_rows
 
-OPS, INT8_OPS = (), ("int8_linear",)
-
 
 @cache
 def _kernel(dtype: torch.dtype):

@@ -21,7 +21,6 @@ from sandcat.ops.shared import LEAST_THRESHOLD, shared_linear, shared_up_down
 from sandcat.ops.sparse_linear import check_arguments as check_linear
 from sandcat.ops.sparse_mlp import check_arguments as check_mlp
 
-OPS = INT8_OPS = ("shared_linear", "shared_up_down")
 BLOCK = 64
 
 _LEAST, _INFINITY = np.float32(LEAST_THRESHOLD), np.float32(np.inf)

@@ -18,8 +18,6 @@ from sandcat.ops.numba.threads import VERSION, on_all_threads, pointer, threads_
 from sandcat.ops.numba.vectors import add_rows
 from sandcat.ops.sparse_linear import check_arguments, sparse_linear
 
-OPS = INT8_OPS = ("sparse_linear",)
-
 
 @cache
 def _kernel(weight_dtype: torch.dtype, dtype: torch.dtype):

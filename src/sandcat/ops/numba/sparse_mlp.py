@@ -21,7 +21,6 @@ from sandcat.ops.numba.threads import VERSION, on_all_threads, pointer, threads_
 from sandcat.ops.numba.vectors import add_rows, dot_rows
 from sandcat.ops.sparse_mlp import ACTIVATIONS, check_arguments, sparse_mlp, sparse_up_down
 
-OPS = INT8_OPS = ("sparse_mlp", "sparse_up_down")
 BLOCK = 64
 
 CODES = {name: code for code, name in enumerate(ACTIVATIONS)}

@@ -1,0 +1,78 @@
+"""CPU kernel of `sandcat::sparse_up`. Shapes: see ops/sparse_mlp.py.
+
+Each thread takes its share of the neurons, 64 at a time, and multiplies the rows of those that any token keeps, four
+at once. A row that none keeps is never touched.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from sandcat.ops.numba.floats import STORAGE, widen
+from sandcat.ops.numba.threads import VERSION, on_all_threads, pointer, threads_of
+from sandcat.ops.numba.vectors import dot_rows
+from sandcat.ops.sparse_up import check_arguments, sparse_up
+
+BLOCK = 64
+
+
+@cache
+def _kernel(dtype: torch.dtype, up_dtype: torch.dtype):
+    """The kernel for the model's dtype and the weight's, compiled on first use (and then cached on disk)."""
+    storage, up_storage, version = STORAGE[dtype], STORAGE[up_dtype], VERSION
+
+    def body(args, thread, threads):
+        if args[7] != version:  # never: it ties the code that Numba caches to all sources it was made from
+            return
+        tokens, neurons, hidden = args[8], args[9], args[10]
+        x = carray(pointer(args[0]), (tokens, hidden), np.float32)
+        a = carray(pointer(args[1]), (tokens, neurons), storage)
+        up = carray(pointer(args[2]), (neurons, hidden), up_storage)
+        threshold = carray(pointer(args[3]), (neurons,), storage)
+        bias = carray(pointer(args[4]), (neurons if args[4] else 0,), storage)
+        scale = carray(pointer(args[5]), (neurons if args[5] else 0,), storage)
+        u = carray(pointer(args[6]), (tokens, neurons), np.float32)
+        kept = np.empty(BLOCK, np.int64)
+        out = np.empty((BLOCK, tokens), np.float32)
+        end = neurons * (thread + 1) // threads
+        for start in range(neurons * thread // threads, end, BLOCK):
+            count = 0
+            for j in range(start, min(start + BLOCK, end)):
+                wanted = False
+                for t in range(tokens):
+                    u[t, j] = 0
+                    wanted |= not abs(widen(a[t, j])) <= widen(threshold[j])
+                kept[count] = j
+                count += wanted
+            dot_rows(x, up, kept, out[:count])
+            for c in range(count):
+                j = kept[c]
+                for t in range(tokens):
+                    if not abs(widen(a[t, j])) <= widen(threshold[j]):
+                        s = out[c, t] * widen(scale[j]) if scale.size else out[c, t]
+                        u[t, j] = s + widen(bias[j]) if bias.size else s
+
+    return on_all_threads(body)
+
+
+@sparse_up.register_kernel("cpu")
+def _(
+    x_TH: Tensor,
+    a_TI: Tensor,
+    up_IH: Tensor,
+    threshold_I: Tensor,
+    up_bias_I: Tensor | None = None,
+    up_scale_I: Tensor | None = None,
+) -> Tensor:
+    check_arguments(x_TH, a_TI, up_IH, threshold_I, up_bias_I, up_scale_I)
+    (tokens, hidden), neurons = x_TH.shape, len(up_IH)
+    tensors = [t if t is None else t.contiguous() for t in (a_TI, up_IH, threshold_I, up_bias_I, up_scale_I)]
+    tensors = [x_TH.float().contiguous(), *tensors, torch.empty(tokens, neurons)]
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    _kernel(x_TH.dtype, up_IH.dtype)([*addresses, VERSION, tokens, neurons, hidden], threads_of())
+    return tensors[-1].to(x_TH.dtype)

@@ -1,0 +1,1 @@
+"""A plan inside an engine that brings its own model code and fuses layers: vLLM."""
