@@ -8,7 +8,7 @@ whose KL to the dense model is smallest on held-out text. Where two methods want
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
@@ -19,7 +19,7 @@ import numpy as np
 from sandcat import calibrate
 from sandcat.architectures import ModelView
 from sandcat.benchmark import read_bytes
-from sandcat.curves import LEVELS, Curve, collect
+from sandcat.curves import LEVELS, Curve, Savings, collect, savings
 from sandcat.data import Text
 from sandcat.errors import BadRecipe, BudgetError
 from sandcat.evaluate import TextResult, evaluate_text
@@ -45,8 +45,8 @@ TRIALS = 6
 Spread = Callable[[list[Curve], float], list[float]]
 
 
-def uniform(curves: list[Curve], saving: float) -> list[float]:
-    """One sparsity for all sites."""
+def uniform(curves: Sequence[Savings], saving: float) -> list[float]:
+    """One sparsity for all sites, whatever it costs them."""
     sparsity = least(lambda sparsity: saved(curves, [sparsity] * len(curves)) >= saving, MOST)
     return [sparsity] * len(curves)
 
@@ -92,16 +92,16 @@ def choose(curves: list[Curve], saving: float) -> list[Curve]:
     return at(least(lambda price: saved(at(price), at_price(at(price), price)) >= saving, HIGHEST_PRICE))
 
 
-def together(curves: list[Curve]) -> list[list[Curve]]:
+def together(curves: Sequence[Savings]) -> list[list[Savings]]:
     """Groups of sites: those of different groups claim different linear layers."""
-    groups: list[list[Curve]] = []
+    groups: list[list[Savings]] = []
     for curve in curves:
         rivals = [g for g in groups if any(set(other.claims) & set(curve.claims) for other in g)]
         groups = [g for g in groups if g not in rivals] + [[*chain(*rivals), curve]]
     return groups
 
 
-def options(group: list[Curve]) -> list[list[Curve]]:
+def options(group: list[Savings]) -> list[list[Savings]]:
     """The sites of each method of a group."""
     return [[c for c in group if c.method == method] for method in {c.method: None for c in group}]
 
@@ -116,7 +116,7 @@ def best(group: list[Curve], price: float) -> list[Curve]:
 SPREADS: dict[str, Spread] = {"uniform": uniform, "equal-error": equal_error, "search": least_loss}
 
 
-def saved(curves: list[Curve], sparsities: list[float]) -> float:
+def saved(curves: Sequence[Savings], sparsities: list[float]) -> float:
     """What these sparsities save, as a share of the bytes that a token reads of the dense model."""
     return sum(float(curve.saved_at(sparsity)) for curve, sparsity in zip(curves, sparsities, strict=True))
 
@@ -145,12 +145,13 @@ def allocate(
     start = twin(view, *calibrate.decide(view, others, opening(fit), sequential=sequential)) if others else view
     sites = [(method, site) for method in methods if method.has_sparsity for site in method.select(start)]
     whole_bytes = read_bytes(view.model)
-    curves = collect(start, sites, fit, whole_bytes)
+    weighed = how != "uniform"  # else bytes alone decide
+    curves = collect(start, sites, fit, whole_bytes) if weighed else savings(start, sites, whole_bytes)
     at_first = read_bytes(start.model) / whole_bytes
     most = sum(max(saved(option, [MOST] * len(option)) for option in options(group)) for group in together(curves))
 
     def decide(spread: Spread, saving: float, text: Text) -> tuple[Plan, Decided]:
-        chosen = choose(curves, saving)
+        chosen = choose(curves, saving) if weighed else curves
         sparsities = {curve.site: 0.0 for curve in curves}
         sparsities |= {c.site: round(s, 6) for c, s in zip(chosen, spread(chosen, saving), strict=True)}
         return calibrate.decide(view, methods, text, sequential=sequential, sparsities=sparsities)
