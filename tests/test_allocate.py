@@ -21,7 +21,7 @@ from sandcat.evaluate import evaluate_text
 from sandcat.layers.linear import SparseLinear
 from sandcat.layers.mlp import SparseMLP
 from sandcat.layers.sparse import sparse_modules
-from sandcat.methods import Cats, Teal
+from sandcat.methods import Cats, Coreinfer, Teal
 from sandcat.registration import plan_of
 from sandcat.target import Target
 
@@ -80,9 +80,15 @@ def test_uniform_is_the_method_with_one_sparsity_and_computes_no_more(recipe):
         assert abs(spec["sparsity"] - same.steps[0].sites[name]["sparsity"]) < 1e-4
 
 
-def test_a_method_that_needs_no_calibration_can_have_a_target():
-    _, model, plan = sparse("llama", "coreinfer", target="bytes=0.8", allocate="uniform")
-    assert abs(plan.budget.bytes - 0.8) < 1e-5 and sparse_modules(model)
+@pytest.mark.parametrize("target, how", [("bytes=0.8", "uniform"), ("ppl+20%", "uniform"), ("bytes=0.8", "search")])
+def test_a_method_that_chooses_in_a_prompt_can_have_a_target(target, how):
+    """It is measured on what comes after one, and costs something there."""
+    dense, model, plan = sparse("llama", "coreinfer", target=target, allocate=how)
+    assert abs(plan.budget.bytes - 0.8) < 1e-5 or target != "bytes=0.8"
+    assert sparse_modules(model)
+    view, method = ModelView(dense), Coreinfer()
+    for curve in collect(view, [(method, site) for site in method.select(view)], WORDS, read_bytes(dense)):
+        assert 0 < curve.loss_L[1] < curve.loss_L[-1] and 0 < curve.error_L[1] < curve.error_L[-1] < 1.5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -23,6 +23,7 @@ from sandcat.curves import LEVELS, Curve, Savings, collect, savings
 from sandcat.data import Text
 from sandcat.errors import BadRecipe, BudgetError
 from sandcat.evaluate import TextResult, evaluate_text
+from sandcat.layers.core import follow_prompts
 from sandcat.method import Decided, Method, suggest
 from sandcat.offload import streaming
 from sandcat.plan import Budget, HeldOut, Plan
@@ -254,4 +255,5 @@ def twin(dense: ModelView, plan: Plan, tensors: Decided) -> ModelView:
     model = copy.deepcopy(dense.model, {id(parameter): parameter for parameter in dense.model.parameters()})
     view = ModelView(model, dense.device if dense.offloaded else None)
     plan.place(view, tensors)
+    follow_prompts(view.decoder)
     return view

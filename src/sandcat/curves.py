@@ -22,6 +22,7 @@ from sandcat.architectures import ModelView, Site
 from sandcat.calibrate import FIRST_POSITIONS, first_states, run_stage
 from sandcat.data import Text
 from sandcat.evaluate import PROMPT_SHARE, every_token_sparse
+from sandcat.layers.core import follow_prompts
 from sandcat.layers.sparse import Sparse
 from sandcat.method import Method
 from sandcat.offload import at_hand, idle_layers, moved
@@ -180,16 +181,18 @@ def _costs(method: Method, site: Site, x_TH: list[Tensor], g_TO: list[Tensor]) -
         spec, tensors = method.at(sparsity).decide(site, x_TH)
         module = method.build(site, spec)
         method.fill(module, tensors)
+        follow_prompts(module)
         sparse.append(module)
+    prompt = len(x_TH[0]) // PROMPT_SHARE if any(module.chooses_in_prompt for module in sparse) else 0
     with ExitStack() as stack:
         for module in sparse:
-            stack.enter_context(every_token_sparse(module, prompt=len(x_TH[0]) // PROMPT_SHARE))
+            stack.enter_context(every_token_sparse(module, prompt=prompt))
         for x, g in zip(x_TH, g_TO, strict=True):
-            y = site.module(x[None])[0].float()
+            y = site.module(x[None])[0, prompt:].float()
             square += float(y.square().sum())
             for level, module in enumerate(sparse, 1):
-                d = module(x[None])[0].float() - y
+                d = module(x[None])[0, prompt:].float() - y
                 error_L[level] += float(d.square().sum())
-                loss_L[level] += float((d * g).sum(1).square().sum()) / 2
+                loss_L[level] += float((d * g[prompt:]).sum(1).square().sum()) / 2
     error_L, loss_L = np.maximum.accumulate(error_L), np.maximum.accumulate(loss_L)
-    return {"error_L": error_L / max(square, 1e-30), "loss_L": loss_L / sum(map(len, x_TH))}
+    return {"error_L": error_L / max(square, 1e-30), "loss_L": loss_L / sum(len(x) - prompt for x in x_TH)}
