@@ -16,6 +16,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import sandcat
@@ -29,8 +30,8 @@ from sandcat.progress import shown
 from sandcat.tasks import run_tasks
 
 RECIPES = [
-    "relufy", "cats@uniform", "teal@uniform", "teal:sites=[q,k,v,o,gate] cats:score=output@uniform", "rsparse@uniform",
-    "coreinfer@uniform", "sandcat",
+    "sandcat", "teal@uniform", "teal:sites=[q,k,v,o,gate] cats:score=output@uniform", "rsparse@uniform", "cats@uniform",
+    "coreinfer@uniform", "relufy",
 ]  # fmt: skip
 TARGETS = ["bytes=0.8", "bytes=0.65", "bytes=0.5"]
 
@@ -59,8 +60,7 @@ def main() -> None:
         rows = kept(options, asked_for(options))
     print(markdown(rows))
     if options.plot:
-        lines = {name: points(rows) for name, rows in by_recipe(rows).items()}
-        svg = plots.quality({name: line for name, line in lines.items() if len(line) > 1})
+        svg = plots.quality({name: points(rows) for name, rows in by_recipe(rows).items()})
         options.plot.write_text(svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" color="#75869a"', 1))
 
 
@@ -140,10 +140,14 @@ def name_of(wanted: dict) -> str:
 
 
 def by_recipe(rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows of each recipe, by the names of its methods alone where these tell recipes apart."""
+    names = {name_of(row["wanted"]): re.sub(r":\S*|@\w+", "", name_of(row["wanted"])) for row in rows}
     found: dict[str, list[dict]] = {}
     for row in rows:
+        name = name_of(row["wanted"])
+        short = names[name] if list(names.values()).count(names[name]) == 1 else name
         if "error" not in row:
-            found.setdefault(name_of(row["wanted"]), []).append(row)
+            found.setdefault(short, []).append(row)
     return found
 
 
