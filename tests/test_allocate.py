@@ -21,7 +21,7 @@ from sandcat.evaluate import evaluate_text
 from sandcat.layers.linear import SparseLinear
 from sandcat.layers.mlp import SparseMLP
 from sandcat.layers.sparse import sparse_modules
-from sandcat.methods import Cats, Teal
+from sandcat.methods import Cats, Coreinfer, Teal
 from sandcat.registration import plan_of
 from sandcat.target import Target
 
@@ -57,9 +57,38 @@ def test_targets_are_met(recipe, how):
         assert (max(sparsities) - min(sparsities) < 0.01) == (how == "uniform")
 
 
-def test_a_method_that_needs_no_calibration_can_have_a_target():
-    _, model, plan = sparse("llama", "coreinfer", target="bytes=0.8", allocate="uniform")
-    assert abs(plan.budget.bytes - 0.8) < 1e-5 and sparse_modules(model)
+@pytest.mark.parametrize("recipe", ["teal", "cats:score=output", "rsparse:sites=[q,o,down]"])
+def test_uniform_is_the_method_with_one_sparsity_and_computes_no_more(recipe):
+    """What a sparsity costs each site is not measured where only its bytes decide."""
+
+    def made(recipe, **options):
+        model, tokens = tiny("llama"), []
+        for layer in model.model.layers:
+            layer.register_forward_hook(lambda module, args, out: tokens.append(args[0].shape))
+        plan = sandcat.sparsify(model, None, recipe, calibration=WORDS, **options)
+        return model, plan, tokens
+
+    model, plan, tokens = made(recipe, target="bytes=0.85", allocate="uniform")
+    modules = sparse_modules(model).values()
+    saved_by_all = sum(m.size * 4 for m in modules) if "cats" not in recipe else sum(2 * m.size * 4 for m in modules)
+    wanted = 0.15 * read_bytes(tiny("llama")) + sum(m.threshold.nbytes for m in modules)
+    (method,) = sandcat.plan.parse_recipe(recipe)
+    _, same, few = made(method.at(wanted / saved_by_all))
+    assert tokens == few
+    assert plan.steps[0].sites.keys() == same.steps[0].sites.keys()
+    for name, spec in plan.steps[0].sites.items():
+        assert abs(spec["sparsity"] - same.steps[0].sites[name]["sparsity"]) < 1e-4
+
+
+@pytest.mark.parametrize("target, how", [("bytes=0.8", "uniform"), ("ppl+20%", "uniform"), ("bytes=0.8", "search")])
+def test_a_method_that_chooses_in_a_prompt_can_have_a_target(target, how):
+    """It is measured on what comes after one, and costs something there."""
+    dense, model, plan = sparse("llama", "coreinfer", target=target, allocate=how)
+    assert abs(plan.budget.bytes - 0.8) < 1e-5 or target != "bytes=0.8"
+    assert sparse_modules(model)
+    view, method = ModelView(dense), Coreinfer()
+    for curve in collect(view, [(method, site) for site in method.select(view)], WORDS, read_bytes(dense)):
+        assert 0 < curve.loss_L[1] < curve.loss_L[-1] and 0 < curve.error_L[1] < curve.error_L[-1] < 1.5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,7 +131,7 @@ def test_the_curve_of_a_head_is_its_kl():
 
 
 def curve_of(name, *, cost, saved=0.1, method=None, claims=None):
-    return Curve(name, saved * GRID, cost * GRID**2, cost * GRID**2, method or Teal(), claims or (name,))
+    return Curve(name, method or Teal(), claims or (name,), saved * GRID, cost * GRID**2, cost * GRID**2)
 
 
 def test_least_loss_is_the_optimum():

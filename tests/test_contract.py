@@ -14,6 +14,7 @@ from conftest import assert_close
 from tiny import FAMILIES, VOCABULARY, text, tiny, tokenizer
 
 import sandcat
+from sandcat.architectures import ModelView
 from sandcat.errors import BadRecipe, NothingMatched, PlanError, SandcatError, UnsupportedModel
 from sandcat.layers import kernel as kernel_layer
 from sandcat.layers.sparse import sparse_modules
@@ -283,7 +284,8 @@ def test_realised_sparsity_on_the_calibration_text(family):
     """Within 0.5 points of the target at every layer, for the sparse model as it runs."""
     from sandcat.calibrate import FIRST_POSITIONS
 
-    methods = [Cats(sparsity=0.4), Cats(sparsity=0.4, score="output"), Teal(), Teal(score="output")]
+    methods = [*(Cats(sparsity=0.4, score=score) for score in ("activation", "value", "output"))]
+    methods += [Teal(), Teal(score="output")]
     for method in methods:
         sparse = tiny(family)
         plan = sandcat.sparsify(sparse, None, method, calibration=text())
@@ -299,6 +301,22 @@ def test_realised_sparsity_on_the_calibration_text(family):
         for name, spec in plan.steps[0].sites.items():
             assert abs(dropped[name] - 0.4) < 0.005
             assert abs(spec["sparsity"] - 0.4) < 0.005
+
+
+@pytest.mark.parametrize("score", ["activation", "value", "output"])
+@torch.no_grad()
+def test_what_a_score_weights_a_neuron_by(score):
+    """One threshold for all neurons, over the neuron's weight."""
+    view = ModelView(tiny("llama"))
+    site = next(site for site in view.sites() if site.kind == "mlp")
+    x_TH = torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
+    spec, found = Cats(sparsity=0.4, score=score).decide(site, [x_TH[:90], x_TH[90:]])
+    weight_I = torch.ones(72)
+    if score != "activation":
+        weight_I = site.module.up_proj(x_TH).square().mean(0).sqrt()
+    if score == "output":
+        weight_I = weight_I * site.module.down_proj.weight.norm(dim=0)
+    torch.testing.assert_close(found["threshold"] * weight_I, torch.full((72,), spec["threshold"]))
 
 
 def test_layers_option():

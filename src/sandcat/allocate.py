@@ -8,20 +8,22 @@ whose KL to the dense model is smallest on held-out text. Where two methods want
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
+from typing import Any, TypeVar
 
 import numpy as np
 
 from sandcat import calibrate
 from sandcat.architectures import ModelView
 from sandcat.benchmark import read_bytes
-from sandcat.curves import LEVELS, Curve, collect
+from sandcat.curves import LEVELS, Curve, Savings, collect, savings
 from sandcat.data import Text
 from sandcat.errors import BadRecipe, BudgetError
 from sandcat.evaluate import TextResult, evaluate_text
+from sandcat.layers.core import follow_prompts
 from sandcat.method import Decided, Method, suggest
 from sandcat.offload import streaming
 from sandcat.plan import Budget, HeldOut, Plan
@@ -40,11 +42,12 @@ MOST = LEVELS[-1]
 TRIALS = 6
 """Budgets that are measured for a quality target."""
 
+S = TypeVar("S", bound=Savings)
 Spread = Callable[[list[Curve], float], list[float]]
 
 
-def uniform(curves: list[Curve], saving: float) -> list[float]:
-    """One sparsity for all sites."""
+def uniform(curves: Sequence[Savings], saving: float) -> list[float]:
+    """One sparsity for all sites, whatever it costs them."""
     sparsity = least(lambda sparsity: saved(curves, [sparsity] * len(curves)) >= saving, MOST)
     return [sparsity] * len(curves)
 
@@ -90,16 +93,16 @@ def choose(curves: list[Curve], saving: float) -> list[Curve]:
     return at(least(lambda price: saved(at(price), at_price(at(price), price)) >= saving, HIGHEST_PRICE))
 
 
-def together(curves: list[Curve]) -> list[list[Curve]]:
+def together(curves: Sequence[S]) -> list[list[S]]:
     """Groups of sites: those of different groups claim different linear layers."""
-    groups: list[list[Curve]] = []
+    groups: list[list[S]] = []
     for curve in curves:
         rivals = [g for g in groups if any(set(other.claims) & set(curve.claims) for other in g)]
         groups = [g for g in groups if g not in rivals] + [[*chain(*rivals), curve]]
     return groups
 
 
-def options(group: list[Curve]) -> list[list[Curve]]:
+def options(group: list[S]) -> list[list[S]]:
     """The sites of each method of a group."""
     return [[c for c in group if c.method == method] for method in {c.method: None for c in group}]
 
@@ -114,7 +117,7 @@ def best(group: list[Curve], price: float) -> list[Curve]:
 SPREADS: dict[str, Spread] = {"uniform": uniform, "equal-error": equal_error, "search": least_loss}
 
 
-def saved(curves: list[Curve], sparsities: list[float]) -> float:
+def saved(curves: Sequence[Savings], sparsities: list[float]) -> float:
     """What these sparsities save, as a share of the bytes that a token reads of the dense model."""
     return sum(float(curve.saved_at(sparsity)) for curve, sparsity in zip(curves, sparsities, strict=True))
 
@@ -143,12 +146,13 @@ def allocate(
     start = twin(view, *calibrate.decide(view, others, opening(fit), sequential=sequential)) if others else view
     sites = [(method, site) for method in methods if method.has_sparsity for site in method.select(start)]
     whole_bytes = read_bytes(view.model)
-    curves = collect(start, sites, fit, whole_bytes)
+    weighed = how != "uniform"  # else bytes alone decide
+    curves: list[Any] = collect(start, sites, fit, whole_bytes) if weighed else savings(start, sites, whole_bytes)
     at_first = read_bytes(start.model) / whole_bytes
     most = sum(max(saved(option, [MOST] * len(option)) for option in options(group)) for group in together(curves))
 
     def decide(spread: Spread, saving: float, text: Text) -> tuple[Plan, Decided]:
-        chosen = choose(curves, saving)
+        chosen = choose(curves, saving) if weighed else curves
         sparsities = {curve.site: 0.0 for curve in curves}
         sparsities |= {c.site: round(s, 6) for c, s in zip(chosen, spread(chosen, saving), strict=True)}
         return calibrate.decide(view, methods, text, sequential=sequential, sparsities=sparsities)
@@ -258,4 +262,5 @@ def twin(dense: ModelView, plan: Plan, tensors: Decided) -> ModelView:
     model = copy.deepcopy(dense.model, {id(parameter): parameter for parameter in dense.model.parameters()})
     view = ModelView(model, dense.device if dense.offloaded else None)
     plan.place(view, tensors)
+    follow_prompts(view.decoder)
     return view

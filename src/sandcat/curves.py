@@ -22,6 +22,7 @@ from sandcat.architectures import ModelView, Site
 from sandcat.calibrate import FIRST_POSITIONS, first_states, run_stage
 from sandcat.data import Text
 from sandcat.evaluate import PROMPT_SHARE, every_token_sparse
+from sandcat.layers.core import follow_prompts
 from sandcat.layers.sparse import Sparse
 from sandcat.method import Method
 from sandcat.offload import at_hand, idle_layers, moved
@@ -34,30 +35,51 @@ TOKENS = 1024
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
-    """One site at each sparsity of `GRID`."""
+class Savings:
+    """What one site saves at each sparsity of `GRID`."""
 
     site: str
+    method: Method
+    claims: tuple[str, ...]
+    """Names of the linear layers that the method claims at the site."""
     saved_L: np.ndarray
     """Bytes saved, as a share of what a token reads of the dense model."""
+
+    def saved_at(self, sparsity_S: np.ndarray | float) -> np.ndarray:
+        return np.interp(sparsity_S, GRID, self.saved_L)
+
+
+@dataclass(frozen=True, eq=False)
+class Curve(Savings):
+    """And what that costs."""
+
     error_L: np.ndarray
     """Relative error of the output: the share of its squared norm."""
     loss_L: np.ndarray
     """KL to the dense model, estimated, in nats a token."""
-    method: Method
-    claims: tuple[str, ...]
-    """Names of the linear layers that the method claims at the site."""
 
     def sparsity_at(self, error: float) -> float:
         """The largest sparsity with at most this error."""
         return float(np.interp(error, self.error_L, GRID))
 
-    def saved_at(self, sparsity_S: np.ndarray | float) -> np.ndarray:
-        return np.interp(sparsity_S, GRID, self.saved_L)
-
     def loss_at(self, sparsity_S: np.ndarray) -> np.ndarray:
         """Between the levels the square root is linear."""
         return np.interp(sparsity_S, GRID, np.sqrt(self.loss_L)) ** 2
+
+
+def savings(view: ModelView, sites: list[tuple[Method, Site]], dense_bytes: int) -> list[Savings]:
+    """What each site saves with its method, for which no token has to be computed.
+
+    Args:
+        dense_bytes: what a token reads of the dense model.
+    """
+    found = []
+    for method, site in sites:
+        whole = sum(parameter.nbytes for parameter in site.module.parameters())
+        read = [method.at(sparsity).bytes_read(site) for sparsity in LEVELS]
+        saved_L = np.array([0.0, *((whole - bytes) / dense_bytes for bytes in read)])
+        found.append(Savings(site.name, method, tuple(method.claims(view, site)), saved_L))
+    return found
 
 
 def collect(view: ModelView, sites: list[tuple[Method, Site]], text: Text, dense_bytes: int) -> list[Curve]:
@@ -69,9 +91,10 @@ def collect(view: ModelView, sites: list[tuple[Method, Site]], text: Text, dense
     Args:
         dense_bytes: what a token reads of the dense model.
     """
+    saved = savings(view, sites, dense_bytes)
     windows = text.ids_NL[: max(1, TOKENS // text.ids_NL.shape[1])]
     first, last = min(site.layer for _, site in sites), len(view.layers)
-    found: dict[tuple[Method, str], Curve] = {}
+    costs: dict[tuple[Method, str], dict[str, np.ndarray]] = {}
     with torch.inference_mode(False), torch.no_grad():
         states, kwargs = first_states(view, windows, at_once=1)
         entered = [states]  # by stage, what enters it in each window
@@ -89,10 +112,8 @@ def collect(view: ModelView, sites: list[tuple[Method, Site]], text: Text, dense
                     run = partial(_weighted, view, index, moved(kwargs[index], view.device), downstream)
                 inputs, gradients, downstream = _seen([site for _, site in here], run, entered.pop(), view.device)
                 for method, site in here:
-                    seen = inputs[site.name], gradients[site.name]
-                    claims = tuple(method.claims(view, site))
-                    found[method, site.name] = _curve(method, site, *seen, dense_bytes, claims)
-    return [found[method, site.name] for method, site in sites]
+                    costs[method, site.name] = _costs(method, site, inputs[site.name], gradients[site.name])
+    return [Curve(**{**vars(one), **costs[one.method, one.site]}) for one in saved]
 
 
 def _log_likelihood(view: ModelView, ids_NL: Tensor, generator: torch.Generator, window: int, state: Tensor) -> Tensor:
@@ -152,28 +173,26 @@ def _hook(module: nn.Module, hook: Callable) -> Iterator[None]:
         handle.remove()
 
 
-def _curve(
-    method: Method, site: Site, x_TH: list[Tensor], g_TO: list[Tensor], dense_bytes: int, claims: tuple[str, ...]
-) -> Curve:
-    error_L, loss_L, saved_L, square = np.zeros(len(GRID)), np.zeros(len(GRID)), np.zeros(len(GRID)), 0.0
-    whole = sum(parameter.nbytes for parameter in site.module.parameters())
+def _costs(method: Method, site: Site, x_TH: list[Tensor], g_TO: list[Tensor]) -> dict[str, np.ndarray]:
+    """Error and loss of a curve."""
+    error_L, loss_L, square = np.zeros(len(GRID)), np.zeros(len(GRID)), 0.0
     sparse: list[Sparse] = []
-    for level, sparsity in enumerate(LEVELS, 1):
+    for sparsity in LEVELS:
         spec, tensors = method.at(sparsity).decide(site, x_TH)
         module = method.build(site, spec)
         method.fill(module, tensors)
+        follow_prompts(module)
         sparse.append(module)
-        saved_L[level] = (whole - module.weight_bytes(1 - spec["sparsity"])) / dense_bytes
+    prompt = len(x_TH[0]) // PROMPT_SHARE if any(module.chooses_in_prompt for module in sparse) else 0
     with ExitStack() as stack:
         for module in sparse:
-            stack.enter_context(every_token_sparse(module, prompt=len(x_TH[0]) // PROMPT_SHARE))
+            stack.enter_context(every_token_sparse(module, prompt=prompt))
         for x, g in zip(x_TH, g_TO, strict=True):
-            y = site.module(x[None])[0].float()
+            y = site.module(x[None])[0, prompt:].float()
             square += float(y.square().sum())
             for level, module in enumerate(sparse, 1):
-                d = module(x[None])[0].float() - y
+                d = module(x[None])[0, prompt:].float() - y
                 error_L[level] += float(d.square().sum())
-                loss_L[level] += float((d * g).sum(1).square().sum()) / 2
+                loss_L[level] += float((d * g[prompt:]).sum(1).square().sum()) / 2
     error_L, loss_L = np.maximum.accumulate(error_L), np.maximum.accumulate(loss_L)
-    tokens = sum(map(len, x_TH))
-    return Curve(site.name, saved_L, error_L / max(square, 1e-30), loss_L / tokens, method, claims)
+    return {"error_L": error_L / max(square, 1e-30), "loss_L": loss_L / sum(len(x) - prompt for x in x_TH)}

@@ -124,6 +124,10 @@ class Method(ABC):
         """Whether sites can be given sparsities of their own: the method has the option `sparsity`."""
         return "sparsity" in self.options()
 
+    def bytes_read(self, site: Site) -> int:
+        """Bytes of weights that a token reads at `site` at the method's sparsity, which takes no text to know."""
+        return self.build(site, {}).weight_bytes(1 - self.options()["sparsity"])
+
     def at(self, sparsity: float) -> Method:
         """The same method with another sparsity."""
         changed: dict[str, Any] = {"sparsity": sparsity}

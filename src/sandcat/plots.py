@@ -27,6 +27,8 @@ SPARSE = "#bb8026"
 SERIES = (SPARSE, "#4d8f8b", "#a9607a", DENSE)
 WIDTH = 5.4
 """Inches at 72 points: small enough that the text stays readable on a phone."""
+WORST = 5
+"""The largest ratio of perplexities that `quality` draws."""
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sandcat",
@@ -142,23 +144,30 @@ def activations(histogram: Histogram) -> Markup:
 
 
 def quality(lines: dict[str, list[tuple[float, float]]]) -> Markup:
-    """Perplexity over dense against the bytes that a token reads, a line for each recipe: (bytes, ratio)."""
-    from matplotlib.ticker import FuncFormatter
+    """Perplexity over dense against the bytes that a token reads, a line for each recipe: (bytes, ratio). The first
+    line is the one that the others are compared with.
+
+    Ratios above `WORST` are left to the imagination: a line that gets there leaves the plot at its top.
+    """
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
     def draw(axes: Axes) -> None:
         for i, (name, line) in enumerate(lines.items()):
             share, ratios = zip(*line, strict=True)
-            axes.plot([100 * x for x in share], ratios, color=SERIES[i % len(SERIES)], marker="o", markersize=4,
-                      linestyle=("-", "--", ":")[i // len(SERIES) % 3], linewidth=1.4, label=name)  # fmt: skip
+            style = ("-", "--", ":")[i // len(SERIES) % 3]
+            axes.plot([100 * x for x in share], ratios, style, color=SERIES[i % len(SERIES)], marker="o", markersize=4,
+                      linewidth=1.4 if i else 2.2, label=name)  # fmt: skip
         axes.set_yscale("log")
+        axes.set_ylim(0.97, min(WORST, 1.05 * max(ratio for line in lines.values() for _, ratio in line)))
+        axes.yaxis.set_major_locator(FixedLocator([1, 1.1, 1.2, 1.5, 2, 3, 4]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}" if max(axes.get_ylim()) < 10 else ""))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("weights read, % of dense")
         axes.set_ylabel("perplexity over dense")
         axes.invert_xaxis()
-        axes.legend(loc="upper left")
+        axes.figure.legend(loc="outside upper left", ncols=3, handlelength=2.2, columnspacing=1.2)
 
-    return _svg(3.2, "Perplexity over dense against the share of weights that a token reads", draw)
+    return _svg(3.8, "Perplexity over dense against the share of weights that a token reads", draw)
 
 
 def curve(points: list[CurvePoint]) -> Markup:

@@ -4,8 +4,9 @@ Paper: CATS, Lee et al., 2024, arXiv 2404.08763. With a = act(x Wg), neuron j of
 is the s-quantile of |a| in this layer over calibration text. The gate stays dense; a dropped neuron's rows of Wu and
 Wd are never read.
 Differs: exact quantiles (theirs are the left edges of bins 0.002 wide); padding and the first positions excluded; each
-layer is calibrated on what the sparse layers before it give (theirs: all dense); and `score="output"`, after CHESS
-(EMNLP 2024) and the CETT of "Sparsing Law" (arXiv 2411.02335): weight a neuron by what it adds to the output.
+layer is calibrated on what the sparse layers before it give (theirs: all dense); and scores that weight a neuron, at no
+cost a token: `value`, the channel-wise thresholds of CHESS (arXiv 2409.01366), by the u = x Wu that it is multiplied
+with; `output`, after the CETT of "Sparsing Law" (arXiv 2411.02335), by what it adds to the output.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ class Cats(Method):
     served = "neurons"
 
     sparsity: float = option(0.5, "fraction of each layer's neurons dropped on calibration text, in [0, 1)")
-    score: Literal["activation", "output"] = option(
-        "activation", "activation: |a_j|, the paper's; output: |a_j| * sqrt(E[u_j^2]) * norm of row j of Wd, same cost"
+    score: Literal["activation", "value", "output"] = option(
+        "activation",
+        "activation: |a_j|, the paper's; value: |a_j| * sqrt(E[u_j^2]), CHESS's; output: that times the norm of row j "
+        "of Wd; all at one cost",
     )
     dense_prompt: bool = option(False, "compute prompts (more than one token a sequence) with all neurons")
     batch: Literal["own", "shared"] = option(
@@ -51,10 +54,11 @@ class Cats(Method):
     def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
         mlp = SparseMLP(site)
         weight_I = torch.ones_like(mlp.threshold, dtype=torch.float32)
-        if self.score == "output":
+        if self.score != "activation":
             square_I = sum(product(x, *mlp.up()).float().square().sum(0) for x in x_TH)
-            rms_I = (square_I / sum(len(x) for x in x_TH)).sqrt()
-            weight_I = rms_I * float_weight(mlp.down).norm(dim=0)
+            weight_I = (square_I / sum(len(x) for x in x_TH)).sqrt()
+        if self.score == "output":
+            weight_I = weight_I * float_weight(mlp.down).norm(dim=0)
         common, dropped, threshold_I = thresholds([mlp.scores(x) for x in x_TH], weight_I, self.sparsity)
         return {"threshold": common, "sparsity": dropped}, {"threshold": threshold_I}
 

@@ -66,10 +66,17 @@ class Coreinfer(Method):
     def claims(self, view: ModelView, site: Site) -> list[str]:
         return list(view.linears_of(site))  # the gate too
 
-    def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
+    def bytes_read(self, site: Site) -> int:
+        spec = self._spec(site)
+        return self.build(site, spec).weight_bytes(1 - spec["sparsity"])
+
+    def _spec(self, site: Site) -> Spec:
         neurons = getattr(site.module, site.architecture.down).in_features
         kept = max(1, round((1 - self.sparsity) * neurons))
-        spec = {"kept_neurons": kept, "sparsity": 1 - kept / neurons}
+        return {"kept_neurons": kept, "sparsity": 1 - kept / neurons}
+
+    def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
+        spec = self._spec(site)
         if not self.calibrated:
             return spec, {}
         module = self.build(site, spec)

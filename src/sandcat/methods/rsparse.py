@@ -72,7 +72,7 @@ class Rsparse(Method):
         tried = []
         for alpha in ALPHAS if isinstance(self.alpha, str) else self.alpha:
             rank = int((1 - alpha) * read * site.module.weight.nbytes / one_rank)
-            target = 1 - (read * alpha if rank else read)
+            target = 1 - read + rank * one_rank / site.module.weight.nbytes  # ranks are whole, channels take the rest
             _, _, threshold_I = thresholds([sample_TI.abs()], ones_I, target)
             dropped_TI = torch.where(sample_TI.abs() <= threshold_I, sample_TI, 0).float()
             lost_TO = dropped_TI @ weight_OI.t()
@@ -88,6 +88,9 @@ class Rsparse(Method):
 
     def limits(self, site: Site) -> dict[str, tuple[int, int]]:
         return {"rank": (0, min(site.module.in_features, site.module.out_features))}
+
+    def bytes_read(self, site: Site) -> int:
+        return SparseLinear(site.module).weight_bytes(1 - self.sparsity)  # its factors are within the budget
 
     def build(self, site: Site, spec: Spec) -> SparseLinear:
         if spec["rank"] == 0:
