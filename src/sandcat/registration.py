@@ -34,7 +34,7 @@ class SandcatQuantizer(HfQuantizer):
     """Lays out the sparse modules before the tensors are read, and packs them afterwards."""
 
     requires_calibration = True
-    is_trainable = False
+    is_trainable = True  # prompts run by differentiable products, and ops have the gradients of their references
     is_compileable = True
     is_qat_trainable = False
 
