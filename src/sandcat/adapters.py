@@ -48,8 +48,8 @@ def merge(model: Any) -> nn.Module:
     for name, base, _ in _adapted(model):
         if not base.weight.is_floating_point():
             raise UnsupportedModel(
-                f"{name} has int8 weights, and an adapter cannot be merged into those. Keep the adapter beside them, or "
-                "train it on the model sparsified without int8, merge it there, and sparsify the merged model."
+                f"{name} has int8 weights, and an adapter cannot be merged into those. Keep the adapter beside them, "
+                "or train it on the model sparsified without int8, merge it there, and sparsify the merged model."
             )
     return model.merge_and_unload()
 

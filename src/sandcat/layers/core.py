@@ -49,8 +49,8 @@ class CoreMLP(GatedMLP):
     def forward(self, x: Tensor) -> Tensor:
         if self.adapted:
             raise UnsupportedModel(
-                "coreinfer chooses whole neurons in a prompt and does not train: there is no adapter on gate, up and "
-                "down. Adapt q, k, v and o, or merge the adapter before sparsifying."
+                "coreinfer reads the weights of gate, up and down itself, and passes over what stands around them. Put "
+                "adapters on q, k, v and o, or merge them before sparsifying; load without offloading."
             )
         prompts = self.prompts
         if prompts is None:  # not part of a whole model yet

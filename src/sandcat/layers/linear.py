@@ -23,6 +23,8 @@ class SparseLinear(Thresholded, nn.Linear):
 
     op = "sparse_linear"
     shared_op = "shared_linear"
+    _is_hf_initialized = True
+    """To transformers: never random, as what is missing here is an error (`registration.check_loaded`)."""
 
     def __init__(self, linear: nn.Linear | Int8Linear, *, dense_prompt: bool = False, batch: Batch = "own"):
         super().__init__(dense_prompt=dense_prompt, batch=batch)

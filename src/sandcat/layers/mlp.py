@@ -42,8 +42,11 @@ class GatedMLP(Sparse):
 
     @property
     def adapted(self) -> bool:
-        """Whether something stands around a projection, as an adapter does, that has to be called."""
-        return not all(type(linear) is nn.Linear or isinstance(linear, Kernel) for linear in self.children())
+        """Whether a projection has to be called: an adapter is around it, or a hook brings its weights (accelerate)."""
+        return any(
+            hasattr(linear, "_hf_hook") or not (type(linear) is nn.Linear or isinstance(linear, Kernel))
+            for linear in self.children()
+        )
 
     def _half(self, name: str, half: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         linear = self.get_submodule(name)
