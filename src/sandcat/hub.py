@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from sandcat import processes
 from sandcat.errors import CheckpointError, DeviceError, ParityError, PlanError, SandcatError
 from sandcat.memory import FilePages
 from sandcat.plan import Plan
@@ -56,7 +57,9 @@ def pick_device(device: str | None) -> torch.device:
         DeviceError: this machine has no such device.
     """
     if device in (None, "auto"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and torch.cuda.is_available() and processes.count() > 1:
+        return torch.device("cuda", torch.cuda.current_device())  # each process has its own
     try:
         picked = torch.device(device)
     except RuntimeError:

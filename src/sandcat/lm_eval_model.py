@@ -9,11 +9,13 @@ import itself. In a script of your own: import this module, then `lm_eval.simple
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
+from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from sandcat import hub
+from sandcat import hub, processes
 from sandcat.evaluate import chooses_in_prompt, every_token_sparse
 
 
@@ -68,6 +70,20 @@ class SandcatLM(AfterPrompts):
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
         with every_token_sparse(self.model):
             return HFLM._loglikelihood_tokens(self, requests, *args, **kwargs)
+
+
+def share(model: LM) -> None:
+    """Lets several processes share what a model is asked; each then has all answers."""
+
+    def shared(ask: Callable[..., list]) -> Callable[..., list]:
+        def ask_mine(requests: list, *args, **kwargs) -> list:
+            return processes.in_order(ask(processes.mine(requests), *args, **kwargs))
+
+        return ask_mine
+
+    if processes.count() > 1 and "loglikelihood" not in vars(model):
+        for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+            setattr(model, kind, shared(getattr(model, kind)))
 
 
 if __name__ == "__main__":
