@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.distributed import DistributedConfig
 
 from sandcat import processes
 from sandcat.errors import CheckpointError, DeviceError, ParityError, PlanError, SandcatError
@@ -96,6 +97,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     require_plan: bool = False,
+    tensor_parallel: int = 1,
 ):
     """Loads a model and its tokenizer, ready to run.
 
@@ -106,6 +108,8 @@ def load(
         dtype: a torch dtype or its name; default the checkpoint's.
         trust_remote_code: run Python code from the checkpoint.
         require_plan: raise unless the model was saved by sandcat.
+        tensor_parallel: split the weights over so many processes, which torchrun has started, each on its own device
+            (then `device` has no say).
 
     Returns:
         (model, tokenizer)
@@ -139,9 +143,12 @@ def load(
             config.quantization_config = (plan.stored if dense else plan).to_json()
             if dense and not plan.stored.steps:
                 del config.quantization_config
+        where = {"device_map": {"": place}}
+        if tensor_parallel > 1:
+            where = {"distributed_config": DistributedConfig(tp_size=tensor_parallel)}
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=kind, trust_remote_code=trust_remote_code, device_map={"": place}
+                source, config=config, dtype=kind, trust_remote_code=trust_remote_code, **where
             )
         align(model, FilePages(model))
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)

@@ -7,8 +7,8 @@ from torch.distributed.tensor import DTensor
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sandcat.architectures import ModelView
 from sandcat import tensor_parallel
+from sandcat.architectures import ModelView
 from sandcat.errors import PlanError, UnsupportedModel
 from sandcat.layers.core import follow_prompts
 from sandcat.layers.kernel import Kernel

@@ -78,8 +78,8 @@ def _split_mlp(name: str, mlp: GatedMLP) -> None:
         return
     if isinstance(mlp, CoreMLP):
         raise UnsupportedModel(
-            f"{name}: coreinfer chooses among all neurons of a prompt, and tensor parallelism gives each device some of "
-            "them. Sparsify with cats or teal, or run it on one device."
+            f"{name}: coreinfer chooses among all neurons of a prompt, and tensor parallelism gives each device some "
+            "of them. Sparsify with cats or teal, or run it on one device."
         )
     _check_own(name, mlp)
     mlp.threshold = _part(mlp.threshold, down)
