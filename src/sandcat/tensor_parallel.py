@@ -67,7 +67,7 @@ def _split_linear(name: str, module: Kernel) -> None:
     if "factor_a" in module._buffers:
         cut, dim = ("factor_a", 1) if by_inputs else ("factor_b", 0)
         setattr(module, cut, _part(getattr(module, cut), weight, dim))
-    _localise(module)
+    _localise(module, keep=("bias",) if by_inputs else ())  # which transformers adds after adding up
     module._hf_quantized_needs_local_tp = True  # to transformers: it computes with local tensors
 
 
@@ -114,9 +114,9 @@ def _check_own(name: str, module: Thresholded) -> None:
         )
 
 
-def _localise(module: nn.Module) -> None:
+def _localise(module: nn.Module, keep: tuple[str, ...] = ()) -> None:
     for name, parameter in list(module._parameters.items()):
-        if isinstance(parameter, DTensor):
+        if isinstance(parameter, DTensor) and name not in keep:
             local = nn.Parameter(parameter.data.to_local(), requires_grad=parameter.requires_grad)
             module._parameters[name] = local
 
