@@ -226,7 +226,7 @@ class ModelView:
             UnsupportedModel: the linear layers at the site are not plain ones, whose weights the kernels read.
         """
         for name, linear in self.linears_of(site).items():
-            if hasattr(linear.weight, "device_mesh"):
+            if hasattr(getattr(linear, "weight", None), "device_mesh"):
                 raise UnsupportedModel(
                     f"{name} is split over devices. Sparsify the whole model in one process (with --offload if it is "
                     "larger than a device), save it, and load that in parts."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -271,6 +272,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Speed beside the dense model: time and bytes of a decode step, interleaved, on real text."""
+    from sandcat import processes
     from sandcat.progress import shown
 
     with shown(not as_json):
@@ -278,7 +280,7 @@ def bench(
             folder, folder, dense, texts=(), batches=whole_numbers(batch, "--batch"), context=context, steps=steps,
             runs=runs, compile=compile, device=device, dtype=dtype, seed=seed, trust_remote_code=trust_remote_code,
         )  # fmt: skip
-    if report is not None:
+    if report is not None and processes.first():
         found.write(report)
     print_report(found, as_json)
 
@@ -409,7 +411,9 @@ def main() -> None:
         with together():
             app()
     except SandcatError as error:
-        err.print(f"sandcat: {error}", style="red", markup=False, highlight=False)
+        process = os.environ.get("RANK", "0")
+        who = "sandcat" if process == "0" else f"sandcat, process {process}"
+        err.print(f"{who}: {error}", style="red", markup=False, highlight=False)
         sys.exit(2)
 
 
