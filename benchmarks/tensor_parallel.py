@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 benchmarks/tensor_parallel.py FOLDER
 
-FOLDER is what sandcat sparsify wrote. Each process takes a GPU (without any: a CPU's cores, to try it). The first one then
-runs the whole model as well, if it fits its device.
+FOLDER is what sandcat sparsify wrote. Each process takes a GPU (without any: CPU cores, to try it). The first one
+then runs the whole model as well, if it fits its device.
 """
 
 from __future__ import annotations
