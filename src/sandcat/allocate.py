@@ -27,6 +27,7 @@ from sandcat.layers.core import follow_prompts
 from sandcat.method import Decided, Method, suggest
 from sandcat.offload import streaming
 from sandcat.plan import Budget, HeldOut, Plan
+from sandcat.processes import agreed, alone
 from sandcat.target import Target
 
 HELD_OUT = 0.25
@@ -147,7 +148,11 @@ def allocate(
     sites = [(method, site) for method in methods if method.has_sparsity for site in method.select(start)]
     whole_bytes = read_bytes(view.model)
     weighed = how != "uniform"  # else bytes alone decide
-    curves: list[Any] = collect(start, sites, fit, whole_bytes) if weighed else savings(start, sites, whole_bytes)
+    curves: list[Any] = savings(start, sites, whole_bytes)
+    if weighed:
+        with alone():  # on a few windows only
+            curves = collect(start, sites, fit, whole_bytes)
+        curves = agreed(curves)
     at_first = read_bytes(start.model) / whole_bytes
     most = sum(max(saved(option, [MOST] * len(option)) for option in options(group)) for group in together(curves))
 

@@ -228,6 +228,11 @@ class ModelView:
             UnsupportedModel: the linear layers at the site are not plain ones, whose weights the kernels read.
         """
         for name, linear in self.linears_of(site).items():
+            if hasattr(getattr(linear, "weight", None), "device_mesh"):
+                raise UnsupportedModel(
+                    f"{name} is split over devices. Sparsify the whole model in one process (with --offload if it is "
+                    "larger than a device), save it, and load that in parts."
+                )
             offloaded = getattr(getattr(linear, "_hf_hook", None), "offload", False)
             hooked = linear._forward_hooks or linear._forward_pre_hooks or offloaded
             if type(linear) is not nn.Linear or hooked:

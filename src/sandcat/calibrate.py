@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sandcat import processes
 from sandcat.architectures import ModelView, Site
 from sandcat.data import Text
 from sandcat.method import SLOTS, Decided, Method, Spec
@@ -45,7 +47,8 @@ def decide(
         sparsities: by site name, in place of the methods' own; a site at 0 skips nothing and is left out of the plan.
 
     Within a layer the weights are changed first, so that everything else is decided on the weights that will be read.
-    The model is left as it was found, whatever happens. The tensors lie where the model does.
+    The model is left as it was found, whatever happens. The tensors lie where the model does. Several processes share
+    the batches, if there are enough, and all find the same.
     """
 
     def sparsity_of(method: Method, site: Site) -> float | None:
@@ -75,11 +78,16 @@ def decide(
             view.replace(site, module)
 
     host, stages = view.model.device, view.stages
-    states, kwargs = first_states(view, text.ids_NL) if text is not None else ([], [{}] * len(stages))
+    batches = [] if text is None else text.ids_NL.split(max(1, BATCH_TOKENS // text.ids_NL.shape[1]))
+    few = len(batches) < processes.count()
+    states: list[Any] = []
+    kwargs: list[dict[str, Any]] = [{}] * len(stages)
+    if batches:
+        states, kwargs = first_states(view, batches if few else processes.mine(batches))
     last = max(by_stage, default=-1)
     for index in track(range(last + 1), "calibrating layers" if text is not None else "deciding"):
         run = partial(run_stage, view, stages[index], kwargs=moved(kwargs[index], view.device))
-        with at_hand(view, index), _restored(view, by_stage.get(index, [])):
+        with processes.alone(few), at_hand(view, index), _restored(view, by_stage.get(index, [])):
             for method, site in by_stage.get(index, []):
                 inputs = _inputs(run, view.current(site).module, states) if method.calibrated else []
                 settle(method, site, inputs)
@@ -100,12 +108,8 @@ def _restored(view: ModelView, sites: list[tuple[Method, Site]]) -> Iterator[Non
             view.replace(site, site.module)
 
 
-def first_states(view: ModelView, ids_NL: Tensor, at_once: int = BATCH_TOKENS) -> tuple[list[Tensor], list[dict]]:
-    """What enters the first layer for each batch, and each stage's other arguments: one row's, which fit any batch.
-
-    Args:
-        at_once: tokens of a batch, but at least one row.
-    """
+def first_states(view: ModelView, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[dict]]:
+    """What enters the first layer for each batch, and each stage's other arguments: one row's, which fit any batch."""
     states: list[Tensor] = []
     kwargs: list[dict] = []
 
@@ -117,9 +121,9 @@ def first_states(view: ModelView, ids_NL: Tensor, at_once: int = BATCH_TOKENS) -
         raise _Stop
 
     with _hooks([(layer, remember) for layer in view.layers]), idle_layers(view):
-        view.model(ids_NL[:1].to(view.model.device), use_cache=False, logits_to_keep=1)
+        view.model(batches[0][:1].to(view.model.device), use_cache=False, logits_to_keep=1)
     with _hooks([(view.layers[0], capture)]):
-        for batch in ids_NL.split(max(1, at_once // ids_NL.shape[1])):
+        for batch in batches:
             try:
                 view.model(batch.to(view.model.device), use_cache=False)
             except _Stop:

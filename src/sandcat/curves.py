@@ -96,7 +96,7 @@ def collect(view: ModelView, sites: list[tuple[Method, Site]], text: Text, dense
     first, last = min(site.layer for _, site in sites), len(view.layers)
     costs: dict[tuple[Method, str], dict[str, np.ndarray]] = {}
     with torch.inference_mode(False), torch.no_grad():
-        states, kwargs = first_states(view, windows, at_once=1)
+        states, kwargs = first_states(view, windows.split(1))
         entered = [states]  # by stage, what enters it in each window
         for index in track(range(last), "measuring what enters each layer"):
             with at_hand(view, index):

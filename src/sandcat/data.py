@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sandcat.errors import DataError
+from sandcat.processes import agreed
 from sandcat.progress import track
 
 WINDOW = 512
@@ -62,7 +63,7 @@ def load_text(source: str, model: nn.Module, tokenizer, *, tokens: int, window: 
         raise DataError(f"{tokens} tokens are too few: ask for at least {MIN_TOKENS}.")
     window = min(window, getattr(model.config.get_text_config(), "max_position_embeddings", window))
     if source == "self":
-        ids_NL = _write(model, tokenizer, tokens, window, seed)
+        ids_NL = agreed(_write(model, tokenizer, tokens, window, seed))
         source = f"self (seed {seed})"
     else:
         ids = []

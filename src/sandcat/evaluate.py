@@ -16,6 +16,7 @@ from sandcat.data import Text
 from sandcat.errors import DataError
 from sandcat.layers.sparse import Sparse, Thresholded, sparse_modules
 from sandcat.plan import Plan, layer_of, place_of
+from sandcat.processes import everyones, in_order, mine
 from sandcat.progress import track
 
 WINDOW = 1024
@@ -84,6 +85,8 @@ def evaluate_text(
 ) -> list[tuple[TextResult, dict[str, float]]]:
     """For each sparse model: perplexity beside the dense one, KL and agreement; and the neurons dropped at each site.
 
+    Several processes share the windows.
+
     Args:
         dense, sparse: models with one vocabulary.
         text: windows of token ids, as `data.load_text` gives them.
@@ -104,20 +107,20 @@ def evaluate_text(
     prompt = length // PROMPT_SHARE if any(map(chooses_in_prompt, sparse)) else 0
     if prompt and length < 4 * PROMPT_SHARE:
         raise DataError(f"windows of {length} tokens are too short to choose neurons in a prompt: give a longer text.")
-    measured: list[list[Tensor]] = [[] for _ in sparse]
+    measured: list[list[list[Tensor]]] = [[] for _ in sparse]
     with ExitStack() as stack:
         dropped = []
         for model in sparse:
             stack.enter_context(every_token_sparse(model, prompt=prompt, lockstep=batch > 1))
             dropped.append(stack.enter_context(counting_dropped(model)))
-        for ids_BL in track(steps_NBL, f"evaluating on {Path(text.source).name}"):
+        for ids_BL in track(mine(steps_NBL), f"evaluating on {Path(text.source).name}"):
             log_p = [_log_probabilities(dense, ids_1L)[0, prompt:] for ids_1L in ids_BL[:, None]]
             for model, rows in zip(sparse, measured, strict=True):
                 log_q = _log_probabilities(model, ids_BL)[:, prompt:]
-                rows += [_compared(*row) for row in zip(log_p, log_q, ids_BL[:, prompt + 1 :], strict=True)]
+                rows.append([_compared(*row) for row in zip(log_p, log_q, ids_BL[:, prompt + 1 :], strict=True)])
     results = []
     for windows, counts in zip(measured, dropped, strict=True):
-        rows = torch.stack(windows)
+        rows = torch.stack([row for rows in in_order(windows) for row in rows])
         change = mean_and_error(rows[:, 1] - rows[:, 0])
         ratio = math.exp(change[0])
         result = TextResult(
@@ -125,7 +128,9 @@ def evaluate_text(
             math.exp(rows[:, 0].mean()), math.exp(rows[:, 1].mean()), ratio, ratio * change[1],
             *mean_and_error(rows[:, 2]), *mean_and_error(rows[:, 3]), batch,
         )  # fmt: skip
-        results.append((result, {name: drops / max(1, total) for name, (drops, total) in counts.items()}))
+        own = everyones(counts)
+        everywhere = {name: map(sum, zip(*(part[name] for part in own), strict=True)) for name in counts}
+        results.append((result, {name: drops / max(1, total) for name, (drops, total) in everywhere.items()}))
     return results
 
 

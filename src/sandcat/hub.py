@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.distributed import DistributedConfig
 
+from sandcat import processes
 from sandcat.checkpoint import COUNTS, check_counts, check_size, fetch, read_json, sizes
 from sandcat.errors import CheckpointError, DeviceError, ParityError, PlanError, SandcatError
 from sandcat.memory import FilePages
@@ -47,7 +49,9 @@ def pick_device(device: str | None) -> torch.device:
         DeviceError: this machine has no such device.
     """
     if device in (None, "auto"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and torch.cuda.is_available() and processes.count() > 1:
+        return torch.device("cuda", torch.cuda.current_device())  # each process has its own
     try:
         picked = torch.device(device)
     except RuntimeError:
@@ -84,6 +88,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     require_plan: bool = False,
+    tensor_parallel: int = 1,
 ):
     """Loads a model and its tokenizer, ready to run.
 
@@ -94,6 +99,8 @@ def load(
         dtype: a torch dtype or its name; default the checkpoint's.
         trust_remote_code: run Python code from the checkpoint.
         require_plan: raise unless the model was saved by sandcat.
+        tensor_parallel: split the weights over so many processes, which torchrun has started, each on its own device
+            (then `device` has no say).
 
     Returns:
         (model, tokenizer)
@@ -129,11 +136,13 @@ def load(
             config.quantization_config = (plan.stored if dense else plan).to_json()
             if dense and not plan.stored.steps:
                 del config.quantization_config
+        where = {"device_map": {"": place}}
+        if tensor_parallel > 1:
+            where = {"distributed_config": DistributedConfig(tp_size=tensor_parallel)}
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=kind, trust_remote_code=trust_remote_code, device_map={"": place},
-                use_safetensors=True,
-            )  # fmt: skip
+                folder, config=config, dtype=kind, trust_remote_code=trust_remote_code, use_safetensors=True, **where
+            )
         align(model, FilePages(model))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except SandcatError:

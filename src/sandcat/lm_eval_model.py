@@ -1,13 +1,22 @@
-"""lm-eval's view of a model that chooses in a prompt what it computes after it. It needs lm-eval: only tasks.py imports
-it, when it runs."""
+"""lm-eval's views of our models. It needs lm-eval: tasks.py imports it when it runs, and it is a command of its own:
+
+    python -m sandcat.lm_eval_model --model sandcat --model_args pretrained=FOLDER --tasks piqa
+
+is lm-eval's own command line with the model `sandcat` in it. (lm-eval has no plug point for packages that it does not
+import itself. In a script of your own: import this module, then `lm_eval.simple_evaluate(model="sandcat", ...)`.)
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from sandcat.evaluate import every_token_sparse
+from sandcat import hub, processes
+from sandcat.evaluate import chooses_in_prompt, every_token_sparse
 
 
 class AfterPrompts(HFLM):
@@ -29,3 +38,55 @@ class AfterPrompts(HFLM):
             for place, answer in zip(places, found, strict=True):
                 answers[place] = answer
         return answers
+
+
+@register_model("sandcat")
+class SandcatLM(AfterPrompts):
+    """A sparse folder by its name; what is scored is computed sparsely, as `sandcat eval --tasks` has it.
+
+    Args:
+        pretrained: a folder, a hub id, or `hub.EMBEDDED`.
+        dense: the dense model of the same files.
+        device, dtype, trust_remote_code: as `hub.load`.
+        options: of lm-eval's `hf` model, such as batch_size and max_length.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        dense: bool = False,
+        device: str | None = None,
+        dtype: str | None = None,
+        trust_remote_code: bool = False,
+        **options,
+    ):
+        model, tokenizer = hub.load(
+            pretrained, dense=dense, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        super().__init__(model, tokenizer=tokenizer, **{"softmax_dtype": "float32", **options})
+
+    def _loglikelihood_tokens(self, requests, *args, **kwargs):
+        if chooses_in_prompt(self.model):
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+        with every_token_sparse(self.model):
+            return HFLM._loglikelihood_tokens(self, requests, *args, **kwargs)
+
+
+def share(model: LM) -> None:
+    """Lets several processes share what a model is asked; each then has all answers."""
+
+    def shared(ask: Callable[..., list]) -> Callable[..., list]:
+        def ask_mine(requests: list, *args, **kwargs) -> list:
+            return processes.in_order(ask(processes.mine(requests), *args, **kwargs))
+
+        return ask_mine
+
+    if processes.count() > 1 and "loglikelihood" not in vars(model):
+        for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+            setattr(model, kind, shared(getattr(model, kind)))
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

@@ -24,6 +24,7 @@ from sandcat.layers.sparse import Thresholded
 from sandcat.machine import machine
 from sandcat.method import Method
 from sandcat.plan import Calibration, Plan
+from sandcat.processes import first
 from sandcat.registration import planned
 from sandcat.report import CurvePoint, Report, Sample
 from sandcat.tasks import load_tasks, run_tasks
@@ -62,7 +63,8 @@ def measure(
         tokens: of each text.
         tasks, limit: names, or what `tasks.load_tasks` gave; as in `tasks.run_tasks`.
         batches: sequences at once: of a decode step that is timed, and of an evaluation as in `evaluate_text`.
-        speed: time decode steps, at `context`, `steps`, `runs`, `compile` as in `benchmark`.
+        speed: time decode steps, in the first of several processes, at `context`, `steps`, `runs`, `compile` as in
+            `benchmark`.
         curve: the plan's method with other options, to measure the quality of, each calibrated on `curve_text`; see
             `at_sparsities`.
         prompts: written on by both models.
@@ -74,7 +76,7 @@ def measure(
     loaded = load_texts(texts, dense, tokenizer, tokens=tokens, seed=seed, calibration=plan.calibration)
     questions = tasks if isinstance(tasks, dict) else load_tasks(tasks) if tasks else {}
     speeds: list[SpeedResult] = []
-    if speed:
+    if speed and first():
         sample = loaded[0] if loaded else load_text(EVALUATION_TEXT, dense, tokenizer, tokens=8192, window=WINDOW)
         flat = sample.ids_NL.flatten()
         for batch in batches:

@@ -13,7 +13,8 @@ import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 DONT_NEED = 4  # MADV_DONTNEED: pages of a file are read again if somebody wants them
 MAPS = Path("/proc/self/maps")
@@ -26,7 +27,7 @@ class FilePages:
     """
 
     def __init__(self, model: nn.Module):
-        tensors = [tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.device.type == "cpu"]
+        tensors = [tensor for tensor in [*model.parameters(), *model.buffers()] if _is_here(tensor)]
         files = list(_mapped_files())
         starts = [start for start, _ in files]
         self.spans = {}
@@ -44,6 +45,10 @@ class FilePages:
                 first, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
                 if first < end:  # else it has no page of its own
                     ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), DONT_NEED)
+
+
+def _is_here(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not isinstance(tensor, DTensor)
 
 
 def _mapped_files() -> Iterator[tuple[int, int]]:

@@ -280,7 +280,8 @@ def check(methods: list[Method], view: ModelView, *, overlap: bool = False) -> N
     Raises:
         PlanConflict, NothingMatched, UnsupportedModel
     """
-    if getattr(view.config, "quantization_config", None) is not None:
+    quantised = getattr(view.config, "quantization_config", None)
+    if quantised is not None and getattr(quantised, "quant_method", None) != "gguf":  # whose weights are floats by now
         raise PlanConflict(
             "this model already has a plan or is quantised (quantization_config in its config.json). Start from the "
             "dense model (sandcat.load(folder, dense=True)), and give all methods in one recipe."

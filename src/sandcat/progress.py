@@ -10,6 +10,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sandcat.processes import first
+
 T = TypeVar("T")
 _shown: ContextVar[bool] = ContextVar("sandcat_progress", default=False)
 
@@ -17,7 +19,7 @@ _shown: ContextVar[bool] = ContextVar("sandcat_progress", default=False)
 @contextmanager
 def shown(on: bool = True) -> Iterator[None]:
     """Within this context `track` draws on standard error, and so does transformers while it loads and saves."""
-    token = _shown.set(on)
+    token = _shown.set(on and first())
     try:
         yield
     finally:

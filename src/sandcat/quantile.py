@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from sandcat.errors import DataError
+from sandcat.processes import everyones
 
 
 def quantile(a_TI: Sequence[Tensor], weight_I: Tensor, q: float) -> float:
@@ -16,7 +18,7 @@ def quantile(a_TI: Sequence[Tensor], weight_I: Tensor, q: float) -> float:
 
     A score is a * weight in float32, both >= 0. Floats that are not negative sort like their bits, so two counts over
     65,536 bins, of the high and then of the low half of the bits, find the value exactly: no sort, and no memory
-    beyond one batch of scores.
+    beyond one batch of scores. Counts of several processes are added, which is exact too.
 
     Args:
         a_TI: batches of [T, I], >= 0.
@@ -31,9 +33,9 @@ def quantile(a_TI: Sequence[Tensor], weight_I: Tensor, q: float) -> float:
         return score.reshape(-1).view(torch.int32)
 
     def count(bins: Iterable[Tensor]) -> Tensor:
-        return sum(torch.bincount(b, minlength=65536) for b in bins).cumsum(0).cpu()
+        return sum(everyones(sum(torch.bincount(b, minlength=65536) for b in bins).cpu())).cumsum(0)
 
-    total = sum(a.numel() for a in a_TI)
+    total = sum(everyones(sum(a.numel() for a in a_TI)))
     high = count(bits(a) >> 16 for a in a_TI)
     rank = torch.tensor(math.ceil(q * total))
     top = int(torch.searchsorted(high, rank))
@@ -45,7 +47,7 @@ def quantile(a_TI: Sequence[Tensor], weight_I: Tensor, q: float) -> float:
         q * total - before < int(low[bottom]) - q * total
     ):  # ties at t overshoot by more than leaving them all out would fall short
         below_t = [s for s in (_largest_below(bits(a), (top << 16) | bottom) for a in a_TI) if s is not None]
-        code = max(below_t, default=None)
+        code = max(chain(*everyones(below_t)), default=None)
         if code is None:  # nothing lies below: drop nothing rather than everything
             return -1.0
     else:
@@ -73,5 +75,5 @@ def thresholds(scores_TU: Sequence[Tensor], weight_U: Tensor, sparsity: float) -
         return -1.0, 0.0, torch.full_like(weight_U, -1, dtype=scores_TU[0].dtype)
     common = quantile(scores_TU, weight_U, sparsity)
     threshold_U = (common / weight_U).to(scores_TU[0].dtype)
-    dropped = sum(int((s <= threshold_U).sum()) for s in scores_TU) / sum(s.numel() for s in scores_TU)
-    return common, dropped, threshold_U
+    dropped = sum(everyones(sum(int((s <= threshold_U).sum()) for s in scores_TU)))
+    return common, dropped / sum(everyones(sum(s.numel() for s in scores_TU))), threshold_U

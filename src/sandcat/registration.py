@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from sandcat import tensor_parallel
 from sandcat.architectures import ModelView
-from sandcat.errors import PlanError
+from sandcat.errors import PlanError, UnsupportedModel
 from sandcat.layers.core import follow_prompts
+from sandcat.layers.kernel import Kernel
 from sandcat.memory import FilePages
 from sandcat.plan import QUANT_METHOD, Plan
 
@@ -35,7 +38,7 @@ class SandcatQuantizer(HfQuantizer):
     """Lays out the sparse modules before the tensors are read, and packs them afterwards."""
 
     requires_calibration = True
-    is_trainable = False
+    is_trainable = True  # prompts run by differentiable products, and ops have the gradients of their references
     is_compileable = True
     is_qat_trainable = False
 
@@ -44,10 +47,15 @@ class SandcatQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model):
         """A tied matrix once: what transformers finds tied by its memory, it cannot save if stored by channels."""
+        if tensor_parallel.is_split(model):
+            raise UnsupportedModel("this model is split over devices: save the whole one, in one process.")
         state, (*_, head) = model.state_dict(), ModelView(model).sites()
         if head.module.weight is model.get_input_embeddings().weight:
             state.pop(f"{head.name}.weight")
         return state, {}
+
+    def update_parallel_plan(self, model, plan):
+        tensor_parallel.update_plan(model, plan)
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         view = ModelView(model)
@@ -61,7 +69,14 @@ class SandcatQuantizer(HfQuantizer):
             marks.setdefault(site.name, {}).update(spec.get("fingerprint", {}))
         for name, expected in marks.items():
             check_loaded(name, model.get_submodule(name), expected)
+        *_, head = view.sites()
+        table = model.get_input_embeddings()
+        tied = head.module.weight is table.weight and isinstance(head.module, Kernel)
+        if tensor_parallel.is_split(model):
+            tensor_parallel.split(model)
         pack(model, pages)
+        if tied and head.module.weight is not table.weight:
+            tensor_parallel.share_table(table, head.module)
         model.is_quantized = False  # its weights are not: .float(), .half() and .to() work
         return model
 
@@ -69,7 +84,11 @@ class SandcatQuantizer(HfQuantizer):
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The tensors that a module of ours has beyond those of the dense one at its place: thresholds, codes, scales."""
     tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-    return {n: t.detach() for n, t in tensors.items() if n not in ("weight", "bias") or not t.is_floating_point()}
+    return {
+        n: (t.full_tensor() if isinstance(t, DTensor) else t).detach()
+        for n, t in tensors.items()
+        if n not in ("weight", "bias") or not t.is_floating_point()
+    }
 
 
 def fingerprint(module: nn.Module) -> dict[str, float]:
@@ -132,7 +151,7 @@ def align(model: nn.Module, pages: FilePages | None = None) -> None:
     differ in the last bit before it is saved and after it is loaded.
     """
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+        if not isinstance(tensor, DTensor) and tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()
             if pages:
                 pages.give_back()

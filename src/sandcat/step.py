@@ -59,7 +59,7 @@ def fused_step(model: nn.Module, cache: Cache) -> Step | None:
         blocks = list(view.blocks())
     except UnsupportedModel:
         return None
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()):
         return None
     if any(isinstance(block.mlp.module, Sparse) and not isinstance(block.mlp.module, SparseMLP) for block in blocks):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -111,7 +112,7 @@ def sparsify(
     as_json: Json = False,
 ) -> None:
     """Make a model sparse, save it, reload it, measure it beside the dense one, and report."""
-    from sandcat import hub
+    from sandcat import hub, processes
     from sandcat.architectures import ModelView
     from sandcat.data import load_text
     from sandcat.errors import DeviceError
@@ -157,10 +158,12 @@ def sparsify(
             print_json(plan.to_json()) if as_json else print_plan(plan)
             return
         assert output is not None  # see above
-        save(
-            dense, tokenizer, output, overwrite=overwrite, card=model_card(plan, model),
-            finish=partial(hub.verify, dense, trust_remote_code=trust_remote_code),
-        )  # fmt: skip
+        if processes.first():
+            save(
+                dense, tokenizer, output, overwrite=overwrite, card=model_card(plan, model),
+                finish=partial(hub.verify, dense, trust_remote_code=trust_remote_code),
+            )  # fmt: skip
+        processes.wait()
         dense = None  # measured from the saved files, so that only what was saved counts
         if not measure:
             print_json(plan.to_json()) if as_json else out.print(f"saved to {output}", soft_wrap=True)
@@ -170,8 +173,9 @@ def sparsify(
             limit=limit, curve=others, curve_text=words, prompts=prompt, runs=runs, compile=compile, device=device,
             dtype=dtype, seed=seed, trust_remote_code=trust_remote_code,
         )  # fmt: skip
-    report.write(output)
-    replace_text(output / "README.md", model_card(plan, model, report.markdown()))
+    if processes.first():
+        report.write(output)
+        replace_text(output / "README.md", model_card(plan, model, report.markdown()))
     print_report(report, as_json)
     if not as_json:
         out.print(f"\nsaved to {output}; the whole report: {output / 'report.html'}", soft_wrap=True)
@@ -253,6 +257,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Quality beside the dense model: perplexity, KL, agreement, tasks, realised sparsity."""
+    from sandcat import processes
     from sandcat.progress import shown
 
     with shown(not as_json):
@@ -261,7 +266,7 @@ def evaluate(
             batches=whole_numbers(batch, "--batch"), device=device, dtype=dtype, seed=seed,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-    if report is not None:
+    if report is not None and processes.first():
         found.write(report)
     print_report(found, as_json)
 
@@ -283,6 +288,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Speed beside the dense model: time and bytes of a decode step, interleaved, on real text."""
+    from sandcat import processes
     from sandcat.progress import shown
 
     with shown(not as_json):
@@ -290,7 +296,7 @@ def bench(
             folder, folder, dense, texts=(), batches=whole_numbers(batch, "--batch"), context=context, steps=steps,
             runs=runs, compile=compile, device=device, dtype=dtype, seed=seed, trust_remote_code=trust_remote_code,
         )  # fmt: skip
-    if report is not None:
+    if report is not None and processes.first():
         found.write(report)
     print_report(found, as_json)
 
@@ -377,8 +383,13 @@ def _ask() -> str:
 
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 2 a mistake that the message explains, 130 interrupted."""
+    from sandcat.processes import together
+
     try:
-        app()
+        with together():
+            app()
     except SandcatError as error:
-        err.print(f"sandcat: {error}", style="red", markup=False, highlight=False)
+        process = os.environ.get("RANK", "0")
+        who = "sandcat" if process == "0" else f"sandcat, process {process}"
+        err.print(f"{who}: {error}", style="red", markup=False, highlight=False)
         sys.exit(2)

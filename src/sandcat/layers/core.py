@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sandcat.architectures import Site
-from sandcat.errors import GenerationError
+from sandcat.errors import GenerationError, UnsupportedModel
 from sandcat.layers.int8 import dtype_like, scale_of
 from sandcat.layers.mlp import GatedMLP
 from sandcat.ops.arguments import PROMPT_CHUNK
@@ -47,6 +47,11 @@ class CoreMLP(GatedMLP):
             self.register_buffer("centres", dtype_like(self.down).detach().new_zeros(clusters, self.down.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.adapted:
+            raise UnsupportedModel(
+                "coreinfer reads the weights of gate, up and down itself, and passes over what stands around them. Put "
+                "adapters on q, k, v and o, or merge them before sparsifying; load without offloading."
+            )
         prompts = self.prompts
         if prompts is None:  # not part of a whole model yet
             return self._whole(x)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from sandcat.layers.int8 import Int8Linear, dtype_like, scale_of
@@ -10,8 +11,10 @@ from sandcat.ops.shared import reference_linear, shared_linear
 from sandcat.ops.sparse_linear import dense_product, reference, sparse_linear
 
 
-class SparseLinear(Thresholded):
+class SparseLinear(Thresholded, nn.Linear):
     """Takes over the parameters of a linear layer, under their names, and adds one threshold an input channel.
+
+    It is an `nn.Linear`, so that adapters (PEFT) go around it as around the dense one.
 
     Args:
         linear: the layer, whose parameters are shared, not copied; on the meta device too.
@@ -20,6 +23,8 @@ class SparseLinear(Thresholded):
 
     op = "sparse_linear"
     shared_op = "shared_linear"
+    _is_hf_initialized = True
+    """To transformers: never random, as what is missing here is an error (`registration.check_loaded`)."""
 
     def __init__(self, linear: nn.Linear | Int8Linear, *, dense_prompt: bool = False, batch: Batch = "own"):
         super().__init__(dense_prompt=dense_prompt, batch=batch)
@@ -42,6 +47,12 @@ class SparseLinear(Thresholded):
 
     def scores(self, x: Tensor) -> Tensor:
         return x.abs()
+
+    def masked(self, x: Tensor) -> Tensor:
+        """x with what is dropped of it set to 0."""
+        if self.runs_dense(x) or (self.dense_prompt and x.shape[-2] > 1):
+            return x
+        return torch.where(self.kept(x), x, 0)
 
     def by_kernel(self, x: Tensor) -> Tensor:
         run = shared_linear if self.shares(x) else sparse_linear

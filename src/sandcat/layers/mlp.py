@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from sandcat.architectures import Site
 from sandcat.layers.int8 import Int8Linear, dtype_like, scale_of
+from sandcat.layers.kernel import Kernel
 from sandcat.layers.sparse import Batch, Sparse, Thresholded
 from sandcat.ops.int8_linear import product
 from sandcat.ops.shared import reference_up_down as reference_shared
-from sandcat.ops.shared import shared_up_down
+from sandcat.ops.shared import shared_units, shared_up_down
 from sandcat.ops.sparse_linear import dense_product
 from sandcat.ops.sparse_mlp import ACTIVATIONS, reference, reference_up_down, sparse_mlp, sparse_up_down
 
@@ -37,6 +39,14 @@ class GatedMLP(Sparse):
     @property
     def down(self) -> nn.Linear | Int8Linear:
         return self.get_submodule(self.down_name)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether a projection has to be called: an adapter is around it, or a hook brings its weights (accelerate)."""
+        return any(
+            hasattr(linear, "_hf_hook") or not (type(linear) is nn.Linear or isinstance(linear, Kernel))
+            for linear in self.children()
+        )
 
     def _half(self, name: str, half: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         linear = self.get_submodule(name)
@@ -90,6 +100,21 @@ class SparseMLP(GatedMLP, Thresholded):
     def __init__(self, site: Site, *, activation: str | None = None, dense_prompt: bool = False, batch: Batch = "own"):
         super().__init__(site, activation=activation, dense_prompt=dense_prompt, batch=batch)
         self.set_threshold(self.down.in_features, dtype_like(self.down))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by_parts(x) if self.adapted else super().forward(x)
+
+    def by_parts(self, x: Tensor) -> Tensor:
+        """The same by calling each projection, with whatever stands around it: masked, and nothing is skipped."""
+        if self.gate_name == self.up_name:
+            gate, up = self.get_submodule(self.gate_name)(x).chunk(2, -1)
+        else:
+            gate, up = self.get_submodule(self.gate_name)(x), self.get_submodule(self.up_name)(x)
+        a = ACTIVATIONS[self.activation](gate)
+        if not (self.runs_dense(x) or (self.dense_prompt and x.shape[-2] > 1)):
+            dropped = ~shared_units(a.abs(), self.threshold) if self.shares(x) else a.abs() <= self.threshold
+            a = torch.where(dropped, 0, a)
+        return self.down(a * up)
 
     @property
     def op(self) -> str:  # type: ignore[override]  # of the others it is known without looking at the gate

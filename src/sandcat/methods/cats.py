@@ -23,6 +23,7 @@ from sandcat.layers.int8 import float_weight
 from sandcat.layers.mlp import SparseMLP
 from sandcat.method import Method, Spec, Tensors, option
 from sandcat.ops.int8_linear import product
+from sandcat.processes import everyones, total
 from sandcat.quantile import thresholds
 
 
@@ -55,8 +56,8 @@ class Cats(Method):
         mlp = SparseMLP(site)
         weight_I = torch.ones_like(mlp.threshold, dtype=torch.float32)
         if self.score != "activation":
-            square_I = sum(product(x, *mlp.up()).float().square().sum(0) for x in x_TH)
-            weight_I = (square_I / sum(len(x) for x in x_TH)).sqrt()
+            square_I = total(lambda x: product(x, *mlp.up()).float().square().sum(0), x_TH)
+            weight_I = (square_I / sum(everyones(sum(len(x) for x in x_TH)))).sqrt()
         if self.score == "output":
             weight_I = weight_I * float_weight(mlp.down).norm(dim=0)
         common, dropped, threshold_I = thresholds([mlp.scores(x) for x in x_TH], weight_I, self.sparsity)

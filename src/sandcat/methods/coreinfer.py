@@ -22,6 +22,7 @@ from sandcat.architectures import ModelView, Site
 from sandcat.errors import BadRecipe
 from sandcat.layers.core import CoreMLP
 from sandcat.method import Method, Spec, Tensors, option
+from sandcat.processes import in_order
 
 SENTENCE = 64
 """Tokens of calibration text that make a sentence to be clustered."""
@@ -80,7 +81,7 @@ class Coreinfer(Method):
         if not self.calibrated:
             return spec, {}
         module = self.build(site, spec)
-        votes_SI = torch.cat([_sentence_votes(module, x) for x in x_TH])
+        votes_SI = torch.cat(in_order([_sentence_votes(module, x).cpu() for x in x_TH])).to(x_TH[0].device)
         return spec, {"centres": centres_of(votes_SI, self.clusters)}
 
     def limits(self, site: Site) -> dict[str, tuple[int, int]]:

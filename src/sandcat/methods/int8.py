@@ -20,6 +20,7 @@ from torch import Tensor
 from sandcat.architectures import ModelView, Site
 from sandcat.layers.int8 import Int8Linear
 from sandcat.method import Method, Spec, Tensors, check_sites, option, pick_kinds
+from sandcat.processes import total
 
 CLIPS = tuple(1 - 0.02 * step for step in range(11))
 """Shares of a row's largest weight that the largest code may stand for."""
@@ -55,7 +56,7 @@ class Int8(Method):
 
     def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
         weight_OI = site.module.weight
-        moment_II = sum(x.float().t() @ x.float() for x in x_TH) if x_TH else None
+        moment_II = total(lambda x: x.float().t() @ x.float(), x_TH) if x_TH else None
         parts = [quantised(part, moment_II) for part in weight_OI.split(ROWS)]
         codes_OI, scale_O1 = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         clipped = scale_O1.float() * 127 < 0.99 * weight_OI.abs().amax(1, keepdim=True).float()

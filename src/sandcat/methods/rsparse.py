@@ -23,6 +23,7 @@ from sandcat.layers.int8 import float_weight
 from sandcat.layers.linear import SparseLinear
 from sandcat.layers.low_rank import LowRankLinear
 from sandcat.method import Method, Spec, Tensors, check_sites, option, pick_kinds
+from sandcat.processes import alone, in_order
 from sandcat.quantile import thresholds
 
 ALPHAS = (1.0, 0.95, 0.9, 0.8, 0.6)
@@ -67,13 +68,14 @@ class Rsparse(Method):
         outputs, channels = weight_OI.shape
         ones_I, read = torch.ones(channels, device=weight_OI.device), 1 - self.sparsity
         one_rank = (outputs + channels) * x_TH[0].itemsize
-        sample_TI = torch.cat(x_TH)
+        sample_TI = torch.cat([x.to(weight_OI.device) for x in in_order([x.cpu() for x in x_TH])])
         sample_TI = sample_TI[:: -(-len(sample_TI) // SEARCH_TOKENS)]
         tried = []
         for alpha in ALPHAS if isinstance(self.alpha, str) else self.alpha:
             rank = int((1 - alpha) * read * site.module.weight.nbytes / one_rank)
             target = 1 - read + rank * one_rank / site.module.weight.nbytes  # ranks are whole, channels take the rest
-            _, _, threshold_I = thresholds([sample_TI.abs()], ones_I, target)
+            with alone():  # all processes have the sample
+                _, _, threshold_I = thresholds([sample_TI.abs()], ones_I, target)
             dropped_TI = torch.where(sample_TI.abs() <= threshold_I, sample_TI, 0).float()
             lost_TO = dropped_TI @ weight_OI.t()
             of_what = lost_TO.t() if self.factors == "output" else weight_OI

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sandcat.ops.arguments import check_tensors
+from sandcat.ops.gradient import differentiable
 from sandcat.ops.int8_linear import product
 from sandcat.ops.sparse_mlp import ACTIVATIONS
 
@@ -70,3 +71,6 @@ def _(
     gate_scale_I=None, up_scale_I=None, down_scale_H=None,
 ):  # fmt: skip
     return x_TH.new_empty((x_TH.shape[0], down_IH.shape[1]), dtype=torch.float32)
+
+
+differentiable(core_mlp, reference)

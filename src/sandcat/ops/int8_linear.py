@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sandcat.ops.arguments import check_tensors
+from sandcat.ops.gradient import differentiable
 
 AT_ONCE = 2**24
 """Numbers of an int8 weight that are widened at once for a dense product: it never lies in memory as a whole twice."""
@@ -57,3 +58,6 @@ int8_linear = torch.library.custom_op("sandcat::int8_linear", reference, mutates
 @int8_linear.register_fake
 def _(x_TI, weight_OI, scale_O, bias_O=None):
     return x_TI.new_empty((x_TI.shape[0], weight_OI.shape[0]), dtype=torch.float32)
+
+
+differentiable(int8_linear, reference)

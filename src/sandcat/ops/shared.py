@@ -12,6 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from sandcat.ops.gradient import differentiable
 from sandcat.ops.int8_linear import product
 
 LEAST_THRESHOLD = 1e-15
@@ -79,3 +80,7 @@ shared_up_down = torch.library.custom_op("sandcat::shared_up_down", reference_up
 @shared_up_down.register_fake
 def _(x_BH, a_BI, up_IH, down_IH, threshold_I, up_bias_I=None, down_bias_H=None, up_scale_I=None, down_scale_H=None):
     return x_BH.new_empty((x_BH.shape[0], down_IH.shape[1]), dtype=torch.float32)
+
+
+differentiable(shared_linear, reference_linear)
+differentiable(shared_up_down, reference_up_down)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sandcat.ops.arguments import LARGE, MAX_TOKENS, check_tensors
+from sandcat.ops.gradient import differentiable
 from sandcat.ops.int8_linear import product
 
 PIECE = 128
@@ -73,3 +74,6 @@ sparse_linear = torch.library.custom_op("sandcat::sparse_linear", reference, mut
 @sparse_linear.register_fake
 def _(x_TI, weight_IO, threshold_I, bias_O=None, scale_O=None):
     return x_TI.new_empty((x_TI.shape[0], weight_IO.shape[1]), dtype=torch.float32)
+
+
+differentiable(sparse_linear, reference)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sandcat.ops.arguments import check_tensors
+from sandcat.ops.gradient import differentiable
 from sandcat.ops.int8_linear import product
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -104,3 +105,7 @@ sparse_up_down = torch.library.custom_op("sandcat::sparse_up_down", reference_up
 @sparse_up_down.register_fake
 def _(x_TH, a_TI, up_IH, down_IH, threshold_I, up_bias_I=None, down_bias_H=None, up_scale_I=None, down_scale_H=None):
     return x_TH.new_empty((x_TH.shape[0], down_IH.shape[1]), dtype=torch.float32)
+
+
+differentiable(sparse_mlp, reference)
+differentiable(sparse_up_down, reference_up_down)
