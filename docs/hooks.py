@@ -1,15 +1,13 @@
-"""What mkdocs makes beside the pages in this folder: the home page from README.md, the command line's reference, a page for
-each method (its docstring, its options, its part of methods.md, and the rows of the tables that measure it), and the source
-files that pages link to."""
+"""What mkdocs makes beside the pages in this folder: the home page from README.md, the command line's reference, a page
+for each method (its docstring, its options, its part of methods.md, and the rows of the tables that measure it), and the
+source files that pages link to."""
 
 from __future__ import annotations
 
 import inspect
-import os
 import posixpath
 import re
 import sys
-import textwrap
 from pathlib import Path
 
 from mkdocs.structure.files import File, InclusionLevel
@@ -22,6 +20,8 @@ MEASURED = ("methods.md", "performance.md")
 LABELS = ("recipe", "step")
 """What the column that names a method is called in these tables."""
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)#\s]*)(#[^)\s]*)?(?=\))")
+LIST_AFTER_LINE = re.compile(r"^(?![-*|>\s]|\d+\. )(.+)\n(?=[-*] |\d+\. )", re.M)
+ROW, CODE = re.compile(r"^\|.*$", re.M), re.compile(r"`[^`]*`")
 
 
 def read(path: str) -> str:
@@ -48,12 +48,12 @@ def option_table(method: type) -> str:
     rows = ["| option | values | default | what it does |", "| --- | --- | --- | --- |"]
     for option in method.describe():
         cells = [f"`{option['name']}`", option["type"], str(option["default"]).lower(), option["help"]]
-        rows.append("| " + " | ".join(cell.replace("|", r"\|").replace("*", r"\*") for cell in cells) + " |")
+        rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(rows)
 
 
 def measured(method: str, page: str) -> list[str]:
-    """The tables of a page with the rows that name a method, or dense, each after the text that says what was measured."""
+    """A page's tables with the rows that name a method, or dense, each after the text that says what was measured."""
     found, heading, before = [], "", []
     for block in re.split(r"\n{2,}", re.sub(r"^```.*?^```", "```", read(f"docs/{page}"), flags=re.M | re.S)):
         if block.startswith("#"):
@@ -76,29 +76,32 @@ def measured(method: str, page: str) -> list[str]:
     return found
 
 
+def docstring(method: type) -> list[str]:
+    """Lines of the docstring of its file; the first is the idea."""
+    return inspect.getdoc(sys.modules[method.__module__]).splitlines()
+
+
 def method_page(method: type) -> str:
     """One method, from its source and from what the hand-written pages say about it."""
-    idea, *rest = inspect.getdoc(sys.modules[method.__module__]).split("\n", 1)
-    rest = re.sub(r"^(?=\w+: )", "\n", "".join(rest), flags=re.M)
-    rest = re.sub(r"^(Paper|Source|Differs):", r"**\1.**", rest, flags=re.M).replace("*", r"\*").replace(r"\*\*", "**")
-    rest = re.sub(r"arXiv\s+(\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", rest)
-    own, to = f"{method.name}.md", f"methods/{method.name}.md"
+    to = f"methods/{method.name}.md"
+    paper = "\n".join(docstring(method)[1:]).strip()
+    paper = re.sub(r"^(Paper|Source|Differs):", r"\n**\1.**", paper, flags=re.M)
+    paper = re.sub(r"arXiv\s+(\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", paper)
     notes = rebased(section(read("docs/methods.md"), method.name), "methods.md", to)
     tables = [rebased(table, page, to) for page in MEASURED for table in measured(method.name, page)]
-    example = f"sandcat sparsify MODEL {method.name} -o OUT"
-    source = f"../../src/{method.__module__.replace('.', '/')}.py"
     return "\n\n".join(
         [
             f"# {method.name}",
-            idea,
-            f"`{method.__doc__.strip()}`" if len(method.__doc__.splitlines()) == 1 else method.__doc__,
-            f"```\n{example}\n```\n```python\nfrom sandcat.methods import {method.__name__}\n\n"
-            f"sandcat.sparsify(model, tokenizer, [{method.__name__}()])\n```",
-            f"{rest.strip()}\n\nSource: [{own.replace('.md', '.py')}]({source}).",
+            docstring(method)[0],
+            f"```text\n{method.__doc__}\n```",
+            f"```\nsandcat sparsify MODEL {method.name} -o OUT\n```\n```python\nfrom sandcat.methods import {method.__name__}"
+            f"\n\nsandcat.sparsify(model, tokenizer, [{method.__name__}()])\n```",
+            paper,
+            f"Source: [methods/{method.name}.py](../../src/{method.__module__.replace('.', '/')}.py).",
             f"## Options\n\n{option_table(method)}",
             f"## Notes\n\n{notes}" if notes else "",
-            "## Measured\n\nThe rows of the tables on [methods](../methods.md) and [performance](../performance.md) that "
-            "name it, where the commands are that print them.",
+            "## Measured\n\nWhat names it in the tables of [methods](../methods.md) and [performance](../performance.md), "
+            "beside dense. The commands that print them stand there.",
             *(tables or ["Nothing yet."]),
         ]
     )
@@ -127,10 +130,9 @@ def on_files(files, config):
     made |= {"index.md": rebased(read("README.md"), "README.md", "docs/index.md"), "cli.md": command_line()}
     for name, content in made.items():
         files.append(File.generated(config, name, content=content))
-    linked = set()
-    for page in files.documentation_pages():
-        linked |= {path for path in map(lambda link: in_repository(link[0], page.src_uri), LINK.findall(page.content_string)) if path}
-    for path in sorted(linked):
+    pages = files.documentation_pages()
+    links = {(link, page.src_uri) for page in pages for link, _ in LINK.findall(page.content_string)}
+    for path in sorted({in_repository(*link) for link in links} - {None}):
         code = f"---\nsearch: {{exclude: true}}\n---\n# {path}\n\n````python\n{read(path)}````\n"
         files.append(File.generated(config, f"{path}.md", content=code, inclusion=InclusionLevel.NOT_IN_NAV))
     return files
@@ -153,18 +155,15 @@ def on_page_markdown(markdown, page, config, files):
     if uri == "methods.md":
         markdown = cut(markdown)
     parts = re.split(r"(^(`{3,}).*?^\2$)", markdown, flags=re.M | re.S)
-    for i in range(0, len(parts), 3):
-        text = LINK.sub(link, parts[i])
-        text = re.sub(r"^(?![-*|>\s]|\d+\. )(.+)\n(?=[-*] |\d+\. )", r"\1\n\n", text, flags=re.M)  # a list after a line
-        parts[i] = re.sub(r"^\|.*$", lambda row: re.sub(r"`[^`]*`", lambda c: c[0].replace(r"\|", "|"), row[0]), text, flags=re.M)
+    for i in range(0, len(parts), 3):  # between the blocks of code
+        text = LIST_AFTER_LINE.sub(r"\1\n\n", LINK.sub(link, parts[i]))
+        parts[i] = ROW.sub(lambda row: CODE.sub(lambda code: code[0].replace(r"\|", "|"), row[0]), text)
     return "".join(part for i, part in enumerate(parts) if i % 3 != 2)
 
 
 def cut(markdown: str) -> str:
     """methods.md without the parts that are pages of their own here."""
     for method in METHODS:
-        idea = inspect.getdoc(sys.modules[method.__module__]).splitlines()[0]
-        text = section(markdown, method.name)
-        if text:
-            markdown = markdown.replace(text, f"{idea} [All of it](methods/{method.name}.md)")
+        if text := section(markdown, method.name):
+            markdown = markdown.replace(text, f"{docstring(method)[0]} [More](methods/{method.name}.md)")
     return markdown
