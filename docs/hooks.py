@@ -1,6 +1,6 @@
-"""What mkdocs makes beside the pages in this folder: the home page from README.md, the command line's reference, a page
-for each method (its docstring, its options, its part of methods.md, and the rows of the tables that measure it), and the
-source files that pages link to."""
+"""What mkdocs makes beside the pages in this folder: the home page from README.md, the reference of the command line, a
+page for each method (its docstring, its options, its part of methods.md, and the rows of the tables that measure it),
+and the source files that pages link to."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ MEASURED = ("methods.md", "performance.md")
 LABELS = ("recipe", "step")
 """What the column that names a method is called in these tables."""
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)#\s]*)(#[^)\s]*)?(?=\))")
+SOURCE_AND_PAPER = re.compile(r"^Source: \[[^]]*\]\([^)]*\)\. ?(?:Paper: .*?\)\.\s)?", re.S)
 LIST_AFTER_LINE = re.compile(r"^(?![-*|>\s]|\d+\. )(.+)\n(?=[-*] |\d+\. )", re.M)
 ROW, CODE = re.compile(r"^\|.*$", re.M), re.compile(r"`[^`]*`")
 
@@ -71,7 +72,8 @@ def measured(method: str, page: str) -> list[str]:
             kept = [row for row, name, is_own in zip(rows, names, own, strict=True) if is_own or "dense" in name]
             start = max((i for i, text in enumerate(before) if text.endswith(":")), default=0)
             caption = "\n\n".join(before[start:])
-            found.append(f"### {heading}\n\n{caption}\n\n" + "\n".join([head, rule, *kept]))
+            title = "" if any(text.startswith(f"### {heading}\n") for text in found) else f"### {heading}\n\n"
+            found.append(f"{title}{caption}\n\n" + "\n".join([head, rule, *kept]))
         before = []
     return found
 
@@ -87,21 +89,22 @@ def method_page(method: type) -> str:
     paper = "\n".join(docstring(method)[1:]).strip()
     paper = re.sub(r"^(Paper|Source|Differs):", r"\n**\1.**", paper, flags=re.M)
     paper = re.sub(r"arXiv\s+(\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", paper)
-    notes = rebased(section(read("docs/methods.md"), method.name), "methods.md", to)
+    notes = re.sub(SOURCE_AND_PAPER, "", section(read("docs/methods.md"), method.name))
     tables = [rebased(table, page, to) for page in MEASURED for table in measured(method.name, page)]
     return "\n\n".join(
         [
             f"# {method.name}",
             docstring(method)[0],
             f"```text\n{method.__doc__}\n```",
-            f"```\nsandcat sparsify MODEL {method.name} -o OUT\n```\n```python\nfrom sandcat.methods import {method.__name__}"
-            f"\n\nsandcat.sparsify(model, tokenizer, [{method.__name__}()])\n```",
+            f"```\nsandcat sparsify MODEL {method.name} -o OUT\n```",
+            f"```python\nimport sandcat\nfrom sandcat.methods import {method.__name__}\n\n"
+            f"sandcat.sparsify(model, tokenizer, [{method.__name__}()])\n```",
             paper,
             f"Source: [methods/{method.name}.py](../../src/{method.__module__.replace('.', '/')}.py).",
             f"## Options\n\n{option_table(method)}",
-            f"## Notes\n\n{notes}" if notes else "",
-            "## Measured\n\nWhat names it in the tables of [methods](../methods.md) and [performance](../performance.md), "
-            "beside dense. The commands that print them stand there.",
+            f"## Notes\n\n{rebased(notes, 'methods.md', to)}" if notes else "",
+            "## Measured\n\nWhat names it in the tables of [methods](../methods.md) and "
+            "[performance](../performance.md), beside dense. The commands that print them stand there.",
             *(tables or ["Nothing yet."]),
         ]
     )

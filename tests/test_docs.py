@@ -1,8 +1,8 @@
 """Every block of code in README.md and docs/ runs, on a tiny model where it needs one; and the site is whole.
 
-A block of Python runs as it stands, with the other ones of its page in one module. In a block of commands those of sandcat
-run with short options, scripts read their arguments, and installers and make find what is named. JSON is read. A block of
-anything else says so (```text).
+A block of Python runs as it stands, with the other ones of its page in one module. In a block of commands those of
+sandcat run with short options, scripts read their arguments, and installers and make find what is named. JSON is read.
+A block of anything else says so (```text).
 """
 
 from __future__ import annotations
@@ -233,8 +233,7 @@ def test_pages_of_methods(method, folders, workplace, monkeypatch):
         rf"^\| (?:\| )?`[^`|]*\b{method.name}\b[^`|]*` \|.*$", (ROOT / "docs" / "methods.md").read_text(), re.M
     )
     assert all(row in page for row in measured)
-    code = [(line, code) for line, code in blocks(page, "python") if "factor=" not in code]
-    run_python(code, folders, workplace / f"{method.name}_page.py")
+    run_python(blocks(page, "python"), folders, workplace / f"{method.name}_page.py")
     (first, *_) = blocks(page, "")
     for words in commands(first[1]):
         run_sandcat([*words[1:], "--no-measure"], folders, {}, monkeypatch)
@@ -269,9 +268,10 @@ def test_site(tmp_path):
     assert {method.name for method in sandcat.METHODS} <= {page.stem for page in pages}
     for page in pages:
         text = page.read_text(encoding="utf-8")
-        loads = re.findall(
-            r"<(?:script|img|iframe|source|link)\b[^>]*?\b(?:src|href)=[\"']?((?:https?:)?//[^\"'\s>]*)", text
-        )
+        loads = [
+            *re.findall(r"<(?:script|img|iframe|source)\b[^>]*?\bsrc=[\"']?((?:https?:)?//[^\"'\s>]*)", text),
+            *re.findall(r"<link\b[^>]*?\bhref=[\"']?((?:https?:)?//[^\"'\s>]*)", text),
+        ]
         assert not loads, (page, loads)
         assert "mermaid" not in text  # whose script the theme would fetch
     for style in tmp_path.rglob("*.css"):
