@@ -21,6 +21,8 @@ LABELS = ("recipe", "step")
 """What the column that names a method is called in these tables."""
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)#\s]*)(#[^)\s]*)?(?=\))")
 SOURCE_AND_PAPER = re.compile(r"^Source: \[[^]]*\]\([^)]*\)\. ?(?:Paper: .*?\)\.\s)?", re.S)
+OPTION_HEAD = "| option | default | |\n| --- | --- | --- |\n"
+OPTION_ROW = re.compile(r"^\| (`.*?`) \| [^|]*\| (.*) \|$", re.M)
 LIST_AFTER_LINE = re.compile(r"^(?![-*|>\s]|\d+\. )(.+)\n(?=[-*] |\d+\. )", re.M)
 ROW, CODE = re.compile(r"^\|.*$", re.M), re.compile(r"`[^`]*`")
 
@@ -89,7 +91,8 @@ def method_page(method: type) -> str:
     paper = "\n".join(docstring(method)[1:]).strip()
     paper = re.sub(r"^(Paper|Source|Differs):", r"\n**\1.**", paper, flags=re.M)
     paper = re.sub(r"arXiv\s+(\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", paper)
-    notes = re.sub(SOURCE_AND_PAPER, "", section(read("docs/methods.md"), method.name))
+    notes = SOURCE_AND_PAPER.sub("", section(read("docs/methods.md"), method.name))
+    notes = OPTION_ROW.sub(lambda row: f"- {row[1]}: {row[2]}".replace(r"\|", "|"), notes.replace(OPTION_HEAD, ""))
     tables = [rebased(table, page, to) for page in MEASURED for table in measured(method.name, page)]
     return "\n\n".join(
         [

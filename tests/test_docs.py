@@ -229,6 +229,10 @@ def test_pages_of_methods(method, folders, workplace, monkeypatch):
     page = hooks().method_page(method)
     for option in method.describe():
         assert f"| `{option['name']}` |" in page
+    text = hooks().section((ROOT / "docs" / "methods.md").read_text(), method.name)
+    defaults = {option["name"]: str(option["default"]).lower() for option in method.describe()}
+    for name, default in re.findall(r"^\| `(\w+)` \| (\S+) \|", text, re.M):  # as they are said by hand
+        assert defaults[name] == default, name
     measured = re.findall(
         rf"^\| (?:\| )?`[^`|]*\b{method.name}\b[^`|]*` \|.*$", (ROOT / "docs" / "methods.md").read_text(), re.M
     )
