@@ -139,7 +139,8 @@ def on_files(files, config):
     pages = files.documentation_pages()
     links = {(link, page.src_uri) for page in pages for link, _ in LINK.findall(page.content_string)}
     for path in sorted({in_repository(*link) for link in links} - {None}):
-        code = f"---\nsearch: {{exclude: true}}\n---\n# {path}\n\n````python\n{read(path)}````\n"
+        kind = "python" if path.endswith(".py") else "text"
+        code = f"---\nsearch: {{exclude: true}}\n---\n# {path}\n\n````{kind}\n{read(path)}````\n"
         files.append(File.generated(config, f"{path}.md", content=code, inclusion=InclusionLevel.NOT_IN_NAV))
     return files
 

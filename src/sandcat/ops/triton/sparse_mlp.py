@@ -159,7 +159,9 @@ def gate_config(hidden: int, itemsize: int) -> dict:
 def up_down_config(hidden: int, itemsize: int) -> dict:
     """Neurons that a program takes at a time, its columns (all), its warps, and programs a multiprocessor."""
     block = triton.next_power_of_2(hidden)
-    at_once = 4096 if itemsize == 1 else 16384 // itemsize  # so that two programs a multiprocessor have registers
+    at_once = (
+        4096 if itemsize == 1 else 16384 // itemsize
+    )  # so that two programs a multiprocessor have registers enough
     return {"NEURONS": max(1, min(4, at_once // block)), "BLOCK": block, "num_warps": 8, "per_multiprocessor": 2}
 
 
