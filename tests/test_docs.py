@@ -61,7 +61,7 @@ def not_run(code: str) -> bool:
 def folders(tmp_path_factory):
     """A tiny dense model and a sparse one."""
     place = tmp_path_factory.mktemp("models")
-    model = tiny("llama")
+    model = tiny("llama", num_hidden_layers=6)
     sandcat.save(model, tokenizer(), place / "dense")
     sandcat.sparsify(model, tokenizer(), "cats:sparsity=0.4", calibration_tokens=512)
     sandcat.save(model, tokenizer(), place / "sparse")
@@ -155,19 +155,21 @@ def run_sandcat(arguments: list[str], folders: dict[str, Path], made: dict[str, 
     if not_run(shlex.join(["sandcat", *arguments])):
         return
     write_texts(" ".join(rest))
-    known = {flag for parameter in command.params for flag in parameter.opts}
+    known = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
     written = rest[rest.index("-o") + 1] if "-o" in rest else None
     for i, word in enumerate(rest):
         if word == written and rest[i - 1] == "-o":
-            made[word] = Path.cwd() / f"{word}-{len(made)}"
+            made[word] = Path.cwd() / f"{word}-{len(list(Path.cwd().iterdir()))}"
             rest[i] = str(made[word])
         elif word in ("MODEL", "smollm2-135m") or re.fullmatch(r"[\w-]+/[\w.-]+", word):
             rest[i] = str(folders["dense"])
         elif i == 0:
             rest[i] = str(made.get(word, folders["sparse"]))
-    for option, value in SHORT.items():
+    short = SHORT | ({"--tokens": 8192} if "--batch" in rest else {})  # each sequence is a window of its own
+    for option, value in short.items():
         rest += [option, str(value)] if option in known else []
-    rest += ["--no-compile"] if "--compile" in known and name != "generate" else []
+    rest += ["--no-compile"] if "--no-compile" in known else []
+    rest += ["--no-measure"] if "--no-measure" in known and len(made) > 1 else []  # one a page
     monkeypatch.setattr(sys, "argv", ["sandcat", name, *rest])
     try:
         cli.main()
