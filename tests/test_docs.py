@@ -43,6 +43,10 @@ ELSEWHERE = {"vllm": "needs vLLM", "ray": "needs several machines"}
 """Programs whose arguments nothing here can check."""
 SHORT = {"--calibration-tokens": 512, "--tokens": 512, "--runs": 1, "--steps": 2, "--max-new-tokens": 4}
 """Options that commands of sandcat get here, if they have them."""
+MEASURED = ("quickstart.md", "measuring.md")
+"""Pages on which models that are made are measured too, as that takes longest."""
+DONE: dict[tuple, Path] = {}
+"""What commands of pages made, so that the same command on two pages runs once."""
 FENCE = re.compile(r"^( *)(`{3,})(\w*)\n(.*?)^\1\2$", re.M | re.S)
 
 
@@ -61,7 +65,7 @@ def not_run(code: str) -> bool:
 def folders(tmp_path_factory):
     """A tiny dense model and a sparse one."""
     place = tmp_path_factory.mktemp("models")
-    model = tiny("llama", num_hidden_layers=6)
+    model = tiny("llama", num_hidden_layers=5)
     sandcat.save(model, tokenizer(), place / "dense")
     sandcat.sparsify(model, tokenizer(), "cats:sparsity=0.4", calibration_tokens=512)
     sandcat.save(model, tokenizer(), place / "sparse")
@@ -133,7 +137,7 @@ def test_commands(page, folders, workplace, monkeypatch):
         for words in commands(code):
             program, *arguments = words
             if program == "sandcat":
-                run_sandcat(arguments, folders, made, monkeypatch)
+                run_sandcat(arguments, folders, made, monkeypatch, measure=page.name in MEASURED)
             elif program == "python":
                 check_python(arguments, monkeypatch)
             elif program == "pip":
@@ -145,7 +149,9 @@ def test_commands(page, folders, workplace, monkeypatch):
                 assert program in ELSEWHERE, f"{page.name}: what is {program!r}? Mark what is no command as ```text."
 
 
-def run_sandcat(arguments: list[str], folders: dict[str, Path], made: dict[str, Path], monkeypatch) -> None:
+def run_sandcat(
+    arguments: list[str], folders: dict[str, Path], made: dict[str, Path], monkeypatch, measure: bool = False
+) -> None:
     """Parses a command, and runs it where it can be run here; what one command of a page writes the next can read."""
     group = typer.main.get_command(cli.app)
     name, *rest = arguments
@@ -155,21 +161,25 @@ def run_sandcat(arguments: list[str], folders: dict[str, Path], made: dict[str, 
     if not_run(shlex.join(["sandcat", *arguments])):
         return
     write_texts(" ".join(rest))
+    if "-o" in rest:
+        output = rest.index("-o") + 1
+        same = (measure, name, *rest[:output], *rest[output + 1 :])
+        if same in DONE:  # on another page
+            made[rest[output]] = DONE[same]
+            return
+        made[rest[output]] = DONE[same] = Path.cwd() / f"{rest[output]}-{len(DONE)}"
     known = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
-    written = rest[rest.index("-o") + 1] if "-o" in rest else None
+    places = {"MODEL": folders["dense"], "smollm2-135m": folders["dense"], **made}
     for i, word in enumerate(rest):
-        if word == written and rest[i - 1] == "-o":
-            made[word] = Path.cwd() / f"{word}-{len(list(Path.cwd().iterdir()))}"
-            rest[i] = str(made[word])
-        elif word in ("MODEL", "smollm2-135m") or re.fullmatch(r"[\w-]+/[\w.-]+", word):
+        if re.fullmatch(r"[\w-]+/[\w.-]+", word):  # an id of the hub
             rest[i] = str(folders["dense"])
-        elif i == 0:
-            rest[i] = str(made.get(word, folders["sparse"]))
+        elif word in places or i == 0:
+            rest[i] = str(places.get(word, folders["sparse"]))
     short = SHORT | ({"--tokens": 8192} if "--batch" in rest else {})  # each sequence is a window of its own
     for option, value in short.items():
         rest += [option, str(value)] if option in known else []
     rest += ["--no-compile"] if "--no-compile" in known else []
-    rest += ["--no-measure"] if "--no-measure" in known and len(made) > 1 else []  # one a page
+    rest += ["--no-measure"] if "--no-measure" in known and not measure else []
     monkeypatch.setattr(sys, "argv", ["sandcat", name, *rest])
     try:
         cli.main()
@@ -242,7 +252,7 @@ def test_pages_of_methods(method, folders, workplace, monkeypatch):
     run_python(blocks(page, "python"), folders, workplace / f"{method.name}_page.py")
     (first, *_) = blocks(page, "")
     for words in commands(first[1]):
-        run_sandcat([*words[1:], "--no-measure"], folders, {}, monkeypatch)
+        run_sandcat(words[1:], folders, {}, monkeypatch)
 
 
 def hooks():
