@@ -23,7 +23,7 @@ import pytest
 import typer
 import yaml
 from packaging.requirements import Requirement
-from tiny import tiny, tokenizer
+from tiny import text, tiny, tokenizer
 
 import sandcat
 from sandcat import cli, hub
@@ -255,6 +255,26 @@ def test_pages_of_methods(method, folders, workplace, monkeypatch):
         run_sandcat(words[1:], folders, {}, monkeypatch)
 
 
+def test_format_of_the_plan():
+    """The example is a plan, and the page names every key that plans have."""
+    page = ROOT / "docs" / "plan-format.md"
+    ((_, example),) = blocks(page, "json")
+    plans = [sandcat.Plan.from_json(json.loads(example))]
+    for recipe in ("int8 teal", "rsparse:alpha=[0.7]", "coreinfer:rule=similarity,clusters=2", "relufy"):
+        plans.append(sandcat.sparsify(tiny("llama"), tokenizer(), recipe, calibration=text()))
+
+    def keys(data: dict) -> set[str]:
+        inside = [keys(value) for value in data.values() if isinstance(value, dict)]
+        return set(data).union(*inside)
+
+    text_of_page = page.read_text(encoding="utf-8")
+    for plan in plans:
+        data = plan.to_json()
+        specs = [spec for method in data.pop("methods") for spec in method.pop("sites").values()]
+        for key in keys(data).union(*map(keys, specs)):
+            assert f"`{key}`" in text_of_page, key
+
+
 def hooks():
     pytest.importorskip("mkdocs")
     spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
@@ -283,12 +303,12 @@ def test_site(tmp_path):
     pages = list(tmp_path.rglob("*.html"))
     assert {method.name for method in sandcat.METHODS} <= {page.stem for page in pages}
     for page in pages:
-        text = page.read_text(encoding="utf-8")
+        html = page.read_text(encoding="utf-8")
         loads = [
-            *re.findall(r"<(?:script|img|iframe|source)\b[^>]*?\bsrc=[\"']?((?:https?:)?//[^\"'\s>]*)", text),
-            *re.findall(r"<link\b[^>]*?\bhref=[\"']?((?:https?:)?//[^\"'\s>]*)", text),
+            *re.findall(r"<(?:script|img|iframe|source)\b[^>]*?\bsrc=[\"']?((?:https?:)?//[^\"'\s>]*)", html),
+            *re.findall(r"<link\b[^>]*?\bhref=[\"']?((?:https?:)?//[^\"'\s>]*)", html),
         ]
         assert not loads, (page, loads)
-        assert "mermaid" not in text  # whose script the theme would fetch
+        assert "mermaid" not in html  # whose script the theme would fetch
     for style in tmp_path.rglob("*.css"):
         assert not re.search(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//", style.read_text(encoding="utf-8")), style
