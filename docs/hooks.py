@@ -8,6 +8,7 @@ import inspect
 import posixpath
 import re
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 from mkdocs.structure.files import File, InclusionLevel
@@ -68,7 +69,7 @@ def measured(method: str, page: str) -> list[str]:
         head, rule, *rows = block.splitlines()
         label = next((i for i, cell in enumerate(head.split("|")) if cell.strip().startswith(LABELS)), None)
         names = [row.split("|")[label].strip() for row in rows] if label is not None else []
-        names = [name or names[max(0, i - 1)] for i, name in enumerate(names)]  # an empty cell repeats the one above
+        names = list(accumulate(names, lambda above, name: name or above))  # an empty cell repeats the one above
         own = [re.search(rf"\b{method}\b", name, re.I) is not None for name in names]
         if any(own):
             kept = [row for row, name, is_own in zip(rows, names, own, strict=True) if is_own or "dense" in name]
@@ -89,7 +90,7 @@ def method_page(method: type) -> str:
     """One method, from its source and from what the hand-written pages say about it."""
     to = f"methods/{method.name}.md"
     paper = "\n".join(docstring(method)[1:]).strip()
-    paper = re.sub(r"^(Paper|Source|Differs):", r"\n**\1.**", paper, flags=re.M)
+    paper = re.sub(r"^(Paper|Source|Differs):", r"\n**\1:**", paper, flags=re.M)
     paper = re.sub(r"arXiv\s+(\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", paper)
     notes = SOURCE_AND_PAPER.sub("", section(read("docs/methods.md"), method.name))
     notes = OPTION_ROW.sub(lambda row: f"- {row[1]}: {row[2]}".replace(r"\|", "|"), notes.replace(OPTION_HEAD, ""))
