@@ -1,10 +1,11 @@
-# make demo: the main job on the embedded model.  make test: the tests.  Both set up what they need in .venv.
+# make demo: the main job on the embedded model.  make test: the tests.  make docs: the site, into site/, which needs no
+# network to build or to read (site/index.html).  All set up what they need in .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint format clean
+.PHONY: demo test docs lint format clean
 
 demo: .venv/demo
 	$(BIN)/sandcat sparsify smollm2-135m cats:sparsity=0.3,score=output -o demo --overwrite \
@@ -14,6 +15,9 @@ demo: .venv/demo
 
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+docs: .venv/test
+	$(BIN)/python -m mkdocs build --quiet --strict
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -40,4 +44,4 @@ format: .venv/test
 	@touch $@
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo site
