@@ -100,6 +100,7 @@ def test_pipeline_and_loading(recipe, folders):
 @torch.inference_mode()
 def test_compiled_whole(recipe, folders):
     """No graph break, for prompts and for steps."""
+    torch.compiler.reset()  # what other tests compiled counts against a limit
     model = loaded(folders(recipe))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for ids in (IDS, IDS[:, :1]):
