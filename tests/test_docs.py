@@ -35,6 +35,10 @@ NOT_RUN = {
     'device="cuda"': "needs a GPU",
     "--offload": "needs a GPU",
     "piqa": "needs the network: a task of the hub",
+    "get_peft_model": "trains: tests/test_integrations.py",
+    "tensor_parallel": "needs two processes: tests/test_tensor_parallel.py",
+    "torchrun": "needs two processes: tests/test_processes.py",
+    "accelerate launch": "needs two processes: tests/test_processes.py",
     "sandcat serve": "serves until it is stopped",
     "sandcat sweep": "makes many models: tests/test_sweep.py",
 }
