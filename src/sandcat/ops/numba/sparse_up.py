@@ -38,7 +38,7 @@ def _kernel(dtype: torch.dtype, up_dtype: torch.dtype):
         scale = carray(pointer(args[5]), (neurons if args[5] else 0,), storage)
         u = carray(pointer(args[6]), (tokens, neurons), np.float32)
         kept = np.empty(BLOCK, np.int64)
-        out = np.empty((BLOCK, tokens), np.float32)
+        out = np.empty((tokens, BLOCK), np.float32)
         end = neurons * (thread + 1) // threads
         for start in range(neurons * thread // threads, end, BLOCK):
             count = 0
@@ -49,12 +49,12 @@ def _kernel(dtype: torch.dtype, up_dtype: torch.dtype):
                     wanted |= not abs(widen(a[t, j])) <= widen(threshold[j])
                 kept[count] = j
                 count += wanted
-            dot_rows(x, up, kept, out[:count])
+            dot_rows(x, up, kept, out[:, :count])
             for c in range(count):
                 j = kept[c]
                 for t in range(tokens):
                     if not abs(widen(a[t, j])) <= widen(threshold[j]):
-                        s = out[c, t] * widen(scale[j]) if scale.size else out[c, t]
+                        s = out[t, c] * widen(scale[j]) if scale.size else out[t, c]
                         u[t, j] = s + widen(bias[j]) if bias.size else s
 
     return on_all_threads(body)
