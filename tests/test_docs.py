@@ -37,13 +37,14 @@ NOT_RUN = {
     "piqa": "needs the network: a task of the hub",
     "get_peft_model": "trains: tests/test_integrations.py",
     "tensor_parallel": "needs two processes: tests/test_tensor_parallel.py",
-    "torchrun": "needs two processes: tests/test_processes.py",
-    "accelerate launch": "needs two processes: tests/test_processes.py",
     "sandcat serve": "serves until it is stopped",
     "sandcat sweep": "makes many models: tests/test_sweep.py",
 }
 """Blocks of Python and commands of sandcat that have this in them are only parsed, and why."""
-ELSEWHERE = {"vllm": "needs vLLM", "ray": "needs several machines"}
+ELSEWHERE = {
+    "vllm": "needs vLLM", "ray": "needs several machines", "torchrun": "needs several processes",
+    "accelerate": "needs several processes",
+}  # fmt: skip
 """Programs whose arguments nothing here can check."""
 SHORT = {"--calibration-tokens": 512, "--tokens": 512, "--runs": 1, "--steps": 2, "--max-new-tokens": 4}
 """Options that commands of sandcat get here, if they have them."""

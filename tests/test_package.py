@@ -63,7 +63,7 @@ def test_what_is_in_it(built):
     said = zipfile.ZipFile(built[".whl"]).read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in said
     assert [line.split()[1] for line in said.splitlines() if line.startswith("Provides-Extra")] == [
-        "demo", "dev", "eval", "vllm",
+        "demo", "dev", "eval", "serving", "vllm",
     ]  # fmt: skip
     with tarfile.open(built[".gz"]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}

@@ -79,12 +79,12 @@ def test_the_command_line_prints_and_writes_once(tmp_path):
     model = tiny("llama")
     sandcat.save(model, tokenizer(), tmp_path / "dense")
     options = ["--calibration", str(words), "--calibration-tokens", "1024", "--no-measure", "--device", "cpu"]
-    command = ["-m", "sandcat.cli", "sparsify", str(tmp_path / "dense"), "cats", "-o", str(tmp_path / "out"), *options]
+    command = ["-m", "sandcat", "sparsify", str(tmp_path / "dense"), "cats", "-o", str(tmp_path / "out"), *options]
     assert launch(TORCHRUN, *command).count("saved to") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"words.txt", "dense", "out"}
     (tmp_path / "other.txt").write_text(words.read_text()[::-1])
     options = ["--text", str(tmp_path / "other.txt"), "--tokens", "2048", "--json", "--device", "cpu"]
-    command = ["-m", "sandcat.cli", "eval", str(tmp_path / "out"), *options, "--report", str(tmp_path / "report")]
+    command = ["-m", "sandcat", "eval", str(tmp_path / "out"), *options, "--report", str(tmp_path / "report")]
     found = json.loads(launch(ACCELERATE, *command))
     assert found["text"][0]["tokens"] > 1000 and found["text"][0]["kl"] > 0
     assert json.loads((tmp_path / "report" / "report.json").read_text())["text"] == found["text"]

@@ -54,7 +54,7 @@ def server(request, folder, tmp_path_factory):
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("log") / "serve.log"
     command = [
-        sys.executable, "-m", "sandcat.cli", "serve", folder, "--engine", request.param, "--port", str(port),
+        sys.executable, "-m", "sandcat", "serve", folder, "--engine", request.param, "--port", str(port),
         "--max-context", "256", "--max-new-tokens", "64", "--dtype", "float32",
         *(["--enforce-eager", "--max-num-seqs", "8"] if request.param == "vllm" else []),
     ]  # fmt: skip

@@ -383,10 +383,13 @@ def _ask() -> str:
 
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 2 a mistake that the message explains, 130 interrupted."""
-    from sandcat.processes import together
-
     try:
-        with together():
+        if "WORLD_SIZE" in os.environ:  # a launcher's; else nothing here needs torch
+            from sandcat.processes import together
+
+            with together():
+                app()
+        else:
             app()
     except SandcatError as error:
         process = os.environ.get("RANK", "0")
