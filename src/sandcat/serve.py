@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import sys
@@ -138,8 +139,16 @@ def transformers_app(service: Service):
     model, tokenizer = manager.load_model_and_processor(manager.process_model_name(folder))
     model.generation_config.do_sample = True  # else it takes the likeliest token at every temperature
     state = GenerationState()
-    handlers = [handler(manager, state) for handler in (ChatCompletionHandler, CompletionHandler, ResponseHandler)]
-    app = build_server(manager, *handlers, TranscriptionHandler(manager, state), state)
+    made = {
+        "model_manager": manager,
+        "chat_handler": ChatCompletionHandler(manager, state),
+        "completion_handler": CompletionHandler(manager, state),
+        "response_handler": ResponseHandler(manager, state),
+        "transcription_handler": TranscriptionHandler(manager, state),
+        "generation_state": state,
+    }
+    wanted = inspect.signature(build_server).parameters.values()  # later versions have more handlers: not needed here
+    app = build_server(**{p.name: made.get(p.name) for p in wanted if p.name in made or p.default is p.empty})
     context = getattr(model.config.get_text_config(), "max_position_embeddings", 2**20)
     limits = Limits(min(service.context or context, context), service.new_tokens)
 
