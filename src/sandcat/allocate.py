@@ -148,11 +148,9 @@ def allocate(
     sites = [(method, site) for method in methods if method.has_sparsity for site in method.select(start)]
     whole_bytes = read_bytes(view.model)
     weighed = how != "uniform"  # else bytes alone decide
-    curves: list[Any] = savings(start, sites, whole_bytes)
-    if weighed:
-        with alone():  # on a few windows only
-            curves = collect(start, sites, fit, whole_bytes)
-        curves = agreed(curves)
+    with alone():  # on a few windows only
+        curves: list[Any] = collect(start, sites, fit, whole_bytes) if weighed else savings(start, sites, whole_bytes)
+    curves = agreed(curves)
     at_first = read_bytes(start.model) / whole_bytes
     most = sum(max(saved(option, [MOST] * len(option)) for option in options(group)) for group in together(curves))
 

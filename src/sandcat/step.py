@@ -226,9 +226,9 @@ class FusedStep:
         else:
             config, grid = self._whole_rows(linear.weight)
             self.kernels.add_rows[grid](
-                x, gate, linear.weight, linear.bias, scale_of(linear), self.h, zeros,
-                0 if zeros is None else len(zeros), *linear.weight.shape, CODE=code, DTYPE=self.tl_dtype,
-                ZEROS=_zeros(zeros, grid[0]), **config, **self.dependent,
+                x, gate, linear.weight, linear.bias, scale_of(linear), self.h, zeros, len(self.sums),
+                *linear.weight.shape, CODE=code, DTYPE=self.tl_dtype, ZEROS=_zeros(zeros, grid[0]), **config,
+                **self.dependent,
             )  # fmt: skip
 
     def _sparse_rows(
@@ -252,17 +252,20 @@ class FusedStep:
         )
         sizes, programs, heads = _sizes(linears), grid[0] * grid[1], x is self.attended
         ordered = self.ordered or y is None or y.dtype != torch.float32 or position is not None
-        room = (self._room("parts", grid[1] * sum(sizes), torch.float32), self._room("arrived", grid[0], torch.int32))
+        parts = arrived = None
+        if ordered:
+            parts = self._room("parts", grid[1] * sum(sizes), torch.float32)
+            arrived = self._room("arrived", grid[0], torch.int32)
         self.linear_kernels.sparse_rows[grid](
             self.acc if heads else x, gate, *_norm(norm), self.top if heads else None, self.sum if heads else None,
             self.D, *_three(m.weight.t() for m in linears), *_three(m.threshold for m in linears),
             *_three(m.bias for m in linears), *_three(map(scale_of, linears)),
             self._room("list_i", programs * config["CHANNELS"], torch.int32),
             self._room("list_x", programs * config["CHANNELS"], torch.float32),
-            *(room if ordered else (None, None)), y, zeros, 0 if zeros is None else len(zeros), neurons, self.list_n,
-            self.a_n, count, None if neurons is None else self.x_normed, position, *sizes, channels, CODE=code,
-            ADD=position is None, ORDERED=ordered, HEAD_PARTS=self.splits if heads else 0,
-            ZEROS=_zeros(zeros, programs), **config, **self.dependent,
+            parts, arrived, y, zeros, len(self.sums), neurons, self.list_n, self.a_n, count,
+            None if neurons is None else self.x_normed, position, *sizes, channels, CODE=code, ADD=position is None,
+            ORDERED=ordered, HEAD_PARTS=self.splits if heads else 0, ZEROS=_zeros(zeros, programs), **config,
+            **self.dependent,
         )  # fmt: skip
 
     def _int8_rows(
@@ -280,7 +283,7 @@ class FusedStep:
         config, programs = self.int8_kernels.int8_rows_config(sum(sizes), columns, self.multiprocessors)
         self.int8_kernels.int8_rows[(programs,)](
             x, *_norm(norm), *_three(m.weight for m in linears), *_three(m.bias for m in linears),
-            *_three(map(scale_of, linears)), y, zeros, 0 if zeros is None else len(zeros), position, *sizes, columns,
+            *_three(map(scale_of, linears)), y, zeros, len(self.sums), position, *sizes, columns,
             ADD=norm is None, ZEROS=_zeros(zeros, programs), **config, **self.dependent,
         )  # fmt: skip
 
