@@ -39,7 +39,8 @@ def arguments(tokens, hidden, neurons, dtype, device="cpu", *, bias=False, int8=
 @pytest.mark.parametrize("device", DEVICES)
 def test_equals_reference(dtype, hidden, neurons, tokens, bias, int8, device):
     args = arguments(tokens, hidden, neurons, dtype, device, bias=bias, int8=int8)
-    assert_close(sparse_up(*args), reference(*args), dtype)
+    exact = [t.float() if t is not None and t.is_floating_point() else t for t in args]  # a bias may cancel a product
+    assert_close(sparse_up(*args), reference(*exact), dtype)
     assert kernel_name("sparse_up", device, int8) == {"cpu": "numba", "cuda": "triton"}[device]
 
 
