@@ -19,6 +19,7 @@ from sandcat.ops.numba.amx import HAS_TILES
 from sandcat.ops.numba.attention import parts_of
 from sandcat.ops.numba.floats import STORAGE
 from sandcat.ops.numba.lanes import LANES
+from sandcat.ops.numba.products import is_summed
 from sandcat.ops.numba.sparse_mlp import CODES
 from sandcat.ops.numba.threads import HAS_BARRIER, VERSION, threads_of
 from sandcat.ops.numba.tiles import room_of
@@ -107,7 +108,8 @@ class CpuStep:
             sums=rooms(rows, stride), stride=stride, room=rooms(room_of(most), dtype=torch.int32) if tiles else None,
             tiles=room_of(most),
         )  # fmt: skip
-        self._fill_linear(self.model[0]["head"], head, _rows_of(head), by_inputs=isinstance(head, Sparse))
+        by_inputs, skips = isinstance(head, Sparse), self._skips(head)
+        self._fill_linear(self.model[0]["head"], head, _rows_of(head), by_inputs=by_inputs, skips=skips)
         self.layers = np.zeros(len(blocks), step.LAYER)
         for entry, block, cached in zip(self.layers, blocks, cache.layers, strict=True):
             self._fill_layer(entry, block, cached.keys, cached.values)
@@ -127,11 +129,13 @@ class CpuStep:
         """Whether it drops something in a step of these sequences."""
         return isinstance(module, Sparse) and not module.runs_dense(self.x_B1H)
 
-    def _fill_linear(self, entry: np.void, linear: nn.Module, rows: Tensor, *, by_inputs: bool) -> None:
-        skips = self._skips(linear)
+    def _fill_linear(self, entry: np.void, linear: nn.Module, rows: Tensor, *, by_inputs: bool, skips: bool) -> None:
+        has_thresholds = skips and isinstance(linear, Sparse)
         self._fill(
-            entry, weight=rows, scale=scale_of(linear), bias=linear.bias, by_inputs=by_inputs,
-            threshold=linear.threshold if skips else None, shared=skips and linear.shares(self.x_B1H),
+            entry, weight=rows, scale=scale_of(linear), bias=linear.bias, by_inputs=by_inputs, skips=skips,
+            summed=is_summed(by_inputs, skips, linear.out_features * rows.itemsize, self.threads),
+            threshold=linear.threshold if has_thresholds else None,
+            shared=has_thresholds and linear.shares(self.x_B1H),
             outputs=linear.out_features, inputs=linear.in_features,
         )  # fmt: skip
 
@@ -140,7 +144,8 @@ class CpuStep:
         skips = self._skips(mlp)
         linears = _linears(block)
         for name, linear in linears.items():
-            self._fill_linear(entry[name], linear, _rows(block, name), by_inputs=_by_inputs(block, name))
+            by_inputs, skipping = _by_inputs(block, name), self._skips(linear) or (name == "down" and skips)
+            self._fill_linear(entry[name], linear, _rows(block, name), by_inputs=by_inputs, skips=skipping)
         q_norm, k_norm = (None if norm is None else norm.weight for norm in (block.q_norm, block.k_norm))
         self._fill(
             entry, input_norm=block.input_norm.weight, q_norm=q_norm, k_norm=k_norm, mlp_norm=block.mlp_norm.weight,

@@ -24,7 +24,8 @@ def arguments(tokens, hidden, neurons, dtype, device="cpu", *, bias=False, int8=
     )
     up = up * hidden**-0.5
     threshold = a.abs().quantile(0.5) * (0.5 + torch.rand(neurons, generator=generator))
-    args = [t.to(dtype) for t in (x, a, up, threshold)] + [torch.randn(neurons, generator=generator).to(dtype) if bias else None]
+    added = torch.randn(neurons, generator=generator).to(dtype) if bias else None
+    args = [t.to(dtype) for t in (x, a, up, threshold)] + [added]
     if int8:
         args[2] = (up / up.abs().amax() * 127).round().to(torch.int8)
         args.append((up.abs().amax() / 127).expand(neurons).to(dtype))

@@ -14,7 +14,9 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
-from sandcat.ops.numba.lanes import LANES, vector
+from sandcat.ops.numba.lanes import LANES
+
+_i16, _i32 = ir.IntType(16), ir.IntType(32)
 
 
 def _permitted() -> bool:
@@ -106,20 +108,54 @@ def multiply_tiles(typing, total, a, b):
     return types.none(total, a, b), generate
 
 
+def _bfloat16s(context, builder, array, at, kind):
+    """2 LANES numbers of an array from `at` on as bfloat16, which they must be: float32, bfloat16 or int8."""
+    data = context.make_array(kind)(context, builder, value=array).data
+    stored = context.get_data_type(kind.dtype)
+    vectors = ir.VectorType(stored, 2 * LANES)
+    value = builder.load(builder.bitcast(builder.gep(data, [at]), vectors.as_pointer()))
+    value.align = kind.dtype.bitwidth // 8
+    if kind.dtype == types.uint16:
+        return value
+    if kind.dtype == types.int8:
+        value = builder.sitofp(value, ir.VectorType(ir.FloatType(), 2 * LANES))
+    halves = builder.bitcast(value, ir.VectorType(_i16, 4 * LANES))
+    upper = _indices(range(1, 4 * LANES, 2))
+    return builder.shuffle_vector(halves, ir.Constant(halves.type, ir.Undefined), upper)
+
+
+def _store(context, builder, array, at, kind, halves) -> None:
+    place = builder.bitcast(_place(context, builder, array, at, kind), halves.type.as_pointer())
+    builder.store(halves, place).align = 4
+
+
 @intrinsic
-def store_pairs(typing, array, at, low, high):
-    """array[at + i] = the pair (low[i], high[i]) as bfloat16, which both are."""
+def store_bfloat16(typing, pairs, to, row, at):
+    """pairs[to : to + LANES] = row[at : at + 2 * LANES] as bfloat16, which they are; the row must be contiguous."""
 
     def generate(context, builder, signature, args):
-        whole = ir.VectorType(ir.IntType(32), LANES)
-        low, high = (builder.bitcast(value, whole) for value in args[2:])
-        low = builder.lshr(low, ir.Constant(whole, [16] * LANES))
-        high = builder.and_(high, ir.Constant(whole, [0xFFFF0000] * LANES))
-        place = builder.bitcast(_place(context, builder, *args[:2], signature.args[0]), whole.as_pointer())
-        builder.store(builder.or_(low, high), place).align = 4
+        halves = _bfloat16s(context, builder, *args[2:], signature.args[2])
+        _store(context, builder, *args[:2], signature.args[0], halves)
         return context.get_dummy_value()
 
-    return types.none(array, types.intp, vector, vector), generate
+    return types.none(pairs, types.intp, row, types.intp), generate
+
+
+@intrinsic
+def store_paired(typing, pairs, to, to_last, low, high, at):
+    """pairs[to + i] = (low[at + i], high[at + i]) as bfloat16, which they are, for i up to LANES, and from `to_last` on
+    the LANES that follow."""
+
+    def generate(context, builder, signature, args):
+        pairs, to, to_last, low, high, at = args
+        low, high = (_bfloat16s(context, builder, row, at, signature.args[3]) for row in (low, high))
+        for place, first in ((to, 0), (to_last, LANES)):
+            lanes = (half for lane in range(first, first + LANES) for half in (lane, 2 * LANES + lane))
+            halves = builder.shuffle_vector(low, high, _indices(lanes))
+            _store(context, builder, pairs, place, signature.args[0], halves)
+        return context.get_dummy_value()
+
+    return types.none(pairs, types.intp, types.intp, low, low, types.intp), generate
 
 
 @intrinsic
@@ -150,4 +186,5 @@ def transpose(typing, array, at):
 
 
 def _indices(lanes) -> ir.Constant:
-    return ir.Constant(ir.VectorType(ir.IntType(32), LANES), list(lanes))
+    lanes = list(lanes)
+    return ir.Constant(ir.VectorType(_i32, len(lanes)), lanes)

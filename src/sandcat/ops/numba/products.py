@@ -3,7 +3,7 @@
 Shapes: B sequences, one token each; weights are read once for all of them. Arrays have R rows, B and, as products are
 fastest for four at once, some that stay zero. Each thread computes its share of a matrix's
 outputs; where inputs are skipped, it adds up its share of those that are kept, for rows are short and should be read
-whole, and the threads' sums are joined in their order.
+whole, and the threads' sums are joined in their order (`is_summed`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,21 @@ def record(integers: str, reals: str = "", **nested: np.dtype) -> np.dtype:
     return np.dtype(fields + list(nested.items()))
 
 
-LINEAR = record("weight scale bias threshold by_inputs shared outputs inputs")
+LINEAR = record("weight scale bias threshold by_inputs summed skips shared outputs inputs")
 """A matrix by its addresses and sizes, 0 for what it lacks. It is stored [outputs, inputs], and `by_inputs` [inputs,
-outputs]; with scales as int8, else in the model's dtype. Then inputs may have a threshold each, below which one is
-skipped, and several sequences use one list of them if `shared` (see ops/shared.py)."""
+outputs]; with scales as int8, else in the model's dtype. Where it `skips`, inputs that are not above their threshold,
+or 0 if there is none, are not read, and several sequences use one list of them if `shared` (see ops/shared.py).
+`summed`: each thread adds up its share of the inputs, see `is_summed`."""
+
+PAGE = 4096
+"""Bytes within which the processor reads ahead: threads that take less of each row would fetch each other's."""
+
+
+def is_summed(by_inputs: bool, skips: bool, row_bytes: int, threads: int) -> bool:
+    """Whether threads share a matrix's inputs, not its outputs, and join their sums: where inputs are skipped, and
+    where a thread's part of a row would be short."""
+    return by_inputs and (skips or row_bytes < threads * PAGE)
+
 
 Work = namedtuple("Work", "B thread threads like kept wanted values sums room")
 """What a thread works with: how many sequences there are, its number, how many threads there are, an array of the
@@ -59,11 +70,11 @@ def _dot_rows(x, rows, units, out, room):
 
 
 @njit
-def _add_rows(y, h, rows, units, room):
+def _add_rows(y, h, rows, units, room, first):
     if room is None:
-        add_rows(y, h, rows, units)
+        add_rows(y, h, rows, units, first)
     else:
-        add_rows_tiled(y, h, rows, units, room)
+        add_rows_tiled(y, h, rows, units, room, first)
 
 
 @njit
@@ -168,44 +179,51 @@ def _keep(site, x, work):
 
 
 @njit
-def _all_inputs(site, x, first, end, y, work, like):
-    rows = numbers(site.weight, (site.outputs, site.inputs), like)[first:end]
-    _dot_rows(x, rows, None, y[:, first:end], work.room)
+def _by_inputs(site, x, first, y, work, like):
+    rows, kept = numbers(site.weight, (site.inputs, site.outputs), like), work.kept
+    y[:] = 0
+    if site.skips:
+        mine = _keep(site, x, work)
+        _add_rows(y, work.values[:, mine], rows, kept[mine], work.room, first)
+        return
+    at, to = share(site.inputs, work) if site.summed else (0, site.inputs)
+    for k in range(at, to):  # a list of all: code for no list would have to be compiled, too
+        kept[k] = k
+    _add_rows(y, x[:, at:to], rows, kept[at:to], work.room, first)
 
 
 @njit
-def _listed_inputs(site, mine, y, work, like):
-    rows = numbers(site.weight, (site.inputs, site.outputs), like)
-    _add_rows(y, work.values[:, mine], rows, work.kept[mine], work.room)
+def _multiplied(site, x, first, end, at, y, work, like):
+    if site.by_inputs:
+        if site.summed:
+            first, y = 0, work.sums[work.thread, :, at : at + site.outputs]
+        else:
+            y = y[:, first:end]
+        _by_inputs(site, x, first, y, work, like)
+    else:
+        rows = numbers(site.weight, (site.outputs, site.inputs), like)
+        _dot_rows(x, rows[first:end], None, y[:, first:end], work.room)
 
 
 @njit
 def begin(site, x, first, end, y, at, work):
-    """y[:, first:end] = those outputs of a linear layer; where it is stored by inputs, the thread's sums from `at` on
-    of what its share of the kept inputs adds to all outputs, and when all threads have theirs `finish` gives y."""
+    """y[:, first:end] = those outputs of a linear layer; where it is summed, the thread's sums from `at` on of what its
+    share of the inputs adds to all outputs, and when all threads have theirs `finish` gives y."""
     apart()
     x = x[:, : site.inputs]
-    if site.by_inputs:
-        mine = _keep(site, x, work)
-        sums = work.sums[work.thread, :, at : at + site.outputs]
-        sums[:] = 0
-        if site.scale:
-            _listed_inputs(site, mine, sums, work, codes(site))
-        else:
-            _listed_inputs(site, mine, sums, work, work.like)
-        return
     if site.scale:
-        _all_inputs(site, x, first, end, y, work, codes(site))
+        _multiplied(site, x, first, end, at, y, work, codes(site))
     else:
-        _all_inputs(site, x, first, end, y, work, work.like)
-    _finish(site, first, end, y, work)
+        _multiplied(site, x, first, end, at, y, work, work.like)
+    if not site.summed:
+        _finish(site, first, end, y, work)
 
 
 @njit
 def finish(site, first, end, y, at, work):
-    """y[:, first:end] of a layer that is stored by inputs, after `begin` in all threads; of others it is there."""
+    """y[:, first:end] of a layer that is summed, after `begin` in all threads; of others it is there."""
     apart()
-    if site.by_inputs:
+    if site.summed:
         sums = work.sums
         for b in range(work.B):
             for r in range(first, end):

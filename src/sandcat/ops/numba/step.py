@@ -125,7 +125,7 @@ def _neurons(layer, x, a, first, end, work, hidden):
     begin(gate, x, first, end, a, 0, work)
     if not layer.skips:
         begin(up, x, first, end, hidden, I, work)
-    if gate.by_inputs or (up.by_inputs and not layer.skips):
+    if gate.summed or (up.summed and not layer.skips):
         _barrier()
     finish(gate, first, end, a, 0, work)
     _activations(a, first, end, layer.activation, work)
@@ -147,7 +147,7 @@ def _add(site, x, h, y, work):
     if not site.by_inputs:
         pack(site, x, work)
     begin(site, x, first, end, y, 0, work)
-    if site.by_inputs:
+    if site.summed:
         _barrier()
     finish(site, first, end, y, 0, work)
     for b in range(work.B):
@@ -173,7 +173,7 @@ def _project(layer, x, qkv, Q, K, work):
     begin(q, x, q_at, q_to, q_y, 0, work)
     begin(k, x, at, to, k_y, Q, work)
     begin(v, x, at, to, v_y, Q + K, work)
-    if q.by_inputs or k.by_inputs or v.by_inputs:
+    if q.summed or k.summed or v.summed:
         _barrier()
     finish(q, q_at, q_to, q_y, 0, work)
     finish(k, at, to, k_y, Q, work)
@@ -229,7 +229,7 @@ def _step(model, layers, work):
     if not model.head.by_inputs:
         pack(model.head, x, work)
     begin(model.head, x, first, end, scores, 0, work)
-    if model.head.by_inputs:
+    if model.head.summed:
         _barrier()
     finish(model.head, first, end, scores, 0, work)
     for b in range(B):

@@ -16,7 +16,8 @@ from sandcat.ops.numba.amx import (
     configure_tiles,
     load_tile,
     multiply_tiles,
-    store_pairs,
+    store_bfloat16,
+    store_paired,
     store_tile,
     transpose,
     zero_tile,
@@ -32,9 +33,11 @@ TILE = LANES * LANES
 SEGMENT = 128
 """Outputs of a pair of rows that are read in one go: pieces of memory long enough to come fast, and all rows of a tile
 side by side still fit the nearest cache."""
-AHEAD = 8
-"""So many pairs of rows before they are needed they are asked for."""
-HEAD = LANES + SEGMENT * LANES
+DEEP = 2
+"""Chunks of `PAIRED` inputs that are added to a segment's sums while these are in tiles."""
+PAIRS = SEGMENT * LANES
+"""Pairs of numbers that a chunk of a segment has."""
+HEAD = LANES + DEEP * PAIRS
 """Where in a thread's room the packed tokens begin, after the settings of the unit and the paired weights."""
 
 
@@ -71,8 +74,9 @@ def dot_rows_tiled(x, rows, units, out, room):
             zero_tile(0)
             zero_tile(1)
             for chunk in range(0, chunks - 1, 2):
-                _pair_inputs(rows, units, first, ahead, chunk * PAIRED, pairs, 0)
-                _pair_inputs(rows, units, first, ahead, (chunk + 1) * PAIRED, pairs, TILE)
+                at = chunk * PAIRED
+                _copy_inputs(rows, units, first, ahead, at, pairs, 0)
+                _copy_inputs(rows, units, first, ahead, at + PAIRED, pairs, TILE)
                 load_tile(4, pairs, 0, LINE)
                 load_tile(6, packed, chunk * TILE, LINE)
                 multiply_tiles(0, 4, 6)
@@ -80,7 +84,7 @@ def dot_rows_tiled(x, rows, units, out, room):
                 load_tile(7, packed, (chunk + 1) * TILE, LINE)
                 multiply_tiles(1, 5, 7)
             if chunks % 2:
-                _pair_inputs(rows, units, first, ahead, (chunks - 1) * PAIRED, pairs, 0)
+                _copy_inputs(rows, units, first, ahead, (chunks - 1) * PAIRED, pairs, 0)
                 load_tile(4, pairs, 0, LINE)
                 load_tile(6, packed, (chunks - 1) * TILE, LINE)
                 multiply_tiles(0, 4, 6)
@@ -108,18 +112,17 @@ def pack_columns(x, room):
     for chunk in range(x.shape[1] // PAIRED):
         at, to = chunk * PAIRED, chunk * TILE
         for t in range(len(x)):
-            store_pairs(packed, to + t * LANES, load(x[t], at), load(x[t], at + LANES))
+            store_bfloat16(packed, to + t * LANES, x[t], at)
         packed[to + len(x) * LANES : to + TILE] = 0
         transpose(packed, to)
 
 
 @njit
-def _pair_inputs(rows, units, first, ahead, at, pairs, to):
+def _copy_inputs(rows, units, first, ahead, at, pairs, to):
     """pairs[to:] = 32 inputs of 16 rows; those of the rows ahead are asked for."""
     for r in range(LANES):
-        row = rows[row_of(units, first + r)]
         ask(rows[row_of(units, ahead + r)], at)
-        store_pairs(pairs, to + r * LANES, load(row, at), load(row, at + LANES))
+        store_bfloat16(pairs, to + r * LANES, rows[row_of(units, first + r)], at)
 
 
 @njit
@@ -144,18 +147,26 @@ def add_rows_tiled(y, h, rows, units, room, first=0):
         pairs, packed = room[LANES:HEAD], room[HEAD + (len(room) - HEAD) // 2 :]
         _pack_rows(h, chunks, packed)
         stride = y.strides[0]
-        for chunk in range(chunks):
+        for chunk in range(0, chunks, DEEP):
+            end = min(chunk + DEEP, chunks)
             for at in range(0, whole, SEGMENT):
                 to = min(at + SEGMENT, whole)
-                _pair_outputs(rows, units, count, chunk * PAIRED, first, at, to, whole, pairs)
-                load_tile(4, packed, chunk * LANES * tokens, LINE)
+                for c in range(chunk, end):
+                    follows, follows_at = c + 1, at
+                    if follows == end:
+                        follows, follows_at = (chunk, to) if to < whole else (end, 0)
+                    place = (c - chunk) * PAIRS
+                    _pair_outputs(rows, units, count, c, first + at, to - at, follows, first + follows_at, pairs, place)
                 for o in range(at, to, PAIRED):
                     load_tile(0, y, o, stride)
                     load_tile(1, y, o + LANES, stride)
-                    load_tile(6, pairs, (o - at) * LANES, LINE)
-                    load_tile(7, pairs, (o - at) * LANES + TILE, LINE)
-                    multiply_tiles(0, 4, 6)
-                    multiply_tiles(1, 4, 7)
+                    for c in range(chunk, end):
+                        place = (c - chunk) * PAIRS + (o - at) * LANES
+                        load_tile(4, packed, c * LANES * tokens, LINE)
+                        load_tile(6, pairs, place, LINE)
+                        load_tile(7, pairs, place + TILE, LINE)
+                        multiply_tiles(0, 4, 6)
+                        multiply_tiles(1, 4, 7)
                     store_tile(0, y, o, stride)
                     store_tile(1, y, o + LANES, stride)
     if whole < y.shape[1]:
@@ -171,33 +182,26 @@ def _pack_rows(h, chunks, packed):
         for chunk in range(chunks):
             at, to = chunk * PAIRED, (chunk * tokens + t) * LANES
             if at + PAIRED <= count:
-                store_pairs(packed, to, load(h[t], at), load(h[t], at + LANES))
+                store_bfloat16(packed, to, h[t], at)
             else:
                 for c in range(at, count):
                     last[c - at] = h[t, c]
-                store_pairs(packed, to, load(last, 0), load(last, LANES))
+                store_bfloat16(packed, to, last, 0)
 
 
 @njit
-def _pair_outputs(rows, units, count, c, first, at, to, whole, pairs):
-    """pairs = those outputs of the 32 listed rows from the c-th on, of the last one again after it."""
+def _pair_outputs(rows, units, count, chunk, at, size, follows, follows_at, pairs, place):
+    """pairs[place:] = `size` outputs from `at` on of the chunk's listed rows, of the last one again after it. Those of
+    the chunk that follows are asked for."""
     line = LINE // rows.itemsize
     for pair in range(LANES):
-        low = rows[row_of(units, min(c + pair, count - 1))]
-        high = rows[row_of(units, min(c + pair + LANES, count - 1))]
-        n, ask_at = c + pair + AHEAD, at
-        if pair + AHEAD >= LANES:
-            n -= LANES
-            ask_at += SEGMENT
-            if ask_at >= whole:
-                n += PAIRED
-                ask_at = 0
-        next_low = rows[row_of(units, min(n, count - 1))]
-        next_high = rows[row_of(units, min(n + LANES, count - 1))]
-        for o in range(at, to, PAIRED):
-            if (o - at) % line == 0:
-                ask(next_low, first + ask_at + o - at)
-                ask(next_high, first + ask_at + o - at)
-            place = (o - at) * LANES + pair * LANES
-            store_pairs(pairs, place, load(low, first + o), load(high, first + o))
-            store_pairs(pairs, place + TILE, load(low, first + o + LANES), load(high, first + o + LANES))
+        c = chunk * PAIRED + 2 * pair
+        low, high = rows[row_of(units, min(c, count - 1))], rows[row_of(units, min(c + 1, count - 1))]
+        n = follows * PAIRED + 2 * pair
+        next_low, next_high = rows[row_of(units, min(n, count - 1))], rows[row_of(units, min(n + 1, count - 1))]
+        for o in range(0, size, PAIRED):
+            if o % line == 0:
+                ask(next_low, follows_at + o)
+                ask(next_high, follows_at + o)
+            to = place + o * LANES + pair * LANES
+            store_paired(pairs, to, to + TILE, low, high, at + o)
