@@ -78,14 +78,17 @@ def answers(folder: Path, prompts: list[list[int]], tmp_path: Path, **options) -
 
 
 @torch.inference_mode()
-def ours(model: torch.nn.Module, prompts: list[list[int]], found: list[dict], disturbed: float = 0.0) -> torch.Tensor:
+def ours(
+    model: torch.nn.Module, prompts: list[list[int]], found: list[dict], disturbed: float = 0.0, seed: int = 0
+) -> torch.Tensor:
     """What our model gives in transformers for the tokens that vLLM wrote, each after the same tokens: the logarithm of
     their probability, and by how much the likeliest token is likelier, [2, tokens].
 
     Args:
         disturbed: share of noise in the embeddings.
+        seed: of the noise.
     """
-    noise = torch.Generator().manual_seed(0)
+    noise = torch.Generator().manual_seed(seed)
     hook = model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, x: x * (1 + disturbed * torch.randn(x.shape, generator=noise).to(x))
     )
@@ -104,13 +107,15 @@ def check(folder: Path, prompts: list[list[int]], tmp_path: Path, **options) -> 
 
     Rounding decides where a value lies at its threshold, and such a decision grows on its way through the layers: of
     the embedded model with `teal` in all of them, noise of 1e-7 changes probabilities by 10 %. So what our model makes
-    of noise at the size of float32's rounding is what vLLM may differ by.
+    of noise at the size of float32's rounding is what vLLM may differ by; as few tokens make most of the difference,
+    it is the largest of several.
     """
     found = answers(folder, prompts, tmp_path, dtype="float32", **options)
     theirs = torch.tensor([value for row in found for value in row["logprobs"]])
     model, _ = hub.load(folder, dtype="float32")
     exact = ours(model, prompts, found)
-    allowed = 1e-4 + 2 * (ours(model, prompts, found, 1e-6)[0] - exact[0]).abs().mean()
+    noisy = [ours(model, prompts, found, 1e-6, seed)[0] for seed in range(4)]
+    allowed = 1e-4 + 1.5 * max((row - exact[0]).abs().mean() for row in noisy)
     assert (theirs - exact[0]).abs().mean() <= allowed
     assert exact[1].mean() <= allowed
 
