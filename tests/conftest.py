@@ -12,6 +12,7 @@ import pytest
 import torch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
 with torch.device("meta"):  # lists what it catches at its first use, which must not find `torch.empty` poisoned
     torch.empty(0)
 
