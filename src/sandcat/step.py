@@ -147,11 +147,11 @@ class FusedStep:
         norm, (gate, up, down), code = block.mlp_norm, _projections(block), self.mlp_kernels.CODES[block.mlp.activation]
         if isinstance(block.mlp.module, SparseMLP):
             self._skip_neurons(norm, block.mlp.module, gate, code)
-        elif type(gate) is type(up) is not SparseLinear:
+        elif type(gate) is type(up) is nn.Linear:
             config, grid = self._whole_rows(gate.weight, matrices=2)
             self.kernels.gate_up[grid](
-                self.h, norm.weight, norm.variance_epsilon, gate.weight, up.weight, gate.bias, up.bias, scale_of(gate),
-                scale_of(up), self.hidden, gate.out_features, self.H, CODE=code, **config, **self.dependent,
+                self.h, norm.weight, norm.variance_epsilon, gate.weight, up.weight, gate.bias, up.bias, self.hidden,
+                gate.out_features, self.H, CODE=code, **config, **self.dependent,
             )  # fmt: skip
             self._add(self.hidden, down)
         else:
@@ -184,7 +184,7 @@ class FusedStep:
     def _project(self, norm: nn.Module, linears: list[nn.Module], out: Tensor, position: Tensor | None = None) -> None:
         """out = the products of the layers with the normed h, one after another; neighbours of one kind at once.
 
-        Sparse layers add to `out`, unless it is the logits.
+        Sparse and int8 layers add to `out`, unless it is the logits.
         """
         start = 0
         for (kind, dtype), group in groupby(linears, lambda linear: (type(linear), linear.weight.dtype)):
@@ -221,12 +221,12 @@ class FusedStep:
         """h += the layer's product with x, or with act(gate) * x; and zeros = 0."""
         if isinstance(linear, SparseLinear):
             self._sparse_rows(x, [linear], self.h, gate=gate, code=code, zeros=zeros)
-        elif linear.weight.dtype == torch.int8 and gate is None:
-            self._int8_rows(x, [linear], self.h, zeros=zeros)
+        elif linear.weight.dtype == torch.int8:
+            self._int8_rows(x, [linear], self.h, gate=gate, code=code, zeros=zeros)
         else:
             config, grid = self._whole_rows(linear.weight)
             self.kernels.add_rows[grid](
-                x, gate, linear.weight, linear.bias, scale_of(linear), self.h, zeros, len(self.sums),
+                x, gate, linear.weight, linear.bias, self.h, zeros, len(self.sums),
                 *linear.weight.shape, CODE=code, DTYPE=self.tl_dtype, ZEROS=_zeros(zeros, grid[0]), **config,
                 **self.dependent,
             )  # fmt: skip
@@ -274,17 +274,26 @@ class FusedStep:
         linears: list[Int8Linear],
         y: Tensor,
         *,
+        gate: Tensor | None = None,
         norm: nn.Module | None = None,
         position: Tensor | None = None,
+        code: int = 0,
         zeros: Tensor | None = None,
     ) -> None:
-        """y = the products with the normed x, or y += those with x."""
+        """y = the products with the normed x, added to zeroes where y is float32; or y += those with x, or with
+        act(gate) * x."""
         sizes, columns = _sizes(linears), linears[0].in_features
-        config, programs = self.int8_kernels.int8_rows_config(sum(sizes), columns, self.multiprocessors)
-        self.int8_kernels.int8_rows[(programs,)](
-            x, *_norm(norm), *_three(m.weight for m in linears), *_three(m.bias for m in linears),
-            *_three(map(scale_of, linears)), y, zeros, len(self.sums), position, *sizes, columns,
-            ADD=norm is None, ZEROS=_zeros(zeros, programs), **config, **self.dependent,
+        most = columns if y.dtype == torch.float32 else 1  # programs that may add to one sum
+        if self.ordered:
+            most = min(most, 1 if norm is None else 2)  # two added to zero are the same in any order
+        config, grid = self.int8_kernels.int8_rows_config(sizes, columns, x.device, most)
+        programs = grid[0] * grid[1]
+        self.int8_kernels.int8_rows[grid](
+            x, gate, *_norm(norm), *_three(m.weight for m in linears), *_three(m.bias for m in linears),
+            *_three(map(scale_of, linears)), y, zeros, len(self.sums), position,
+            self._room("digits", programs * config["SLICE"], torch.int32), *sizes, columns, CODE=code,
+            DTYPE=self.tl_dtype, ADD=norm is None, SHARED=grid[1] > 1, ZEROS=_zeros(zeros, programs), **config,
+            **self.dependent,
         )  # fmt: skip
 
     def _room(self, name: str, size: int, dtype: torch.dtype) -> Tensor:

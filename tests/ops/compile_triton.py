@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
 
 import teal_published
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -22,6 +23,9 @@ import sandcat.ops.triton.sparse_linear as linear
 import sandcat.ops.triton.sparse_mlp as kernels
 import sandcat.ops.triton.step as step
 import sandcat.ops.triton.tokens as tokens
+
+int8_linear.multiprocessors = lambda device: 132
+int8_linear.shared_memory = lambda device: 231424
 
 TYPES = {
     "x": "*{0}", "gate": "*{0}", "up": "*{0}", "down": "*{0}", "bias": "*{0}", "threshold": "*{0}", "h_nT": "*{0}",
@@ -36,19 +40,18 @@ TYPES = {
     "a_threshold": "*{0}", "b_threshold": "*{0}", "c_threshold": "*{0}",
     "list_i": "*i32", "list_x": "*fp32", "parts": "*fp32", "neurons": "*{0}",
     "a_scale": "*{0}", "b_scale": "*{0}", "c_scale": "*{0}", "gate_scale": "*{0}", "up_scale": "*{0}",
-    "down_scale": "*{0}", "P": "i32",
+    "down_scale": "*{0}", "P": "i32", "room": "*i32", "PIECES": "i32",
 }  # fmt: skip
 SIZES = ("I", "H", "N", "K", "A", "B", "C", "L", "D")
 """Sizes that a launch finds to be multiples of 16, as all addresses are; it makes loads wide."""
 TL_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 WEIGHTS = {
     kernels.gate_kernel: ["gate"], kernels.up_down_kernel: ["up", "down"], int8_linear.int8_rows: ["a", "b", "c"],
-    step.add_rows: ["w"], step.gate_up: ["gate", "up"], linear.sparse_rows: ["a", "b", "c"],
+    linear.sparse_rows: ["a", "b", "c"],
 }  # fmt: skip
 SCALES = {
     kernels.gate_kernel: ["gate_scale"], kernels.up_down_kernel: ["up_scale", "down_scale"],
-    int8_linear.int8_rows: ["a_scale", "b_scale", "c_scale"], step.add_rows: ["scale"],
-    step.gate_up: ["gate_scale", "up_scale"], linear.sparse_rows: ["a_scale", "b_scale", "c_scale"],
+    int8_linear.int8_rows: ["a_scale", "b_scale", "c_scale"], linear.sparse_rows: ["a_scale", "b_scale", "c_scale"],
 }  # fmt: skip
 
 
@@ -120,17 +123,22 @@ def of_one_token(itemsize: int, dtype: str) -> Iterator[tuple]:
         for parts in (False, True):
             yield kernels.up_down_kernel, {"PARTS": parts, **kernels.up_down_config(hidden, itemsize)}
     no_bias = dict.fromkeys(["a_bias", "b_bias", "c_bias"])
+    dtypes = {"CODE": 0, "DTYPE": getattr(tl, TL_TYPES[dtype])}
     for columns in (4096, 8192, 14336):
         for left_out in ({"position": None}, {"position": None, **no_bias}):
             if itemsize == 1:
-                for rows in (4096, 14336):
-                    config, _ = int8_linear.int8_rows_config(rows, columns, 132)
-                    yield int8_linear.int8_rows, {**left_out, "ADD": True, "ZEROS": 64, **config}
+                for sizes in ([4096], [14336, 14336]):
+                    config, _ = int8_linear.int8_rows_config(sizes, columns, torch.device("cuda"), columns)
+                    for options in ({"norm": None}, {"gate": None}):
+                        yield int8_linear.int8_rows, {
+                            **left_out, **dtypes, **options, "ADD": True, "SHARED": True, "ZEROS": 64, **config
+                        }  # fmt: skip
             else:
                 yield step.project, {**left_out, **step.whole_rows_config(columns, itemsize)}
-        constants = {"CODE": 0, "gate": None, "DTYPE": getattr(tl, TL_TYPES[dtype]), "ZEROS": 64}
-        yield step.add_rows, constants | step.whole_rows_config(columns, itemsize)
-    yield step.gate_up, {"CODE": 0, **step.whole_rows_config(4096, itemsize, matrices=2)}
+        if itemsize > 1:
+            yield step.add_rows, {"gate": None, "ZEROS": 64, **dtypes, **step.whole_rows_config(columns, itemsize)}
+    if itemsize > 1:
+        yield step.gate_up, {"CODE": 0, **step.whole_rows_config(4096, itemsize, matrices=2)}
     constants = dict.fromkeys(["neurons", "position", "gate"]) | no_bias
     constants |= {"CODE": 0, "ADD": True, "HEAD_PARTS": 0, "ZEROS": 64}
     for columns, channels in (([4096] * 3, 4096), ([4096], 11008), ([14336] * 2, 4096), ([32000], 4096)):

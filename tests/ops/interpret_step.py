@@ -24,6 +24,7 @@ from sandcat.ops.triton import launch
 from sandcat.step import FusedStep
 
 launch.multiprocessors = lambda device: 2
+launch.shared_memory = lambda device: 200000
 launch.dependent_launch = lambda device: {"PDL": False}
 
 

@@ -14,6 +14,13 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that the programs on a multiprocessor share; each takes 1 KB for itself."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_multiprocessor - 2048
+
+
+@functools.cache
 def dependent_launch(device: torch.device) -> dict[str, bool]:
     """Arguments that launch a kernel while the one before it runs, which NVIDIA's from 9.0 on can."""
     able = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -3,8 +3,9 @@
 `sparse_rows` cuts the columns of a weight into tiles and its channels into splits; channels are dealt out to the splits
 sixteen at a time, so that busy regions of x are shared. A program compares its split of x with the thresholds, writes
 the list of what it keeps, and reads the rows of that list: a thread sixteen bytes of each, so that its sums never
-leave it. Sums are float32. Programs add theirs to y as they end, so two runs may differ in the last bits; under
-`torch.use_deterministic_algorithms` the last of a tile's programs adds them up in a fixed order.
+leave it. Sums are float32; of int8 weights they are exact, of fixed-point digits (fixed_point.py). Programs add theirs
+to y as they end, so two runs may differ in the last bits; under `torch.use_deterministic_algorithms` the last of a
+tile's programs adds them up in a fixed order.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sandcat.ops.sparse_linear import check_arguments, reference, sparse_linear
+from sandcat.ops.triton.fixed_point import add_four_rows, digits, scale_of_all
 from sandcat.ops.triton.launch import dependent_launch, multiprocessors
-from sandcat.ops.triton.pieces import activated, clear, clear_share, finish, gated, keep_neurons, which_of_three, widen
+from sandcat.ops.triton.pieces import activated, clear, clear_share, finish, gated, keep_neurons, which_of_three
 
 OPS = INT8_OPS = ("sparse_linear",)
 
@@ -59,6 +61,46 @@ def _split_of_x(
 
 
 @triton.jit
+def _list_digits(list_i, list_x, i, x_i, keep, e):
+    """Lists all channels, with digits of x: three words for every four of them, and one unused. Those that are not kept
+    come last, as noughts, because four are multiplied at once. How many are kept, and what sums are to be multiplied
+    with."""
+    kept, n = tl.cumsum(keep.to(tl.int32)), tl.sum(keep.to(tl.int32))
+    place = tl.where(keep, kept - 1, n + e - kept)
+    x_i = tl.where(keep, x_i, 0.0)
+    there, back = scale_of_all(x_i)
+    d_i = digits(x_i * there)
+    tl.store(list_i + place, i)
+    at = list_x.to(tl.pointer_type(tl.int8)) + place // 4 * 16 + place % 4
+    for digit in tl.static_range(3):
+        tl.store(at + digit * 4, (d_i >> (8 * digit)).to(tl.int8))
+    tl.debug_barrier()
+    return n, back
+
+
+@triton.jit
+def _digit_sums(list_i, list_x, n, w, size, cols, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """The sums of n listed rows of an int8 weight, times their digits."""
+    tl.static_assert(ROWS == 4)
+    words, r = list_x.to(tl.pointer_type(tl.int32)), tl.arange(0, 4)
+    none = tl.zeros((BLOCK,), tl.int32)
+    y0, y1, y2 = none, none, none
+    for start in tl.range(0, n, 4, num_stages=STAGES):
+        row = tl.load(list_i + start + r).to(tl.int64)
+        here = (start + r < n)[:, None] & (cols < size)[None, :]
+        w_rc = tl.load(w + row[:, None] * size + cols[None, :], mask=here, other=0, eviction_policy="evict_first")
+        d_r = tl.load(words + start + r)
+        w_01, w_23 = tl.split(tl.permute(tl.reshape(w_rc, (2, 2, BLOCK)), (2, 1, 0)))
+        w0, w1 = tl.split(w_01)
+        w2, w3 = tl.split(w_23)
+        d_02, d_13 = tl.split(tl.reshape(d_r, (2, 2)))
+        d0, d2 = tl.split(d_02)
+        d1, _d3 = tl.split(d_13)
+        y0, y1, y2 = add_four_rows(w0, w1, w2, w3, d0 + none, d1 + none, d2 + none, y0, y1, y2)
+    return y0.to(tl.float32) + (y1.to(tl.float32) + y2.to(tl.float32) * 2.0**-7) * 2.0**-7
+
+
+@triton.jit
 def sparse_rows(
     x, gate, norm, eps, top, total, D, a, b, c, a_threshold, b_threshold, c_threshold, a_bias, b_bias, c_bias,
     a_scale, b_scale, c_scale, list_i, list_x, parts, arrived, y, zeros, n_zeros, neurons, list_n, a_n, count, x_normed,
@@ -88,20 +130,23 @@ def sparse_rows(
     if x_normed is not None:
         tl.store(x_normed + i, x_i.to(dtype), mask=(i < K) & (tile == 0))
     keep = (i < K) & ~(tl.abs(x_i) <= t)
-    place = tl.cumsum(keep.to(tl.int32)) - 1
-    n = tl.sum(keep.to(tl.int32))
     own = (split * tl.num_programs(0) + tile) * CHANNELS
-    tl.store(list_i + own + place, i, mask=keep)
-    tl.store(list_x + own + place, x_i, mask=keep)
-    tl.debug_barrier()
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.range(0, n, ROWS, num_stages=STAGES):
-        here = start + r < n
-        row = tl.load(list_i + own + start + r, mask=here, other=0).to(tl.int64)
-        x_r = tl.load(list_x + own + start + r, mask=here, other=0.0)
-        at = w + row[:, None] * size + cols[None, :]
-        w_rc = tl.load(at, mask=here[:, None] & (cols < size)[None, :], other=0, eviction_policy="evict_first")
-        acc += tl.sum(widen(w_rc) * x_r[:, None], 0)
+    if w.dtype.element_ty == tl.int8:
+        n, back = _list_digits(list_i + own, list_x + own, i, x_i, keep, e)
+        acc = _digit_sums(list_i + own, list_x + own, n, w, size, cols, ROWS, BLOCK, STAGES) * back
+    else:
+        place, n = tl.cumsum(keep.to(tl.int32)) - 1, tl.sum(keep.to(tl.int32))
+        tl.store(list_i + own + place, i, mask=keep)
+        tl.store(list_x + own + place, x_i, mask=keep)
+        tl.debug_barrier()
+        acc = tl.zeros((BLOCK,), tl.float32)
+        for start in tl.range(0, n, ROWS, num_stages=STAGES):
+            here = start + r < n
+            row = tl.load(list_i + own + start + r, mask=here, other=0).to(tl.int64)
+            x_r = tl.load(list_x + own + start + r, mask=here, other=0.0)
+            at = w + row[:, None] * size + cols[None, :]
+            w_rc = tl.load(at, mask=here[:, None] & (cols < size)[None, :], other=0, eviction_policy="evict_first")
+            acc += tl.sum(w_rc.to(tl.float32) * x_r[:, None], 0)
     if PDL:
         gdc_launch_dependents()  # not before: programs that wait take from these the room to read ahead
     clear_share(zeros, n_zeros, ZEROS)
@@ -150,7 +195,7 @@ def sparse_rows_config(columns: list[int], channels: int, itemsize: int, multipr
         "ROWS": 4,
         "BLOCK": block,
         "SPLITS": splits,
-        "STAGES": 5,
+        "STAGES": 4 if itemsize == 1 else 5,
         "num_warps": warps,
     }
     return config, (tiles, splits)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sandcat.ops.triton.pieces import clear_share, finish, gated, load_rows, which_of_three, widen
+from sandcat.ops.triton.pieces import clear_share, finish, gated, load_rows, which_of_three
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def project(
         bias = a_bias
         if a_bias is not None:
             bias = which_of_three(tile, a_bias, b_bias, c_bias, A, B, C, ROWS)[0]
-        total = finish(tl.sum(widen(w) * x_k[None, :], 1), None, bias, rows, size)
+        total = finish(tl.sum(w.to(tl.float32) * x_k[None, :], 1), None, bias, rows, size)
         tl.store(y + before + rows, total.to(y.dtype.element_ty), mask=rows < size)
         w, size, rows, before = w_ahead, size_ahead, rows_ahead, before_ahead
     if position is not None:
@@ -76,7 +76,7 @@ def project(
 
 @triton.jit
 def add_rows(
-    x, gate, w, bias, scale, h, zeros, n_zeros, N, K,
+    x, gate, w, bias, h, zeros, n_zeros, N, K,
     CODE: tl.constexpr, DTYPE: tl.constexpr, ZEROS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +91,7 @@ def add_rows(
         rows = tile * ROWS + r
         ahead = load_rows(w, rows + tl.num_programs(0) * ROWS, N, k, K)
         h_r = tl.load(h + rows, mask=rows < N, other=0.0)
-        total = finish(tl.sum(widen(w_rk) * x_k[None, :], 1), scale, bias, rows, N)
+        total = finish(tl.sum(w_rk.to(tl.float32) * x_k[None, :], 1), None, bias, rows, N)
         tl.store(h + rows, h_r + total, mask=rows < N)
         w_rk = ahead
     clear_share(zeros, n_zeros, ZEROS)
@@ -99,7 +99,7 @@ def add_rows(
 
 @triton.jit
 def gate_up(
-    h, norm, eps, gate, up, gate_bias, up_bias, gate_scale, up_scale, y, I, H,
+    h, norm, eps, gate, up, gate_bias, up_bias, y, I, H,
     CODE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = act(gate(x)) * up(x) of a dense MLP, x the normed h."""
@@ -115,8 +115,8 @@ def gate_up(
         rows = tile * ROWS + r
         ahead = rows + tl.num_programs(0) * ROWS
         gate_ahead, up_ahead = load_rows(gate, ahead, I, k, H), load_rows(up, ahead, I, k, H)
-        g = finish(tl.sum(widen(w_gate) * x_k[None, :], 1), gate_scale, gate_bias, rows, I)
-        u = finish(tl.sum(widen(w_up) * x_k[None, :], 1), up_scale, up_bias, rows, I)
+        g = finish(tl.sum(w_gate.to(tl.float32) * x_k[None, :], 1), None, gate_bias, rows, I)
+        u = finish(tl.sum(w_up.to(tl.float32) * x_k[None, :], 1), None, up_bias, rows, I)
         tl.store(y + rows, gated(g, u.to(dtype).to(tl.float32), dtype, CODE).to(dtype), mask=rows < I)
         w_gate, w_up = gate_ahead, up_ahead
 
@@ -226,9 +226,6 @@ def attend_config(group: int, size: int, itemsize: int, length: int, splits: int
 def whole_rows_config(columns: int, itemsize: int, matrices: int = 1) -> dict:
     """Rows that a program takes at a time of each matrix, its columns (all), its warps, programs a multiprocessor."""
     block = triton.next_power_of_2(columns)
-    if itemsize == 1:
-        warps = min(32, max(1, block // 1024))
-        return {"ROWS": 1, "BLOCK": block, "num_warps": warps, "per_multiprocessor": max(1, 16 // warps)}
     rows = max(1, min(4, 8192 // block // matrices))
     warps = min(32, max(2, rows * matrices * block * itemsize // 4096))  # at most 64 numbers a thread
     return {"ROWS": rows, "BLOCK": block, "num_warps": warps, "per_multiprocessor": 4}
