@@ -128,12 +128,8 @@ if options.int8:
         dense_reference(x, weights[0], scales[0]),
         options.copies * I * H,
         [
-            (
-                {"ROWS": rows, "BLOCK": block, "PAD": columns, "STAGES": stages, "AHEAD": 0, "num_warps": 4},
-                programs * torch.cuda.get_device_properties(device).multi_processor_count,
-            )
-            for rows, block in itertools.product((4, 8, 16, 32), (256, 512, 1024))
-            for stages, programs in itertools.product((3, 4, 5), (2, 3, 4))
-            if 16 <= rows * block // 128 <= 64
+            int8_linear.int8_rows_config([I], H, device, H, rows=rows, block=block, stages=stages, warps=warps)
+            for rows, block, stages, warps in itertools.product((64, 128, 256), (128, 256), (2, 3, 4), (4, 8))
+            if rows >= 16 * warps
         ],
     )

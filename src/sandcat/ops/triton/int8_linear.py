@@ -106,13 +106,15 @@ def int8_rows(
         tl.store(position, tl.load(position) + 1, mask=(tile == 0) & (split == 0))
 
 
-def int8_rows_config(sizes: list[int], columns: int, device: torch.device, most: int) -> tuple[dict, tuple[int, int]]:
+def int8_rows_config(
+    sizes: list[int], columns: int, device: torch.device, most: int,
+    *, rows: int = 256, block: int = 128, stages: int = 3, warps: int = 8,
+) -> tuple[dict, tuple[int, int]]:  # fmt: skip
     """Shape of a program of `int8_rows`, and the grid: tiles of rows and slices of columns, `most` of these at most.
 
     All programs run at once, as far as there are tiles enough: two a multiprocessor where its memory has the room.
     """
-    rows, block = 256, 128
-    stages = min(3, shared_memory(device) // ((rows + DIGITS.value) * block))
+    stages = min(stages, shared_memory(device) // ((rows + DIGITS.value) * block))
     places = max(1, shared_memory(device) // ((rows + DIGITS.value) * block * stages))
     tiles, pieces = sum(triton.cdiv(size, rows) for size in sizes), triton.cdiv(columns, block)
     slices = max(1, min(places * multiprocessors(device) // tiles, pieces, most))
@@ -125,7 +127,7 @@ def int8_rows_config(sizes: list[int], columns: int, device: torch.device, most:
         "BLOCK": block,
         "STAGES": stages,
         "AHEAD": 1,
-        "num_warps": 8,
+        "num_warps": warps,
     }
     return config, (tiles, triton.cdiv(pieces, each))
 
