@@ -1,6 +1,6 @@
 """Numbers as fixed-point digits, so that products with int8 weights are sums of integers, which a GPU has units for.
 
-Widening an int8 weight and multiplying it takes four instructions, with all that is around them six to nine, where
+Widening an int8 weight and multiplying it takes four instructions, with all that is around them six and more, where
 memory leaves time for nine at best. As a sum of bytes, d0 + d1 / 128 + d2 / 128^2 + ... times a power of two, a number
 times a weight is a few products of bytes, and one instruction takes four of these, or hundreds in the matrix unit. All
 sums are exact; what is lost is what lies under the last digit of the largest number: 2^-28 of it with four digits,

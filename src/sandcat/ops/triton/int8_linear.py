@@ -21,7 +21,7 @@ from sandcat.ops.triton.launch import dependent_launch, multiprocessors, shared_
 from sandcat.ops.triton.pieces import ask_for, clear, clear_share, finish, gated, which_of_three
 
 OPS, INT8_OPS = (), ("int8_linear",)
-DIGITS = tl.constexpr(16)
+COLUMNS = tl.constexpr(16)
 """Columns that the matrix unit takes at least; four are digits, the others are zero."""
 
 
@@ -53,7 +53,7 @@ def int8_rows(
     tile, split = tl.program_id(0), tl.program_id(1)
     w, size, rows, before = which_of_three(tile, a, b, c, A, B, C, ROWS)
     first = split * PIECES * BLOCK
-    k, n = tl.arange(0, BLOCK), tl.arange(0, DIGITS)
+    k, n = tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
     w += rows.to(tl.int64)[:, None] * K + first
     if PDL:  # weights, which no step changes, are asked for before the kernel before this one ends
         lines = tl.arange(0, BLOCK // 128) * 128
@@ -77,7 +77,7 @@ def int8_rows(
         word = ((d_s >> (8 * digit)) & 255) << (8 * tl.arange(0, 4))[None, :]
         tl.store(room + digit * (SLICE // 4) + words, tl.sum(word, 1))
     tl.debug_barrier()
-    acc = tl.zeros((ROWS, DIGITS), tl.int32)
+    acc = tl.zeros((ROWS, COLUMNS), tl.int32)
     digit_n = room.to(tl.pointer_type(tl.int8)) + n[None, :] * SLICE
     for piece in tl.range(0, PIECES, num_stages=STAGES):
         at = piece * BLOCK + k
@@ -114,8 +114,8 @@ def int8_rows_config(
 
     All programs run at once, as far as there are tiles enough: two a multiprocessor where its memory has the room.
     """
-    stages = min(stages, shared_memory(device) // ((rows + DIGITS.value) * block))
-    places = max(1, shared_memory(device) // ((rows + DIGITS.value) * block * stages))
+    stages = min(stages, shared_memory(device) // ((rows + COLUMNS.value) * block))
+    places = max(1, shared_memory(device) // ((rows + COLUMNS.value) * block * stages))
     tiles, pieces = sum(triton.cdiv(size, rows) for size in sizes), triton.cdiv(columns, block)
     slices = max(1, min(places * multiprocessors(device) // tiles, pieces, most))
     each = triton.cdiv(pieces, slices)
