@@ -211,7 +211,7 @@ class FusedStep:
             q, k, v, *norms, 0.0 if block.q_norm is None else block.q_norm.variance_epsilon, self.cos, self.sin,
             self.position, keys, values, block.scaling, self.top, self.sum, self.acc, self.heads_arrived,
             None if isinstance(block.o, SparseLinear) else self.attended,
-            self.max_length, G, D, block.window or self.max_length,
+            self.max_length, G, D, block.window,
             **self.kernels.attend_config(G, D, keys.element_size(), self.max_length, self.splits), **self.dependent,
         )  # fmt: skip
 
@@ -283,7 +283,7 @@ class FusedStep:
         """y = the products with the normed x, added to zeroes where y is float32; or y += those with x, or with
         act(gate) * x."""
         sizes, columns = _sizes(linears), linears[0].in_features
-        most = columns if y.dtype == torch.float32 else 1  # programs that may add to one sum
+        most = columns if position is None else 1  # programs that may add to one sum: the logits are not zeroed
         if self.ordered:
             most = min(most, 1 if norm is None else 2)  # two added to zero are the same in any order
         config, grid = self.int8_kernels.int8_rows_config(sizes, columns, x.device, most)

@@ -40,7 +40,9 @@ def arguments(tokens, hidden, neurons, dtype, device="cpu", *, bias=False, int8=
 @pytest.mark.parametrize("device", DEVICES)
 def test_equals_reference(dtype, hidden, neurons, tokens, bias, int8, device):
     args = arguments(tokens, hidden, neurons, dtype, device, bias=bias, int8=int8)
-    exact = [t.float() if t is not None and t.is_floating_point() else t for t in args]  # a bias may cancel a product
+    exact = args
+    if device == "cpu" or tokens == 1:  # the kernels round once; a bias may cancel a product that is rounded before
+        exact = [t.float() if t is not None and t.is_floating_point() else t for t in args]
     assert_close(sparse_up(*args), reference(*exact), dtype)
     assert kernel_name("sparse_up", device, int8) == {"cpu": "numba", "cuda": "triton"}[device]
 

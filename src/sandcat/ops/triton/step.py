@@ -122,7 +122,7 @@ def gate_up(
 
 
 @triton.jit
-def _rotated(x, norm, eps, cos, sin, here, d, D, dtype: tl.constexpr):
+def _rotated(x, norm, eps, cos_d, sin_d, here, d, D, dtype: tl.constexpr):
     """RMSNorm, where there is one, and rotary embedding of heads whose first element is at x, in their dtype."""
     half = D // 2
     other = tl.where(d < half, d + half, d - half)
@@ -132,8 +132,7 @@ def _rotated(x, norm, eps, cos, sin, here, d, D, dtype: tl.constexpr):
         scale = tl.rsqrt(tl.sum(own * own, 1) / D + eps)[:, None]
         own *= scale * tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
         swapped *= scale * tl.load(norm + other, mask=d < D, other=0.0).to(tl.float32)
-    c, s = tl.load(cos + d, mask=d < D, other=0.0).to(tl.float32), tl.load(sin + d, mask=d < D, other=0.0)
-    return own * c + tl.where(d < half, -swapped, swapped) * s.to(tl.float32)
+    return own * cos_d + tl.where(d < half, -swapped, swapped) * sin_d
 
 
 @triton.jit
@@ -146,6 +145,7 @@ def attend(
 
     A program takes every SPLITS-th run of POSITIONS cached positions for one key-value head; the last of a head's
     programs to end adds up their parts. Without `out` they stay parts, for `sparse_rows` to add up what it needs.
+    WINDOW: how many positions are seen, the new one among them; all where it is None.
     """
     head, split = tl.program_id(0), tl.program_id(1)
     g, d = tl.arange(0, GROUP), tl.arange(0, BLOCK)[None, :]
@@ -155,19 +155,23 @@ def attend(
     values += base
     new = tl.load(position)  # this and what is cached were written long before
     run, step = tl.arange(0, POSITIONS)[:, None], SPLITS * POSITIONS
-    first = tl.maximum(0, new + 1 - WINDOW) + split * POSITIONS
+    first = split * POSITIONS
+    if WINDOW is not None:
+        first += tl.maximum(0, new + 1 - WINDOW)
     t = first + run
-    k_sd = tl.load(keys + t * D + d, mask=(t < new) & (d < D), other=0.0)
-    v_sd = tl.load(values + t * D + d, mask=(t < new) & (d < D), other=0.0)
+    # what lies beyond the new position is read too, so that nothing waits for that
+    k_sd = tl.load(keys + t * D + d, mask=(t < L) & (d < D), other=0.0)
+    v_sd = tl.load(values + t * D + d, mask=(t < L) & (d < D), other=0.0)
+    cos_d = tl.load(cos + new * D + d, mask=d < D, other=0.0).to(tl.float32)
+    sin_d = tl.load(sin + new * D + d, mask=d < D, other=0.0).to(tl.float32)
+    v_sd = tl.where(t < new, v_sd, 0.0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    cos += new * D
-    sin += new * D
     row = (head * G + g)[:, None]
     here = (g < G)[:, None] & (d < D)
-    q_gd = _rotated(q + row * D, q_norm, eps, cos, sin, here, d, D, dtype).to(dtype)
-    k_d = _rotated(k + head * D, k_norm, eps, cos, sin, d < D, d, D, dtype).to(dtype)
+    q_gd = _rotated(q + row * D, q_norm, eps, cos_d, sin_d, here, d, D, dtype).to(dtype)
+    k_d = _rotated(k + head * D, k_norm, eps, cos_d, sin_d, d < D, d, D, dtype).to(dtype)
     v_d = tl.load(v + head * D + d, mask=d < D, other=0.0).to(dtype)
     if split == 0:
         tl.store(keys + new * D + d, k_d, mask=d < D)
