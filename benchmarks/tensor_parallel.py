@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 benchmarks/tensor_parallel.py FOLDER
 
-FOLDER is what sandcat sparsify wrote. Each process takes a GPU (without any: CPU cores, to try it). The first one
+FOLDER is what sandcat sparsify wrote; in bfloat16 logits differ by what rounding at thresholds grows to. Each process takes a GPU (without any: CPU cores, to try it). The first one
 then runs the whole model as well, if it fits its device.
 """
 
@@ -43,17 +43,18 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--dtype", default=None, help="default: the folder's")
     options = parser.parse_args()
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     parts = dist.get_world_size()
-    model, _ = sandcat.load(options.folder, tensor_parallel=parts)
+    model, _ = sandcat.load(options.folder, dtype=options.dtype, tensor_parallel=parts)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(options.context).mul(7919).remainder(vocabulary)[None].to(model.device)
     logits, milliseconds = measured(model, ids, options.steps)
     size = held(model)
     if dist.get_rank() == 0:
         print(f"{parts} devices: {size / 1e6:.0f} MB each, {milliseconds:.2f} ms a step (eager)")
-        whole, _ = sandcat.load(options.folder, device=str(model.device))
+        whole, _ = sandcat.load(options.folder, dtype=options.dtype, device=str(model.device))
         want, milliseconds = measured(whole, ids, options.steps)
         print(f"1 device: {held(whole) / 1e6:.0f} MB, {milliseconds:.2f} ms a step (eager)")
         print(f"logits: relative RMS difference {float((logits - want).norm() / want.norm()):.1e}")

@@ -27,9 +27,16 @@ def outputs(model) -> list[torch.Tensor]:
 
 
 def held(model) -> int:
-    """Bytes of its weights here. (On a CPU a part is a view into the mapped file, whose rest nobody reads.)"""
-    tensors = [t.to_local() if isinstance(t, DTensor) else t for t in (*model.parameters(), *model.buffers())]
-    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+    """Bytes of its weights here, without an embedding table of its own, which not all versions of transformers split.
+
+    (On a CPU a part is a view into the mapped file, whose rest nobody reads.)
+    """
+    table = model.get_input_embeddings().weight
+    tensors = [*model.parameters(), *model.buffers()]
+    if model.get_output_embeddings().weight is not table:
+        tensors = [t for t in tensors if t is not table]
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return sum({t.data_ptr(): t.nbytes for t in local}.values())
 
 
 def main(folders: list[str]) -> None:

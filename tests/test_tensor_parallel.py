@@ -29,6 +29,8 @@ CASES = {
 @pytest.fixture(scope="module", params=DEVICES)
 def cases(request, tmp_path_factory):
     """For each case what the whole model gives, and what two processes found."""
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     root = tmp_path_factory.mktemp("split")
     want, folders = {}, {}
     for name, (family, recipe) in CASES.items():
@@ -36,8 +38,6 @@ def cases(request, tmp_path_factory):
         sandcat.sparsify(model, None, recipe, calibration=text())
         folders[name] = sandcat.save(model, tokenizer(), root / name.replace(" ", "-"))
         want[name] = {"outputs": split.outputs(model), "bytes": split.held(model)}
-    if request.param == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     launch(TORCHRUN, split.__file__, *map(str, folders.values()), gpus=request.param == "cuda")
     return {n: (want[n], [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]) for n, folder in folders.items()}
 

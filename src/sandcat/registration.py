@@ -54,13 +54,11 @@ class SandcatQuantizer(HfQuantizer):
             state.pop(f"{head.name}.weight")
         return state, {}
 
-    def update_parallel_plan(self, model, plan):
-        tensor_parallel.update_plan(model, plan)
-
     def _process_model_before_weight_loading(self, model, **kwargs):
         view = ModelView(model)
         for method, site, spec in self.quantization_config.plan.match(view):
             view.replace(site, method.build(view.current(site), spec))
+        tensor_parallel.update_plan(model, model.tp_plan)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         view, pages = ModelView(model), FilePages(model)

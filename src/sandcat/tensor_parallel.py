@@ -21,17 +21,21 @@ from sandcat.layers.linear import SparseLinear
 from sandcat.layers.mlp import GatedMLP
 from sandcat.layers.sparse import Thresholded
 
+_LOCAL = "_hf_quantized_needs_local_tp"
+"""What tells transformers that a layer computes with local tensors."""
+
 
 def update_plan(model: nn.Module, plan: dict[str, str]) -> None:
     """Scales belong to outputs: where a weight is cut by its inputs, every device has them all."""
     names = {re.sub(r"\.\d+(?=\.)", ".*", name) for name, _ in model.named_parameters()}
     for name, style in list(plan.items()):
         if style.startswith("rowwise") and f"{name}.weight_scale" in names:
-            plan.setdefault(f"{name}.weight_scale", "replicate")
+            plan.setdefault(f"{name}.weight_scale", "replicated_with_grad_allreduce")
 
 
 def is_split(model: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    local = any(getattr(module, _LOCAL, False) for module in model.modules())
+    return local or any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def split(model: nn.Module) -> None:
@@ -68,7 +72,7 @@ def _split_linear(name: str, module: Kernel) -> None:
         cut, dim = ("factor_a", 1) if by_inputs else ("factor_b", 0)
         setattr(module, cut, _part(getattr(module, cut), weight, dim))
     _localise(module, keep=("bias",) if by_inputs else ())  # which transformers adds after adding up
-    module._hf_quantized_needs_local_tp = True  # to transformers: it computes with local tensors
+    setattr(module, _LOCAL, True)
 
 
 def _split_mlp(name: str, mlp: GatedMLP) -> None:
