@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node 2 benchmarks/tensor_parallel.py FOLDER
 
-FOLDER is what sandcat sparsify wrote; in bfloat16 logits differ by what rounding at thresholds grows to. Each process takes a GPU (without any: CPU cores, to try it). The first one
-then runs the whole model as well, if it fits its device.
+FOLDER is what sandcat sparsify wrote. Each process takes a GPU (without any: CPU cores, to try it). The first one then
+runs the whole model as well, if it fits its device. Another order of sums decides on which side of a threshold a value
+lies, which grows in a deep model of random weights: its logits may differ by much.
 """
 
 from __future__ import annotations
