@@ -169,7 +169,9 @@ def test_families(tmp_path, family, sequences):
     head = [] if ARCHITECTURES[family].served == "layers" else ["head"]
     sites = ["qkv", "o"] if fused else ["q", "v", "o", "gate"]
     recipe = ("int8:sites=[o]", "cats:sparsity=0.4", f"teal:sparsity=0.3,sites=[{','.join(sites + head)}]")
-    folder = small(family, tmp_path, *recipe)
+    # vLLM's CPU kernel rounds soft-capped scores: a dense model's logarithms differ by 7e-5 there, else by 7e-9
+    changes = {"attn_logit_softcapping": None} if family == "gemma2" else {}
+    folder = small(family, tmp_path, *recipe, **changes)
     check(folder, tiny.text().ids_NL[:4, :20].tolist(), tmp_path, max_num_seqs=sequences)
 
 
