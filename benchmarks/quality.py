@@ -21,7 +21,7 @@ from pathlib import Path
 
 import sandcat
 from sandcat import plots
-from sandcat.benchmark import bytes_share
+from sandcat.bytes_read import bytes_share
 from sandcat.data import load_text, same_source
 from sandcat.errors import BudgetError
 from sandcat.evaluate import WINDOW, evaluate_text
