@@ -31,7 +31,8 @@ import torch
 from rich import print
 
 import sandcat
-from sandcat.benchmark import read_bandwidth, read_bytes, step_bytes
+from sandcat.benchmark import read_bandwidth
+from sandcat.bytes_read import read_bytes, step_bytes
 from sandcat.data import load_text
 from sandcat.errors import CheckpointError
 from sandcat.generate import Decoder

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import sandcat
 from sandcat import plots
-from sandcat.benchmark import bytes_share
+from sandcat.bytes_read import bytes_share
 from sandcat.data import load_text, same_source
 from sandcat.errors import BudgetError
 from sandcat.evaluate import WINDOW, evaluate_text
@@ -61,7 +61,7 @@ def main() -> None:
     print(markdown(rows))
     if options.plot:
         svg = plots.quality({name: points(rows) for name, rows in by_recipe(rows).items()})
-        options.plot.write_text(svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" color="#75869a"', 1))
+        options.plot.write_text(str(svg).replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" color="#75869a"', 1))
 
 
 def asked_for(options: argparse.Namespace) -> list[dict]:

@@ -22,18 +22,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sandcat
-from sandcat.benchmark import (
-    parity_error,
-    prepared_steps,
-    read_bandwidth,
-    step_bytes,
-    step_medians,
-    step_modes,
-)
+from sandcat.benchmark import prepared_steps, read_bandwidth, step_medians, step_modes
+from sandcat.bytes_read import step_bytes
 from sandcat.data import Text
 from sandcat.errors import ParityError
 from sandcat.generate import Decoder
 from sandcat.hub import pick_device, pick_dtype
+from sandcat.parity import parity_error
 
 SHAPES = {
     "llama-2-7b": ("llama", 4096, 11008, 32, 32, 32, 32000),

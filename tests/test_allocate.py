@@ -14,7 +14,7 @@ from tiny import FAMILIES, text, tiny, tokenizer
 import sandcat
 from sandcat import allocate
 from sandcat.architectures import ModelView
-from sandcat.benchmark import bytes_share, read_bytes
+from sandcat.bytes_read import bytes_share, read_bytes
 from sandcat.curves import GRID, Curve, collect
 from sandcat.errors import BadRecipe, BudgetError, PlanConflict
 from sandcat.evaluate import evaluate_text

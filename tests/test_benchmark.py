@@ -12,9 +12,11 @@ from torch import nn
 
 import sandcat
 from sandcat import benchmark
+from sandcat.bytes_read import read_bytes, step_bytes
 from sandcat.errors import ParityError
 from sandcat.layers.kernel import kernels_of
 from sandcat.layers.sparse import sparse_modules
+from sandcat.parity import parity_error
 
 
 @pytest.fixture
@@ -32,14 +34,14 @@ def test_bytes_of_a_step(pair):
     ids = torch.randint(4, 96, (2, 10))
     weights = sum(p.nbytes for p in dense.parameters()) - dense.model.embed_tokens.weight.nbytes
     cache = 2 * 2 * 2 * 2 * 10 * 8 * 4  # keys and values, layers, sequences, heads, tokens, size, bytes
-    assert benchmark.step_bytes(dense, ids) == weights + cache
+    assert step_bytes(dense, ids) == weights + cache
     kept = []
     for module in sparse_modules(sparse).values():
         module.register_forward_pre_hook(lambda m, args: kept.append(int(m.kept(args[0][:, -1]).any(0).sum())))
     sparse(ids)
     dropped = sum(72 - count for count in kept[-2:])
     thresholds = 2 * 72 * 4
-    assert benchmark.step_bytes(sparse, ids) == weights + cache + thresholds - dropped * 2 * 32 * 4
+    assert step_bytes(sparse, ids) == weights + cache + thresholds - dropped * 2 * 32 * 4
 
 
 @pytest.mark.usefixtures("kernels_pay")
@@ -50,13 +52,13 @@ def test_bytes_of_a_batch(pair):
     shared = copy.deepcopy(dense)
     sandcat.sparsify(shared, None, "cats:batch=shared", calibration=text())
     ids = torch.randint(4, 96, (8, 10), generator=torch.Generator().manual_seed(0))
-    own, common = (benchmark.step_bytes(model, ids) for model in (sparse, shared))
-    alone = sum(benchmark.step_bytes(sparse, ids[i : i + 1]) for i in range(8)) / 8
+    own, common = (step_bytes(model, ids) for model in (sparse, shared))
+    alone = sum(step_bytes(sparse, ids[i : i + 1]) for i in range(8)) / 8
     cache = 2 * 2 * 2 * 10 * 8 * 4
     assert common - 8 * cache == pytest.approx(alone - cache, rel=0.02) and own > 1.1 * common
     many = torch.randint(4, 96, (17, 30), generator=torch.Generator().manual_seed(0))
     thresholds = 2 * 72 * 4
-    assert benchmark.step_bytes(shared, many) == benchmark.step_bytes(dense, many) + thresholds
+    assert step_bytes(shared, many) == step_bytes(dense, many) + thresholds
     found = benchmark.benchmark(dense, shared, many, steps=3, runs=1, compile=False)
     assert found.kernel == "dense" and found.parity_error == 0
     assert benchmark.benchmark(dense, shared, many[:4], steps=3, runs=1, compile=False).kernel == "numba"
@@ -78,7 +80,7 @@ def test_the_report_says_above_which_batch_a_step_is_dense(pair, monkeypatch):
 
 def test_a_tied_head_is_read(pair):
     tied = tiny("llama", tie_word_embeddings=True)
-    assert benchmark.read_bytes(tied) == sum(p.nbytes for p in tied.parameters())
+    assert read_bytes(tied) == sum(p.nbytes for p in tied.parameters())
 
 
 def test_pairs(pair):
@@ -128,7 +130,7 @@ def test_an_activation_on_its_threshold_is_no_error(pair, monkeypatch):
 
     right = mlp.sparse_mlp
     monkeypatch.setattr(mlp, "sparse_mlp", lambda *args: right(*args[:4], args[4] * (1 - 1e-6), *args[5:]))
-    assert benchmark.parity_error(sparse, ids) < 1e-5
+    assert parity_error(sparse, ids) < 1e-5
     assert torch.equal(module.threshold, before)
 
 

@@ -8,7 +8,7 @@ from tiny import text, tiny
 
 import sandcat
 from sandcat.architectures import ModelView
-from sandcat.benchmark import bytes_share, read_bytes
+from sandcat.bytes_read import bytes_share, read_bytes
 from sandcat.errors import BadRecipe, NothingMatched
 from sandcat.layers.low_rank import LowRankLinear
 from sandcat.layers.sparse import sparse_modules

@@ -9,6 +9,7 @@ from tiny import VOCABULARY, text, tiny
 
 import sandcat
 from sandcat.generate import Decoder
+from sandcat.layers.sparse import sparse_modules
 
 SIZES = {"hidden_size": 320, "intermediate_size": 711, "tie_word_embeddings": False}
 
@@ -166,6 +167,24 @@ def test_several_sequences(recipe):
         assert fused is not None
         for a, b in zip(found, want, strict=True):
             assert_close(a, b, torch.float32)
+
+
+@pytest.mark.parametrize("recipe", ["teal:sites=all+head", "cats", "teal:sites=[q,k,v,o,gate] cats"])
+def test_weights_are_stored_as_the_step_reads_them(recipe):
+    """As a dense model's where nothing is skipped, which is as fast; and by inputs again for who skips."""
+    model = several(recipe)
+    modules = sparse_modules(model).values()
+    for batch, by_inputs in [(16, False), (1, True), (16, False), (None, True)]:
+        if batch is None:
+            model(torch.tensor([[5]]))  # by modules
+        else:
+            torch.manual_seed(batch)
+            want, found, fused = pair(model, batch=batch, length=20, steps=2)
+            assert fused is not None
+            for a, b in zip(found, want, strict=True):
+                assert_close(a, b, torch.float32)
+        assert {module.packed for module in modules} == {by_inputs}
+        assert all((module.skipped.t() if by_inputs else module.skipped).is_contiguous() for module in modules)
 
 
 @pytest.mark.usefixtures("all_skip")

@@ -18,7 +18,7 @@ import numpy as np
 
 from sandcat import calibrate
 from sandcat.architectures import ModelView
-from sandcat.benchmark import read_bytes
+from sandcat.bytes_read import read_bytes
 from sandcat.curves import LEVELS, Curve, Savings, collect, savings
 from sandcat.data import Text
 from sandcat.errors import BadRecipe, BudgetError

@@ -12,7 +12,7 @@ from sandcat.architectures import Block, ModelView
 from sandcat.layers.int8 import Int8Linear, scale_of
 from sandcat.layers.linear import SparseLinear
 from sandcat.layers.mlp import SparseMLP
-from sandcat.layers.sparse import Sparse
+from sandcat.layers.sparse import Sparse, sparse_modules
 from sandcat.ops import MAX_TOKENS
 from sandcat.ops.numba import step
 from sandcat.ops.numba.amx import HAS_TILES
@@ -48,8 +48,12 @@ def _linears(block: Block) -> dict[str, nn.Module]:
 
 def _by_inputs(block: Block, name: str) -> bool:
     """Whether a layer's weight is stored [I, O]: where inputs can be skipped."""
-    sparse = name == "down" and isinstance(block.mlp.module, SparseMLP)
-    return sparse or isinstance(_linears(block)[name], Sparse)
+    mlp = block.mlp.module
+    return mlp.packed if name == "down" and isinstance(mlp, SparseMLP) else _packed(_linears(block)[name])
+
+
+def _packed(linear: nn.Module) -> bool:
+    return isinstance(linear, Sparse) and linear.packed
 
 
 def _rows(block: Block, name: str) -> Tensor:
@@ -59,7 +63,7 @@ def _rows(block: Block, name: str) -> Tensor:
 
 
 def _rows_of(head: nn.Module) -> Tensor:
-    return head.weight.t() if isinstance(head, Sparse) else head.weight
+    return head.weight.t() if _packed(head) else head.weight
 
 
 def _odd_lines(size: int) -> int:
@@ -68,16 +72,20 @@ def _odd_lines(size: int) -> int:
 
 
 class CpuStep:
-    """The step on a CPU; see `sandcat.step.Step`."""
+    """The step on a CPU; see `sandcat.step.Step`. Weights of modules that skip nothing in a step of so many sequences
+    are stored as those of dense ones from then on, until one needs them otherwise.
+    """
 
     def __init__(self, view: ModelView, blocks: list[Block], cache: Cache):
         model, decoder = view.model, view.decoder
         table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
         self.dtype, self.vocabulary = table.dtype, len(table)
-        self.held = [table]  # by its address, as it need not be contiguous
         batch, groups, length, size = cache.layers[0].keys.shape
         rows = batch if batch == 1 else -(-batch // 4) * 4
         self.x_B1H = torch.empty(batch, 1, 0, dtype=self.dtype)
+        for module in sparse_modules(model).values():
+            module.pack() if self._skips(module) else module.unpack()
+        self.held = [table]  # by its address, as it need not be contiguous
         heads, hidden = blocks[0].q.out_features // size, table.shape[1]
         neurons = max(_linears(block)["down"].in_features for block in blocks)
         most = _odd_lines(max(heads * size, hidden, neurons))
@@ -108,7 +116,7 @@ class CpuStep:
             sums=rooms(rows, stride), stride=stride, room=rooms(room_of(most), dtype=torch.int32) if tiles else None,
             tiles=room_of(most),
         )  # fmt: skip
-        by_inputs, skips = isinstance(head, Sparse), self._skips(head)
+        by_inputs, skips = _packed(head), self._skips(head)
         self._fill_linear(self.model[0]["head"], head, _rows_of(head), by_inputs=by_inputs, skips=skips)
         self.layers = np.zeros(len(blocks), step.LAYER)
         for entry, block, cached in zip(self.layers, blocks, cache.layers, strict=True):

@@ -13,7 +13,8 @@ from torch import nn
 
 from sandcat import calibrate, hub
 from sandcat.architectures import ModelView
-from sandcat.benchmark import SpeedResult, benchmark, bytes_share
+from sandcat.benchmark import SpeedResult, benchmark
+from sandcat.bytes_read import bytes_share
 from sandcat.data import Text, load_text, same_source
 from sandcat.defaults import EVALUATION_TEXT, EVALUATION_TOKENS
 from sandcat.errors import BadRecipe, DataError, PlanError

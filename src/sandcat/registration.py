@@ -13,6 +13,7 @@ from sandcat.architectures import ModelView
 from sandcat.errors import PlanError, UnsupportedModel
 from sandcat.layers.core import follow_prompts
 from sandcat.layers.kernel import Kernel
+from sandcat.layers.sparse import sparse_modules
 from sandcat.memory import FilePages
 from sandcat.plan import QUANT_METHOD, Plan
 
@@ -133,11 +134,10 @@ def pack(model: nn.Module, pages: FilePages | None = None) -> None:
     Args:
         pages: of the files that the model was just loaded from, to give back what has moved.
     """
-    for module in model.modules():
-        if hasattr(module, "pack"):
-            module.pack()
-            if pages:
-                pages.give_back()
+    for module in sparse_modules(model).values():
+        module.pack()
+        if pages:
+            pages.give_back()
     follow_prompts(ModelView(model).decoder)
     align(model, pages)
 

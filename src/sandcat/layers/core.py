@@ -125,6 +125,8 @@ class CoreMLP(GatedMLP):
         return torch.cat(y_TH).view(x.shape)
 
     def by_kernel(self, x_TH: Tensor, core_TI: Tensor) -> Tensor:  # type: ignore[override]
+        if not self.packed:
+            self.pack()
         return core_mlp(*self._arguments(x_TH, core_TI))
 
     def by_definition(self, x_TH: Tensor, core_TI: Tensor) -> Tensor:  # type: ignore[override]

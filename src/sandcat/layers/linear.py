@@ -41,9 +41,9 @@ class SparseLinear(Thresholded, nn.Linear):
     def size(self) -> int:
         return self.weight.numel()
 
-    def pack(self) -> None:
-        """Stores the weight channel-major, once; its shape [O, I] and its values stay, as a transposed view."""
-        self.weight.data = self.weight.data.t().contiguous().t()
+    @property
+    def skipped(self) -> nn.Parameter:
+        return self.weight
 
     def scores(self, x: Tensor) -> Tensor:
         return x.abs()
@@ -56,6 +56,8 @@ class SparseLinear(Thresholded, nn.Linear):
 
     def by_kernel(self, x: Tensor) -> Tensor:
         run = shared_linear if self.shares(x) else sparse_linear
+        if not self.packed:
+            self.pack()
         return run(x.flatten(0, -2), self.weight.t(), self.threshold, self.bias, scale_of(self))
 
     def by_definition(self, x: Tensor) -> Tensor:

@@ -80,10 +80,9 @@ class GatedMLP(Sparse):
         down = self.down
         return dense_product(ACTIVATIONS[self.activation](gate) * up, down.weight, down.bias, scale_of(down))
 
-    def pack(self) -> None:
-        """Stores the down projection neuron-major, once; its shape [H, I] and its values stay, as a transposed view."""
-        weight = self.down.weight
-        weight.data = weight.data.t().contiguous().t()
+    @property
+    def skipped(self) -> nn.Parameter:
+        return self.down.weight
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, {super().extra_repr()}"
@@ -125,6 +124,8 @@ class SparseMLP(GatedMLP, Thresholded):
         return isinstance(self.get_submodule(self.gate_name), Sparse)
 
     def by_kernel(self, x: Tensor) -> Tensor:
+        if not self.packed:
+            self.pack()
         return self._run(x, sparse_mlp, sparse_up_down, shared_up_down, flat=True)
 
     def by_definition(self, x: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class Sparse(Kernel):
     def __init__(self, *, dense_prompt: bool):
         super().__init__()
         self.dense_prompt = dense_prompt
+        self.packed = False
 
     @abstractmethod
     def kept(self, x: Tensor) -> Tensor:
@@ -42,9 +43,20 @@ class Sparse(Kernel):
     def dense(self, x: Tensor) -> Tensor:
         """With all units, as the dense module has it."""
 
+    @property
     @abstractmethod
+    def skipped(self) -> nn.Parameter:
+        """The weight [O, I] whose inputs are skipped, which its kernel reads by inputs."""
+
     def pack(self) -> None:
-        """Lays the weights out for the kernels; shapes and values stay."""
+        """Stores that weight by inputs, for the kernels; its shape and its values stay, as a transposed view."""
+        self.skipped.data = self.skipped.data.t().contiguous().t()
+        self.packed = True
+
+    def unpack(self) -> None:
+        """Stores it by outputs, as a dense layer does, for steps in which nothing is skipped; `pack` takes it back."""
+        self.skipped.data = self.skipped.data.contiguous()
+        self.packed = False
 
     def runs_dense(self, x: Tensor) -> bool:
         """Whether this is a decode step of more sequences than skipping pays for."""
