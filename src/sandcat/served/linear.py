@@ -88,6 +88,9 @@ class SandcatLinear(UnquantizedLinearMethod):
         """Takes the loaded tensors apart into `layer.outputs`, and frees them."""
         channels: Any = getattr(layer, "threshold", None)
         neurons: Any = getattr(layer, "neurons", None)
+        for parameter in (channels, neurons):
+            if parameter is not None:
+                parameter.data = parameter.data.clamp(min=0) + 0.0  # -0 becomes 0
         thresholds = [channels.data[i] if part.channels else None for i, part in enumerate(self.parts)]
         if self.side == "down":  # what its input has of dropped neurons is 0
             thresholds = [torch.zeros(layer.weight.shape[1], dtype=self.dtype, device=layer.weight.device)]
