@@ -16,7 +16,8 @@ from sandcat.errors import BadRecipe, PlanError, SandcatError, UnsupportedModel
 from sandcat.plan import parse_recipe
 from sandcat.serve import Service, choose, vllm_command
 from sandcat.served.guard import Guard, Limits
-from sandcat.served.layers import Masked, Skipping, SkippingUp, drop_up
+from sandcat.served.layers import Masked, Skipping, SkippingUp
+from sandcat.served.ops import drop_up
 from sandcat.served.sites import Part, groups, share, sites_of
 from sandcat.sparsifying import sparsify
 
@@ -139,7 +140,9 @@ def test_neurons_over_two_ranks(layout, tokens, recipe):
         if layout is Skipping:
             u = SkippingUp(up, threshold, us, "silu")(x[0], g)
         else:
-            u = drop_up(torch.cat([g, layout(up, None, us)(x[0])], -1), threshold, "silu").chunk(2, -1)[1]
+            both = torch.cat([g, layout(up, None, us)(x[0])], -1)
+            drop_up(both, threshold, "silu")
+            u = both.chunk(2, -1)[1]
         h = torch.nn.functional.silu(g) * u  # what the engine does between its layers
         kept = ~(torch.nn.functional.silu(g).abs() <= threshold)
         assert bool((h[~kept] == 0).all()) and 0 < kept.sum() < kept.numel()

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sandcat.ops.sparse_mlp import ACTIVATIONS
 from sandcat.served import ops
 
 CODE_SCALE = 2**7
@@ -81,27 +80,8 @@ class Masked(Outputs):
 
     def forward(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         if self.threshold is not None:
-            above_TI = above(x_TI, self.threshold)
-            x_TI = x_TI.view(above_TI.dtype).bitwise_and(above_TI).view(x_TI.dtype)
+            x_TI = ops.mask(x_TI, self.threshold)
         y_TO = self.multiply(x_TI)
         if self.scale is not None:
             y_TO = (y_TO * self.scale).to(x_TI.dtype)
         return y_TO if bias_O is None else y_TO + bias_O
-
-
-def drop_up(y_T2I: Tensor, threshold_I: Tensor, activation: str) -> Tensor:
-    """What gate and up projections gave, side by side, with zeros for up where the gate drops the neuron."""
-    g_TI, u_TI = y_T2I.chunk(2, -1)
-    above_TI = above(ACTIVATIONS[activation](g_TI), threshold_I)
-    u_TI.view(above_TI.dtype).bitwise_and_(above_TI)
-    return y_T2I
-
-
-def above(x: Tensor, threshold: Tensor) -> Tensor:
-    """Ones in all bits where |x| is above its threshold, or x is NaN, and none elsewhere: integers of x's width.
-
-    Floats of one sign are in the order of their bits. A threshold is at least 0, and not -0. On a CPU this is several
-    times faster than comparing floats and filling by a mask, which takes numbers one at a time.
-    """
-    integer, sign = {2: (torch.int16, 15), 4: (torch.int32, 31)}[x.itemsize]
-    return (threshold.view(integer) - x.abs().view(integer)) >> sign

@@ -23,8 +23,8 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from sandcat.errors import PlanError
 from sandcat.served import sites
-from sandcat.served.layers import Masked, Outputs, Skipping, SkippingUp, drop_up
-from sandcat.served.ops import most_sequences
+from sandcat.served.layers import Masked, Outputs, Skipping, SkippingUp
+from sandcat.served.ops import drop_up, most_sequences
 
 logger = init_logger(f"vllm.{__name__}")
 """Under vLLM's name, whose messages alone it shows."""
@@ -161,7 +161,7 @@ class SandcatLinear(UnquantizedLinearMethod):
             start = end
         y_TO = found[0] if len(found) == 1 else torch.cat(found, -1)
         if self.side == "gate_up" and not isinstance(layer.outputs[-1], SkippingUp):
-            y_TO = drop_up(y_TO, layer.outputs.neurons, self.activation)
+            drop_up(y_TO, layer.outputs.neurons, self.activation)
         return y_TO.view(*x.shape[:-1], -1)
 
 
