@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
@@ -142,8 +143,8 @@ def of_one_token(itemsize: int, dtype: str) -> Iterator[tuple]:
     constants = dict.fromkeys(["neurons", "position", "gate"]) | no_bias
     constants |= {"CODE": 0, "ADD": True, "HEAD_PARTS": 0, "ZEROS": 64}
     for columns, channels in (([4096] * 3, 4096), ([4096], 11008), ([14336] * 2, 4096), ([32000], 4096)):
-        config, _ = linear.sparse_rows_config(columns, channels, itemsize, 132)
-        for ordered in (False, True):
+        for ordered, alone in product((False, True), repeat=2):
+            config, _ = linear.sparse_rows_config(columns, channels, itemsize, 132, alone=alone)
             yield linear.sparse_rows, {**constants, "ORDERED": ordered, **config}
     config, _ = linear.sparse_rows_config([4096], 4096, itemsize, 132)
     yield linear.sparse_rows, {**constants, "ORDERED": False, "HEAD_PARTS": 4, "norm": None, "x_normed": None, **config}

@@ -165,9 +165,12 @@ def sparse_rows(
         tl.store(parts + split * columns + before + cols, acc, mask=cols < size)
         tl.debug_barrier()
         if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1:
-            acc = tl.zeros((BLOCK,), tl.float32)
-            for s in range(SPLITS):
-                acc += tl.load(parts + s * columns + before + cols, mask=cols < size, other=0.0, cache_modifier=".cg")
+            acc_s = tl.zeros((ROWS, BLOCK), tl.float32)
+            for s in range(0, SPLITS, ROWS):
+                here = (s + r < SPLITS)[:, None] & (cols < size)[None, :]
+                part = parts + (s + r)[:, None] * columns + (before + cols)[None, :]
+                acc_s += tl.load(part, mask=here, other=0.0, cache_modifier=".cg")
+            acc = tl.sum(acc_s, 0)
             tl.store(arrived + tile, 0)
             acc = finish(acc, scale, bias, cols, size)
             if neurons is not None:
@@ -180,22 +183,26 @@ def sparse_rows(
         tl.store(position, tl.load(position) + 1, mask=(tile == 0) & (split == 0))
 
 
-def sparse_rows_config(columns: list[int], channels: int, itemsize: int, multiprocessors: int) -> tuple[dict, tuple]:
+def sparse_rows_config(
+    columns: list[int], channels: int, itemsize: int, multiprocessors: int, *, alone: bool = False
+) -> tuple[dict, tuple]:
     """Shape of a program of `sparse_rows`, and the grid: tiles of columns and splits of channels.
 
-    Splits are chosen so that all programs run at once, three a multiprocessor.
+    Splits are chosen so that all programs run at once. How many a multiprocessor has, and how many stages they read
+    ahead, is measured (docs/performance.md): as a kernel of a step, or `alone`, after one that zeroes its sums.
     """
     warps = 4
+    programs, stages = (2, 4) if alone or itemsize == 1 else (4, 3)
     block = warps * 32 * 16 // itemsize
     tiles = sum(triton.cdiv(size, block) for size in columns)
-    splits = max(1, min(3 * multiprocessors // tiles, triton.cdiv(channels, 16)))
+    splits = max(1, min(programs * multiprocessors // tiles, triton.cdiv(channels, 16)))
     config = {
         "PAD": triton.next_power_of_2(channels),
         "CHANNELS": triton.next_power_of_2(triton.cdiv(triton.cdiv(channels, 16), splits) * 16),
         "ROWS": 4,
         "BLOCK": block,
         "SPLITS": splits,
-        "STAGES": 4 if itemsize == 1 else 5,
+        "STAGES": stages,
         "num_warps": warps,
     }
     return config, (tiles, splits)
@@ -215,7 +222,7 @@ def launch(
     x, weight, threshold = x_TI.contiguous(), weight_IO.contiguous(), threshold_I.contiguous()
     bias, scale = (None if t is None else t.contiguous() for t in (bias_O, scale_O))
     I, O = weight.shape
-    config, (tiles, splits) = sparse_rows_config([O], I, weight.element_size(), multiprocessors(x.device))
+    config, (tiles, splits) = sparse_rows_config([O], I, weight.element_size(), multiprocessors(x.device), alone=True)
     ordered, dependent = torch.are_deterministic_algorithms_enabled(), dependent_launch(x.device)
     room = tiles * splits * config["CHANNELS"]
     list_i = torch.empty(room, dtype=torch.int32, device=x.device)
