@@ -13,11 +13,11 @@ from torch import nn
 
 from sandcat.architectures import ARCHITECTURES, ModelView
 from sandcat.errors import BadRecipe, PlanError, SandcatError, UnsupportedModel
+from sandcat.ops.masks import drop_up, gate_bounds
 from sandcat.plan import parse_recipe
 from sandcat.serve import Service, choose, vllm_command
 from sandcat.served.guard import Guard, Limits
 from sandcat.served.layers import Masked, Skipping, SkippingUp
-from sandcat.served.ops import drop_up
 from sandcat.served.sites import Part, groups, share, sites_of
 from sandcat.sparsifying import sparsify
 
@@ -141,7 +141,7 @@ def test_neurons_over_two_ranks(layout, tokens, recipe):
             u = SkippingUp(up, threshold, us, "silu")(x[0], g)
         else:
             both = torch.cat([g, layout(up, None, us)(x[0])], -1)
-            drop_up(both, threshold, "silu")
+            drop_up(both, gate_bounds(threshold, "silu"))
             u = both.chunk(2, -1)[1]
         h = torch.nn.functional.silu(g) * u  # what the engine does between its layers
         kept = ~(torch.nn.functional.silu(g).abs() <= threshold)

@@ -14,13 +14,14 @@ from torch import Tensor
 from sandcat.ops.arguments import LARGE, MAX_TOKENS, PROMPT_CHUNK
 from sandcat.ops.core_mlp import core_mlp
 from sandcat.ops.int8_linear import int8_linear
+from sandcat.ops.masks import drop_up, mask
 from sandcat.ops.shared import shared_linear, shared_up_down
 from sandcat.ops.sparse_linear import sparse_linear
 from sandcat.ops.sparse_mlp import sparse_mlp, sparse_up_down
 from sandcat.ops.sparse_up import sparse_up
 
 __all__ = [
-    "MAX_TOKENS", "PROMPT_CHUNK", "core_mlp", "int8_linear", "kernel_name", "most_tokens",
+    "MAX_TOKENS", "PROMPT_CHUNK", "core_mlp", "drop_up", "int8_linear", "kernel_name", "mask", "most_tokens",
     "shared_linear", "shared_up_down", "sparse_linear", "sparse_mlp", "sparse_up", "sparse_up_down",
 ]  # fmt: skip
 

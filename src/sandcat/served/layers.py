@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sandcat.ops.masks import mask
 from sandcat.served import ops
 
 CODE_SCALE = 2**7
@@ -80,7 +81,7 @@ class Masked(Outputs):
 
     def forward(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         if self.threshold is not None:
-            x_TI = ops.mask(x_TI, self.threshold)
+            x_TI = mask(x_TI, self.threshold)
         y_TO = self.multiply(x_TI)
         if self.scale is not None:
             y_TO = (y_TO * self.scale).to(x_TI.dtype)

@@ -22,9 +22,10 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeigh
 from vllm.model_executor.utils import set_weight_attrs
 
 from sandcat.errors import PlanError
+from sandcat.ops.masks import drop_up, gate_bounds
 from sandcat.served import sites
 from sandcat.served.layers import Masked, Outputs, Skipping, SkippingUp
-from sandcat.served.ops import drop_up, most_sequences
+from sandcat.served.ops import most_sequences
 
 logger = init_logger(f"vllm.{__name__}")
 """Under vLLM's name, whose messages alone it shows."""
@@ -112,7 +113,7 @@ class SandcatLinear(UnquantizedLinearMethod):
             else:
                 layer.outputs.append(self._outputs(weight, threshold, scale))
         if neurons is not None and not up_skips:
-            layer.outputs.register_buffer("neurons", neurons.data[0].clone())
+            layer.outputs.register_buffer("bounds", gate_bounds(neurons.data[0], self.activation))
         if self.tied:  # the embedding table goes on using it
             layer.weight.data = layer.outputs[0].weight.data
         else:
@@ -161,7 +162,7 @@ class SandcatLinear(UnquantizedLinearMethod):
             start = end
         y_TO = found[0] if len(found) == 1 else torch.cat(found, -1)
         if self.side == "gate_up" and not isinstance(layer.outputs[-1], SkippingUp):
-            drop_up(y_TO, layer.outputs.neurons, self.activation)
+            drop_up(y_TO, layer.outputs.bounds)
         return y_TO.view(*x.shape[:-1], -1)
 
 

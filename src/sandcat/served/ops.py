@@ -1,8 +1,7 @@
-"""What layers run: those that are laid out for skipping kernels for few tokens, and dense products for more, masked
-alike; the others masks.
+"""What layers run that are laid out for skipping: kernels for few tokens, and dense products for more, masked alike.
 
-As ops of torch, because how many tokens there are is known only when a step runs, and a compiler takes the bits of a
-mask one at a time: whoever compiles the model sees one call. Shapes: as in ops/sparse_linear.py and ops/sparse_mlp.py;
+As ops of torch, because how many tokens there are is known only when a step runs: whoever compiles the model sees one
+call. Shapes: as in ops/sparse_linear.py and ops/sparse_mlp.py;
 results are in x's dtype.
 """
 
@@ -71,36 +70,6 @@ def up(
 @up.register_fake
 def _(x_TH, g_TI, up_IH, threshold_I, bias_I, scale_I, activation):
     return torch.empty_like(g_TI, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("sandcat::served_mask", mutates_args=())
-def mask(x: Tensor, threshold: Tensor) -> Tensor:
-    """x with zeros where |x| is not above its threshold."""
-    bits = _above(x, threshold)
-    return x.view(bits.dtype).bitwise_and(bits).view(x.dtype)
-
-
-@mask.register_fake
-def _(x, threshold):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("sandcat::served_drop_up", mutates_args=("y_T2I",))
-def drop_up(y_T2I: Tensor, threshold_I: Tensor, activation: str) -> None:
-    """Of what gate and up projections gave, side by side, makes up 0 where the gate drops the neuron."""
-    g_TI, u_TI = y_T2I.chunk(2, -1)
-    bits = _above(ACTIVATIONS[activation](g_TI), threshold_I)
-    u_TI.view(bits.dtype).bitwise_and_(bits)
-
-
-def _above(x: Tensor, threshold: Tensor) -> Tensor:
-    """Ones in all bits where |x| is above its threshold, or x is NaN, and none elsewhere: integers of x's width.
-
-    Floats of one sign are in the order of their bits. A threshold is at least 0, and not -0. On a CPU this is several
-    times faster than comparing floats and filling by a mask, which takes numbers one at a time.
-    """
-    integer, sign = {2: (torch.int16, 15), 4: (torch.int32, 31)}[x.itemsize]
-    return (threshold.view(integer) - x.abs().view(integer)) >> sign
 
 
 def _in_chunks(run: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
