@@ -1,8 +1,7 @@
 """What layers run that are laid out for skipping: kernels for few tokens, and dense products for more, masked alike.
 
 As ops of torch, because how many tokens there are is known only when a step runs: whoever compiles the model sees one
-call. Shapes: as in ops/sparse_linear.py and ops/sparse_mlp.py;
-results are in x's dtype.
+call. Shapes: as in ops/sparse_linear.py and ops/sparse_mlp.py; results are in x's dtype.
 """
 
 from __future__ import annotations
