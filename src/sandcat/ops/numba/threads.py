@@ -82,15 +82,12 @@ def on_all_threads(body) -> Callable[[list[int], int], None]:
     def entry(args):
         body_at(carray(args, (SLOTS,)), _thread(), _threads())
 
-    address, alone = entry.address, entry.ctypes
+    address = entry.address
     pack = ctypes.c_int64 * SLOTS
 
     def run(args: list[int], threads: int) -> None:
         packed = pack(*args)  # alive until the threads are done with it
-        if threads == 1:  # not by GOMP_parallel, which would end PyTorch's other threads
-            alone(packed)
-        else:
-            _openmp.GOMP_parallel(address, ctypes.addressof(packed), threads, 0)
+        _openmp.GOMP_parallel(address, ctypes.addressof(packed), threads, 0)
 
     return run
 
