@@ -1,10 +1,11 @@
 """Decode steps of 1 to 16 sequences, layer by layer: dense, and what a sparse layer can do instead. What the limits of
 `sandcat.ops.most_tokens` are read from. Last come the largest batches up to which each kernel beats the dense layer.
 
-    python benchmarks/batch.py                                   # a CPU: float32, bfloat16 and int8 weights
-    python benchmarks/batch.py --dtype bfloat16 --shapes 4096x14336 --int8 no
+    python benchmarks/batch.py       # on a GPU bfloat16 and Mistral-7B shapes; on a CPU float32, bfloat16, smaller ones
+    python benchmarks/batch.py --dtype bfloat16 --shapes 4096x4096 --int8 no --sparsity 0.5
 
-Random weights, in up to 40 copies that are used in turn, so that large ones leave the cache. "as dense" is the layer
+Random weights, in up to 40 copies that are used in turn, so that large ones leave the cache; on a GPU a run is one CUDA
+graph of 32 layers or more. "as dense" is the layer
 where nothing is skipped: its weights are stored row by row of what can be skipped, and int8 is widened first. Times are
 medians of interleaved runs, over those of the dense layer in the same dtype.
 """
@@ -21,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sandcat.architectures import ModelView, Site
 from sandcat.benchmark import Timer
-from sandcat.hub import pick_dtype
+from sandcat.hub import pick_device, pick_dtype
 from sandcat.layers.int8 import Int8Linear
 from sandcat.layers.linear import SparseLinear
 from sandcat.layers.mlp import SparseMLP
@@ -30,29 +31,36 @@ from sandcat.methods.int8 import quantised
 
 COPIES_BYTES = 256 << 20
 MOST_COPIES = 40
+LEAST_LAYERS = 32
 KINDS = ("linear", "mlp")
 
 
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="float32,bfloat16")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--dtype", help="default bfloat16, on a CPU float32 too")
     parser.add_argument("--int8", default="no,yes", help="weights as they are, as int8, or both")
-    parser.add_argument("--shapes", default="576x1536,2048x8192", help="hidden x neurons; a linear layer has both")
+    parser.add_argument("--shapes", help="hidden x neurons; a linear layer has both")
     parser.add_argument("--sparsity", type=float, default=0.4)
     parser.add_argument("--batch", default="1,2,3,4,6,8,12,16")
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
+    device = pick_device(options.device)
+    gpu = device.type == "cuda"
+    shapes = (options.shapes or ("4096x4096,4096x14336" if gpu else "576x1536,2048x8192")).split(",")
+    dtypes = (options.dtype or ("bfloat16" if gpu else "float32,bfloat16")).split(",")
     torch.manual_seed(0)
     batches = [int(batch) for batch in options.batch.split(",")]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, sparsity {options.sparsity}")
+    name = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}, sparsity {options.sparsity}")
     print("layer   shape        dtype     int8  batch dense us  as dense    own  shared")
     most: dict[tuple, list[int]] = {}
-    for dtype in map(pick_dtype, options.dtype.split(",")):
+    for dtype in map(pick_dtype, dtypes):
         for int8 in (word == "yes" for word in options.int8.split(",")):
-            for shape in options.shapes.split(","):
+            for shape in shapes:
                 for kind in KINDS:
-                    dense, sparse = layers(kind, *map(int, shape.split("x")), dtype, int8)
+                    dense, sparse = layers(kind, *map(int, shape.split("x")), dtype, int8, device)
                     name = str(dtype).removeprefix("torch.")
                     pays = {"own": 0, "shared": 0}
                     for batch in batches:
@@ -71,7 +79,9 @@ def main() -> None:
         print(f"{kind:7} {key:7} {name:9} {'int8' if int8 else '':5} {min(found):>3}   by shape: {found}")
 
 
-def layers(kind: str, hidden: int, neurons: int, dtype: torch.dtype, int8: bool) -> tuple[list, list[Thresholded]]:
+def layers(
+    kind: str, hidden: int, neurons: int, dtype: torch.dtype, int8: bool, device: torch.device
+) -> tuple[list, list[Thresholded]]:
     """The dense layers, in several copies, and as many sparse ones of the same weights."""
     size = hidden * neurons * dtype.itemsize * (1 if kind == "linear" else 3)
     copies = min(max(2, COPIES_BYTES // size), MOST_COPIES)
@@ -79,7 +89,8 @@ def layers(kind: str, hidden: int, neurons: int, dtype: torch.dtype, int8: bool)
         hidden_size=hidden, intermediate_size=neurons, num_hidden_layers=copies, num_attention_heads=1, head_dim=8,
         num_key_value_heads=1, vocab_size=8,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).to(dtype).eval()
+    with device:
+        model = LlamaForCausalLM(config).to(dtype).eval()
     dense, sparse = [], []
     for site in ModelView(model).sites():
         if site.kind == "mlp":
@@ -106,27 +117,28 @@ def as_int8(linear: nn.Linear) -> Int8Linear:
 
 def times(dense: list, sparse: list[Thresholded], batch: int, dtype: torch.dtype, options) -> dict[str, float]:
     """Seconds a layer of each way."""
-    x = torch.randn(batch, 1, hidden_of(sparse[0])).to(dtype)
+    x = torch.randn(batch, 1, hidden_of(sparse[0]), device=sparse[0].threshold.device).to(dtype)
+    rounds = max(1, LEAST_LAYERS // len(sparse)) if x.is_cuda else 1
     for layer in sparse:
         level = layer.scores(x).float().quantile(options.sparsity)
         layer.threshold.data = torch.full_like(layer.threshold, float(level))
 
     def by_kernel(batch: str):
         def run() -> None:
-            for layer in sparse:
+            for layer in sparse * rounds:
                 layer.batch = batch
                 layer.by_kernel(x).to(dtype).view(len(x), 1, -1)
 
         return run
 
     variants = {
-        "dense": lambda: [layer(x) for layer in dense],
-        "as dense": lambda: [layer.dense(x) for layer in sparse],
+        "dense": lambda: [layer(x) for layer in dense * rounds],
+        "as dense": lambda: [layer.dense(x) for layer in sparse * rounds],
         "own": by_kernel("own"),
         "shared": by_kernel("shared"),
     }
-    taken = Timer(variants, torch.device("cpu")).medians(options.runs)
-    return {name: seconds / len(sparse) for name, seconds in taken.items()}
+    taken = Timer(variants, x.device).medians(options.runs)
+    return {name: seconds / len(sparse) / rounds for name, seconds in taken.items()}
 
 
 def hidden_of(layer: Thresholded) -> int:

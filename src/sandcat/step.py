@@ -1,5 +1,5 @@
-"""A decode step in few kernels. On a GPU they are five a layer, instead of a compiler's dozen, for one sequence; on a
-CPU one for all layers and up to 16 sequences (cpu_step.py).
+"""A decode step in few kernels. On a GPU they are five a layer, instead of a compiler's dozen, for one sequence
+(gpu_step.py), and ten or more for 2 to 16 (gpu_batch_step.py); on a CPU one for all layers (cpu_step.py).
 
 Once skipping has made the large kernels short, the small ones and the time between them are what is left of a step. The
 fused step applies to the families whose row in architectures.py says so; others run the step of transformers, compiled
@@ -40,10 +40,11 @@ class Step(Protocol):
 def fused_step(model: nn.Module, cache: Cache) -> Step | None:
     """The fused step of a model over a static cache that holds a prompt; None where it does not apply.
 
-    It applies to one sequence on CUDA with Triton, and up to `ops.MAX_TOKENS` on a CPU with OpenMP, to families with
+    It applies to up to `ops.MAX_TOKENS` sequences on CUDA with Triton and on a CPU with OpenMP, to families with
     `Architecture.fused_step` whose weights have one dtype (or int8 and scales of that) and lie on one device, and whose
-    modules are without hooks and adapters, which it would pass over. On CUDA down projections have no bias. Each module
-    skips or runs dense as it does in the step of transformers.
+    modules are without hooks and adapters, which it would pass over. For one sequence on CUDA down projections have no
+    bias; for several, `torch.use_deterministic_algorithms` is off. Each module skips or runs dense as it does in the
+    step of transformers.
     """
     kernels = kernel_name("sparse_mlp", model.device)
     if kernels not in ("triton", "numba"):
@@ -66,6 +67,8 @@ def fused_step(model: nn.Module, cache: Cache) -> Step | None:
         from sandcat import cpu_step  # here, as not every machine has Numba's kernels
 
         return cpu_step.CpuStep(view, blocks, cache) if cpu_step.applies(view, blocks, batch) else None
-    from sandcat import gpu_step  # nor Triton's
+    from sandcat import gpu_batch_step, gpu_step  # nor Triton's
 
+    if batch > 1:
+        return gpu_batch_step.GpuBatchStep(view, blocks, cache) if gpu_batch_step.applies(batch) else None
     return gpu_step.GpuStep(view, blocks, cache) if gpu_step.applies(view, blocks, batch) else None

@@ -19,6 +19,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+import sandcat.ops.triton.channels as several
 import sandcat.ops.triton.int8_linear as int8_linear
 import sandcat.ops.triton.sparse_linear as linear
 import sandcat.ops.triton.sparse_mlp as kernels
@@ -41,18 +42,22 @@ TYPES = {
     "a_threshold": "*{0}", "b_threshold": "*{0}", "c_threshold": "*{0}",
     "list_i": "*i32", "list_x": "*fp32", "parts": "*fp32", "neurons": "*{0}",
     "a_scale": "*{0}", "b_scale": "*{0}", "c_scale": "*{0}", "gate_scale": "*{0}", "up_scale": "*{0}",
-    "down_scale": "*{0}", "P": "i32", "room": "*i32", "PIECES": "i32",
+    "down_scale": "*{0}", "P": "i32", "room": "*i32", "PIECES": "i32", "x_stride": "i32", "y_stride": "i32",
+    "q_stride": "i32", "ids_stride": "i32", "k_stride": "i32", "v_stride": "i32", "back_t": "*fp32", "x_tn": "*{0}",
 }  # fmt: skip
-SIZES = ("I", "H", "N", "K", "A", "B", "C", "L", "D")
+SIZES = ("I", "H", "N", "K", "A", "B", "C", "L", "D", "x_stride", "y_stride", "room")
 """Sizes that a launch finds to be multiples of 16, as all addresses are; it makes loads wide."""
 TL_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 WEIGHTS = {
     kernels.gate_kernel: ["gate"], kernels.up_down_kernel: ["up", "down"], int8_linear.int8_rows: ["a", "b", "c"],
-    linear.sparse_rows: ["a", "b", "c"],
+    linear.sparse_rows: ["a", "b", "c"], several.listed_rows: ["a", "b", "c"], tokens.up_tokens: ["up"],
+    tokens.down_tokens: ["down"],
 }  # fmt: skip
 SCALES = {
     kernels.gate_kernel: ["gate_scale"], kernels.up_down_kernel: ["up_scale", "down_scale"],
     int8_linear.int8_rows: ["a_scale", "b_scale", "c_scale"], linear.sparse_rows: ["a_scale", "b_scale", "c_scale"],
+    several.listed_rows: ["a_scale", "b_scale", "c_scale"], tokens.up_tokens: ["scale"],
+    tokens.down_tokens: ["scale"],
 }  # fmt: skip
 
 
@@ -63,8 +68,12 @@ def check(kernel, dtype: str, capability: int, *, int8: bool = False, **constant
     if "PDL" in kernel.arg_names:
         constants["PDL"] = capability >= 90
     types = dict(TYPES)
-    if kernel in (step.project, step.gate_up, teal_published.masked_rows):
+    if kernel in (step.project, step.normalize, step.gate_up, teal_published.masked_rows):
         types["y"] = "*{0}"
+    if kernel is int8_linear.write_digits or (kernel is int8_linear.int8_rows and "back_t" not in constants):
+        types["room"] = "*i8"
+    if kernel in (several.list_channels, several.listed_rows):
+        types["room"] = "i32"
     if int8:
         types |= dict.fromkeys(WEIGHTS[kernel], "*i8") | dict.fromkeys(SCALES[kernel], "*{0}")
     else:
@@ -105,9 +114,8 @@ def main(capability: int) -> None:
                 continue  # as bf16
             for kernel, constants in of_one_token(1 if int8 else itemsize, dtype):
                 print(check(kernel, dtype, capability, int8=int8, **constants))
-        print(check(tokens.gate_tokens, dtype, capability, CODE=2, **tokens.rows_config(itemsize)))
-        print(check(tokens.up_tokens, dtype, capability, **tokens.rows_config(itemsize)))
-        print(check(tokens.down_tokens, dtype, capability, SPLITS=16, **tokens.columns_config(itemsize)))
+            for kernel, constants in of_tokens(1 if int8 else itemsize, itemsize, dtype):
+                print(check(kernel, dtype, capability, int8=int8 and kernel in WEIGHTS, **constants))
         for norms in (dict.fromkeys(["q_norm", "k_norm"]), {}):
             print(check(step.attend, dtype, capability, **norms, **step.attend_config(1, 128, itemsize, 521, 4)))
     for config in teal_published.CONFIGS:
@@ -132,11 +140,13 @@ def of_one_token(itemsize: int, dtype: str) -> Iterator[tuple]:
                     config, _ = int8_linear.int8_rows_config(sizes, columns, torch.device("cuda"), columns)
                     for options in ({"norm": None}, {"gate": None}):
                         yield int8_linear.int8_rows, {
-                            **left_out, **dtypes, **options, "ADD": True, "SHARED": True, "ZEROS": 64, **config
+                            **left_out, **dtypes, **options, "back_t": None, "ADD": True, "SHARED": True, "ZEROS": 64,
+                            **config,
                         }  # fmt: skip
             else:
                 yield step.project, {**left_out, **step.whole_rows_config(columns, itemsize)}
         if itemsize > 1:
+            yield step.normalize, {"ZEROS": 64, **left_out, **step.normalize_config(columns)}
             yield step.add_rows, {"gate": None, "ZEROS": 64, **dtypes, **step.whole_rows_config(columns, itemsize)}
     if itemsize > 1:
         yield step.gate_up, {"CODE": 0, **step.whole_rows_config(4096, itemsize, matrices=2)}
@@ -148,6 +158,32 @@ def of_one_token(itemsize: int, dtype: str) -> Iterator[tuple]:
             yield linear.sparse_rows, {**constants, "ORDERED": ordered, **config}
     config, _ = linear.sparse_rows_config([4096], 4096, itemsize, 132)
     yield linear.sparse_rows, {**constants, "ORDERED": False, "HEAD_PARTS": 4, "norm": None, "x_normed": None, **config}
+
+
+def of_tokens(itemsize: int, of_x: int, dtype: str) -> Iterator[tuple]:
+    """Kernels of several tokens that read weights of so many bytes each, and their constants."""
+    no_bias = dict.fromkeys(["a_bias", "b_bias", "c_bias"])
+    dtypes = {"CODE": 0, "DTYPE": getattr(tl, TL_TYPES[dtype])}
+    for sizes, columns in (([4096] * 3, 4096), ([14336] * 2, 4096), ([4096], 14336)):
+        if itemsize == 1:
+            for size in (4, 8, 16):
+                config, _ = int8_linear.int8_rows_config(sizes, columns, torch.device("cuda"), columns, size)
+                left_out = dict.fromkeys(["x", "gate", "norm", "position"]) | no_bias | dtypes
+                yield int8_linear.int8_rows, {**left_out, "ADD": True, "SHARED": True, "ZEROS": 64, **config}
+            for options in ({"norm": None}, {"gate": None}):
+                config = int8_linear.write_digits_config(columns)
+                yield int8_linear.write_digits, {**dtypes, **options, "ZEROS": 64, **config}
+        config, _ = several.listed_rows_config(sizes, columns, of_x, 132)
+        yield several.listed_rows, {**no_bias, **config}
+        config = several.list_channels_config(config["CHANNELS"], 16)
+        yield several.list_channels, {"CODE": 0, "SHARED": True, "ZEROS": 64, **config}
+    yield tokens.up_tokens, tokens.up_tokens_config(of_x)
+    yield tokens.down_tokens, tokens.down_tokens_config(4096, of_x, 132)[0]
+    for shared in (False, True):
+        yield (
+            tokens.list_neurons,
+            {"SHARED": shared, "STRIDE": 16, "TOKENS": 16, "NEURONS": 64, "GROUP": 16, "num_warps": 2},
+        )
 
 
 if __name__ == "__main__":

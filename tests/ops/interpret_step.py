@@ -1,10 +1,11 @@
 """Runs the fused step on the CPU by Triton's interpreter and compares it with the step of transformers.
 
-python tests/ops/interpret_step.py float|int8|deterministic
+python tests/ops/interpret_step.py float|int8|deterministic|batch
 
 A program of its own, for the same reason as interpret_triton.py.
 """
 
+import itertools
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -18,27 +19,32 @@ import torch
 from tiny import VOCABULARY, text, tiny
 
 import sandcat
+from sandcat import ops
 from sandcat.architectures import ModelView
 from sandcat.generate import Decoder
 from sandcat.ops.triton import launch
 
+everywhere = itertools.product(ops._ALL, ["cpu"], ops._FLOATS, [False, True])
+ops._MOST_TOKENS = dict.fromkeys(everywhere, (16, 16))  # several sequences skip, too
 launch.multiprocessors = lambda device: 2
 launch.shared_memory = lambda device: 200000
 launch.dependent_launch = lambda device: {"PDL": False}
 
-from sandcat.gpu_step import GpuStep  # noqa: E402  # whose kernels ask for these as they are imported
+from sandcat.gpu_batch_step import GpuBatchStep  # noqa: E402  # whose kernels ask for these as they are imported
+from sandcat.gpu_step import GpuStep  # noqa: E402
 
 
 def fused(model, cache):
     view = ModelView(model)
-    step = GpuStep(view, list(view.blocks()), cache)
+    kind = GpuStep if len(cache.layers[0].keys) == 1 else GpuBatchStep
+    step = kind(view, list(view.blocks()), cache)
     step.position.fill_(20)
     return step
 
 
 def logits(model, ids):
     """Of four steps after 20 tokens, and the decoder."""
-    decoder = Decoder(model, 24, compile=None)
+    decoder = Decoder(model, 24, compile=None, batch=len(ids))
     decoder.prefill(ids[:, :20])
     return [decoder.step(ids[:, i : i + 1]) for i in range(20, 24)], decoder
 
@@ -56,16 +62,22 @@ RECIPES = {
         ("qwen2", "int8:sites=[q,k,v,up] cats"), ("qwen2", "int8 teal:sites=all+head"),
     ],
     "deterministic": [("llama", "cats"), ("llama", "int8 teal:sites=[q,k,v,o,gate] cats")],
+    "batch": [
+        ("llama", None), ("llama", "teal"), ("llama", "teal:batch=shared"), ("llama", "int8"), ("qwen2", "int8 teal"),
+        ("llama", "teal:sites=[q,k,v,o,gate],batch=shared cats:batch=shared"), ("mistral", "cats"), ("qwen3", "teal"),
+        ("llama", "int8:sites=[k,gate,o] teal:sites=[q,down,head]"), ("qwen2", "int8 teal:sites=all+head,batch=shared"),
+        ("llama", "int8 cats"),
+    ],
 }  # fmt: skip
 
 
-def check(family, recipe, **sizes):
+def check(family, recipe, sequences, **sizes):
     options = {"mlp_bias": False} if family == "llama" else {}
     window = {"sliding_window": 4} if family == "mistral" else {}
     model = tiny(family, tie_word_embeddings="int8" in (recipe or ""), **options, **window, **sizes)
     if recipe:
         sandcat.sparsify(model, None, recipe, calibration=text())
-    ids = torch.randint(4, VOCABULARY, (1, 24))
+    ids = torch.randint(4, VOCABULARY, (sequences, 24))
     want, decoder = logits(model, ids)
     cached = [(layer.keys.clone(), layer.values.clone()) for layer in decoder.cache.layers]
     for layer in decoder.cache.layers:
@@ -97,9 +109,11 @@ def check_rounding(recipe):
 with torch.inference_mode():
     kind = sys.argv[1]
     torch.use_deterministic_algorithms(kind == "deterministic")
+    sequences = 3 if kind == "batch" else 1
     for family, recipe in RECIPES[kind]:
         print(family, recipe, flush=True)
-        check(family, recipe)
-    check("llama", "int8" if kind == "int8" else None, hidden_size=320)  # more than one slice of the columns
+        check(family, recipe, sequences)
+    recipe = {"int8": "int8", "batch": "int8 teal:batch=shared"}.get(kind)
+    check("llama", recipe, sequences, hidden_size=320)  # more than one slice of the columns
     check_rounding("int8" if kind == "int8" else None)
 print(f"{len(RECIPES[kind]) + 2} steps equal those of transformers")

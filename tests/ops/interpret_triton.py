@@ -19,13 +19,16 @@ sys.path[:0] = [str(folder) for folder in (here, here.parent, here.parent.parent
 
 import teal_published
 import test_int8
+import test_shared
 from conftest import assert_close
 from test_sparse_mlp import arguments, expected
 
+import sandcat.ops.triton.channels as several
 import sandcat.ops.triton.int8_linear as int8_linear
+import sandcat.ops.triton.shared as shared
 import sandcat.ops.triton.sparse_linear as sparse_linear
 import sandcat.ops.triton.sparse_mlp as sparse_mlp
-import sandcat.ops.triton.tokens as several
+import sandcat.ops.triton.tokens as several_neurons
 from sandcat.ops.sparse_linear import reference as reference_linear
 from sandcat.ops.sparse_mlp import ACTIVATIONS, reference_up_down
 
@@ -34,11 +37,11 @@ empty = torch.empty
 
 def poisoned(*shape, **options):
     tensor = empty(*shape, **options)
-    return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**20)
+    return tensor.fill_(float("nan") if tensor.is_floating_point() else 127 if tensor.itemsize == 1 else 2**20)
 
 
 torch.empty = poisoned
-for module in (int8_linear, sparse_linear, sparse_mlp, several):
+for module in (int8_linear, several, sparse_linear, sparse_mlp, several_neurons):
     module.multiprocessors = lambda device: 2
     module.dependent_launch = lambda device: {"PDL": False}
 int8_linear.shared_memory = lambda device: 200000
@@ -113,6 +116,18 @@ for dtype in SIZES:
                 check(sparse_mlp.launch(*args), expected(args), dtype)
                 found = sparse_mlp.launch_up_down(x, a, up, down, threshold)
             check(found, reference_up_down(x, a, up, down, threshold), dtype)
+    for tokens, channels, outputs in ((2, 1, 1), (3, 63, 65), (5, 300, 33), (16, 1100, 40)):
+        args = test_int8.arguments(tokens, channels, outputs, dtype)
+        for fixed in (contextlib.nullcontext, deterministic):
+            with fixed():
+                check(int8_linear.launch(*args), test_int8.exact(*args), torch.float32)
+        for options in ({}, {"bias": True}, {"int8": True}):
+            x, weight, threshold, bias, scale = args = test_shared.linear(tokens, channels, outputs, dtype, **options)
+            check(sparse_linear.launch(*args), reference_linear(*args), dtype)
+            check(shared.launch(*args), test_shared.reference_linear(*args), dtype)
+            args = test_shared.up_down(tokens, channels, outputs, dtype, **options)
+            check(sparse_mlp.launch_up_down(*args), reference_up_down(*args), dtype)
+            check(shared.launch_up_down(*args), test_shared.reference_up_down(*args), dtype)
 for which in range(3):  # one matrix alone in int8
     args = test_int8.mlp_arguments(1, 63, 130, torch.float32)
     want = test_int8.exact_mlp(args)

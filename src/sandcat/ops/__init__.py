@@ -75,6 +75,7 @@ if torch.cuda.is_available():
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MLP = ("sparse_mlp", "sparse_up_down", "sparse_up")
 _ALL = (*_MLP, "core_mlp", "sparse_linear", "int8_linear", "shared_linear", "shared_up_down")
+_CUDA_INT8 = ("sparse_mlp", "sparse_up_down", "sparse_linear", "int8_linear", "shared_linear", "shared_up_down")
 _MOST_TOKENS = {
     **{(op, "cpu", torch.float32, False): (1, 8) for op in _MLP},
     **{("sparse_linear", "cpu", dtype, False): (1, 2) for dtype in _FLOATS},
@@ -83,10 +84,15 @@ _MOST_TOKENS = {
     **{(op, "cpu", torch.float32, False): (1, 16) for op in ("shared_linear", "shared_up_down")},
     **{(op, "cpu", dtype, False): (1, 4) for op in ("shared_linear", "shared_up_down") for dtype in _FLOATS[1:]},
     **{(op, "cpu", dtype, True): (16, 16) for op in _ALL for dtype in _FLOATS},
+    **{(op, "cuda", dtype, False): (1, 2) for op in ("sparse_linear", *_MLP[:2]) for dtype in _FLOATS[1:]},
+    **{(op, "cuda", dtype, False): (1, 16) for op in ("shared_linear", "shared_up_down") for dtype in _FLOATS[1:]},
+    **{(op, "cuda", dtype, True): (16, 16) for op in _CUDA_INT8 for dtype in _FLOATS[1:]},
+    ("int8_linear", "cuda", torch.float32, True): (16, 16),
 }
 """Tokens at once up to which a kernel is the fastest way of its layer, by op, device, dtype and whether weights are
 int8, for matrices of fewer than `LARGE` numbers and for larger ones; 1 where nothing is said. Measured by
-benchmarks/batch.py (docs/performance.md); float16 is taken for bfloat16, unmeasured."""
+benchmarks/batch.py (docs/performance.md); float16 is taken for bfloat16, unmeasured, and small matrices on a GPU for
+ones that do not pay."""
 
 
 def kernel_name(op: str, device: torch.device | str, int8: bool = False) -> str:

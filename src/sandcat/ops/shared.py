@@ -10,11 +10,14 @@ from __future__ import annotations
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sandcat.ops.gradient import differentiable
 from sandcat.ops.int8_linear import product
 
+GROUP = 16
+"""Neighbouring units among which those that are shared are chosen."""
 LEAST_THRESHOLD = 1e-15
 """Thresholds below count as this one, so that units which nothing but 0 drops are still told apart."""
 
@@ -22,17 +25,20 @@ LEAST_THRESHOLD = 1e-15
 def shared_units(scores: Tensor, threshold_U: Tensor) -> Tensor:
     """Which units all sequences use, bool [..., U], from what the thresholds are compared with, [B, ..., U].
 
-    They are the first k by the sum over sequences of (score / threshold)^2, where k is how many units a sequence keeps
-    by its own thresholds, on average and rounded up; among equals the first ones. A NaN comes before all.
+    Of every `GROUP` neighbouring units they are the first k by the sum over sequences of (score / threshold)^2, where k
+    is how many of them a sequence keeps by its own thresholds, on average and rounded, halves to the even number; among
+    equals the first ones. A NaN comes before all.
     """
-    kept = (~(scores <= threshold_U)).sum((0, -1))
-    count = (kept + len(scores) - 1)[..., None] // len(scores)
-    least_U = threshold_U.float().clamp(min=LEAST_THRESHOLD)
-    total = reduce(torch.add, ((s.float() / least_U).square() for s in scores))  # in this order, as the kernel adds
+    B, U = len(scores), len(threshold_U)
+    inverse_U = 1 / threshold_U.float().clamp(min=LEAST_THRESHOLD)
+    total = reduce(torch.add, ((s.float() * inverse_U).square() for s in scores))  # in this order, as the kernel adds
     total = torch.where(total.isnan(), torch.inf, total)
-    cut = total.sort(-1, descending=True).values.gather(-1, (count - 1).clamp(min=0))
-    above, equal = total > cut, total == cut
-    return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+    kept = (~(scores <= threshold_U)).sum(0)
+    total_gu = F.pad(total, (0, -U % GROUP), value=-1).unflatten(-1, (-1, GROUP))
+    kept_g = F.pad(kept, (0, -U % GROUP)).unflatten(-1, (-1, GROUP)).sum(-1, keepdim=True)
+    place_gu = total_gu.argsort(stable=True, dim=-1, descending=True).argsort(-1)
+    count_g = (2 * kept_g + B - 1 + kept_g // B % 2) // (2 * B)
+    return (place_gu < count_g).flatten(-2)[..., :U]
 
 
 def reference_linear(

@@ -17,52 +17,47 @@ from sandcat.ops.numba.floats import STORAGE, rounded, widen
 from sandcat.ops.numba.lanes import apart
 from sandcat.ops.numba.threads import VERSION, on_all_threads, pointer, threads_of
 from sandcat.ops.numba.vectors import add_rows, dot_rows
-from sandcat.ops.shared import LEAST_THRESHOLD, shared_linear, shared_up_down
+from sandcat.ops.shared import GROUP, LEAST_THRESHOLD, shared_linear, shared_up_down
 from sandcat.ops.sparse_linear import check_arguments as check_linear
 from sandcat.ops.sparse_mlp import check_arguments as check_mlp
 
 BLOCK = 64
 
-_LEAST, _INFINITY = np.float32(LEAST_THRESHOLD), np.float32(np.inf)
-_AFTER_INFINITY = 0x7F800001
+_LEAST, _INFINITY, _ONE = np.float32(LEAST_THRESHOLD), np.float32(np.inf), np.float32(1)
 
 
 @njit
 def list_shared(scores, threshold, units):
     """Writes the shared units in order, and returns how many they are; `scores` [B, U] may have signs."""
     apart()
-    total = np.zeros(threshold.size, np.float32)
-    kept = 0
-    for b in range(len(scores)):
-        for u in range(threshold.size):
-            score, t = abs(widen(scores[b, u])), widen(threshold[u])
-            kept += not score <= t
-            ratio = score / (t if t > _LEAST else _LEAST)
+    sequences, size = scores.shape
+    total, inverse = np.zeros(size, np.float32), np.empty(size, np.float32)
+    kept = np.zeros(size, np.int32)
+    for u in range(size):
+        t = widen(threshold[u])
+        inverse[u] = _ONE / (t if t > _LEAST else _LEAST)
+    for b in range(sequences):
+        for u in range(size):
+            score = abs(widen(scores[b, u]))
+            kept[u] += not score <= widen(threshold[u])
+            ratio = score * inverse[u]
             total[u] += ratio * ratio
-    for u in range(threshold.size):
-        if total[u] != total[u]:
-            total[u] = _INFINITY
-    count = (kept + len(scores) - 1) // len(scores)
-    bits = total.view(np.int32)  # in the order of the numbers, as none is negative
-    cut, above = np.int32(0), np.int32(_AFTER_INFINITY)
-    while above - cut > 1:  # count or more are at least cut, and fewer are at least above
-        middle = np.int32(cut + (above - cut) // 2)
-        found = 0
-        for u in range(bits.size):
-            found += bits[u] >= middle
-        if found >= count:
-            cut = middle
-        else:
-            above = middle
-    equals = count
-    for u in range(bits.size):
-        equals -= bits[u] > cut
     n = 0
-    for u in range(bits.size):
-        if bits[u] > cut or (bits[u] == cut and equals > 0):
-            equals -= bits[u] == cut
-            units[n] = u
-            n += 1
+    for first in range(0, size, GROUP):
+        end = min(first + GROUP, size)
+        wanted = 0
+        for u in range(first, end):
+            wanted += kept[u]
+            if total[u] != total[u]:
+                total[u] = _INFINITY
+        wanted = (2 * wanted + sequences - 1 + wanted // sequences % 2) // (2 * sequences)
+        for u in range(first, end):
+            place = 0
+            for other in range(first, end):
+                place += (total[other] > total[u]) | ((total[other] == total[u]) & (other < u))
+            if place < wanted:
+                units[n] = u
+                n += 1
     return n
 
 

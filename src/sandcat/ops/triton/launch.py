@@ -30,3 +30,16 @@ def dependent_launch(device: torch.device) -> dict[str, bool]:
 def tl_dtype(dtype: torch.dtype) -> tl.dtype:
     """Triton's name of a dtype."""
     return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+class Workspace:
+    """Buffers that programs of one launch share, by name; zero at first, each as large as the largest launch needs."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.buffers: dict[str, torch.Tensor] = {}
+
+    def __call__(self, name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
+        if name not in self.buffers or len(self.buffers[name]) < size:
+            self.buffers[name] = torch.zeros(size, dtype=dtype, device=self.device)
+        return self.buffers[name]

@@ -1,11 +1,11 @@
-"""CUDA kernel of `sandcat::sparse_linear` for one token, and of the sparse layers of a fused step.
+"""CUDA kernel of `sandcat::sparse_linear` for one token, and of the sparse layers of a fused step of one sequence.
 
 `sparse_rows` cuts the columns of a weight into tiles and its channels into splits; channels are dealt out to the splits
 sixteen at a time, so that busy regions of x are shared. A program compares its split of x with the thresholds, writes
 the list of what it keeps, and reads the rows of that list: a thread sixteen bytes of each, so that its sums never
 leave it. Sums are float32; of int8 weights they are exact, of fixed-point digits (fixed_point.py). Programs add theirs
 to y as they end, so two runs may differ in the last bits; under `torch.use_deterministic_algorithms` the last of a
-tile's programs adds them up in a fixed order.
+tile's programs adds them up in a fixed order. Several tokens: channels.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sandcat.ops.sparse_linear import check_arguments, reference, sparse_linear
+from sandcat.ops.triton.channels import add_channels
 from sandcat.ops.triton.fixed_point import add_four_rows, digits, scale_of_all
 from sandcat.ops.triton.launch import dependent_launch, multiprocessors
 from sandcat.ops.triton.pieces import activated, clear, clear_share, finish, gated, keep_neurons, which_of_three
@@ -217,8 +218,10 @@ def launch(
     scale_O: Tensor | None = None,
 ) -> Tensor:
     check_arguments(x_TI, weight_IO, threshold_I, bias_O, scale_O)
-    if len(x_TI) > 1:
+    if len(x_TI) > 1 and torch.are_deterministic_algorithms_enabled():
         return reference(x_TI, weight_IO, threshold_I, bias_O, scale_O)
+    if len(x_TI) > 1:
+        return add_channels(x_TI, weight_IO, threshold_I, bias_O, scale_O, shared=False)
     x, weight, threshold = x_TI.contiguous(), weight_IO.contiguous(), threshold_I.contiguous()
     bias, scale = (None if t is None else t.contiguous() for t in (bias_O, scale_O))
     I, O = weight.shape

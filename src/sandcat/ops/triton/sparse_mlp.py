@@ -1,4 +1,5 @@
-"""CUDA kernels of `sandcat::sparse_mlp` and `sandcat::sparse_up_down` for one token. Shapes: see ops/sparse_mlp.py.
+"""CUDA kernels of `sandcat::sparse_mlp` and `sandcat::sparse_up_down`. Shapes: see ops/sparse_mlp.py. Of several tokens
+the gate is a dense product; the rest is in tokens.py.
 
 `clear` zeroes the sums and the counter. `gate_kernel` computes a = act(gate(x)) for all neurons and appends the kept
 ones to a list (`_list_kernel`: those of a given a); `up_down_kernel` walks the list, a few neurons at a time: up row .
@@ -17,12 +18,14 @@ where it first needs its results.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sandcat.ops.sparse_mlp import check_arguments, reference, reference_up_down, sparse_mlp, sparse_up_down
+from sandcat.ops.sparse_mlp import ACTIVATIONS, check_arguments, reference_up_down, sparse_mlp, sparse_up_down
+from sandcat.ops.triton import int8_linear
 from sandcat.ops.triton.launch import dependent_launch, multiprocessors
 from sandcat.ops.triton.pieces import CODES, activated, clear, finish, keep_neurons, load_rows, widen
 from sandcat.ops.triton.tokens import add_tokens
@@ -207,23 +210,25 @@ def launch(
     (I, H), T = gate_IH.shape, len(x_TH)
     biases, scales = (gate_bias_I, up_bias_I, down_bias_H), (gate_scale_I, up_scale_I, down_scale_H)
     check_arguments("sparse_mlp", x_TH, gate_IH, None, up_IH, down_IH, threshold_I, *biases, *scales)
-    if T > 1 and (torch.are_deterministic_algorithms_enabled() or any(scale is not None for scale in scales)):
-        return reference(x_TH, gate_IH, up_IH, down_IH, threshold_I, activation, *biases, *scales)
+    if T > 1:
+        if gate_scale_I is None:
+            g_TI = F.linear(x_TH, gate_IH, gate_bias_I)
+        else:
+            g_TI = int8_linear.launch(x_TH, gate_IH, gate_scale_I, gate_bias_I).to(x_TH.dtype)
+        a_TI = ACTIVATIONS[activation](g_TI)
+        return launch_up_down(x_TH, a_TI, up_IH, down_IH, threshold_I, *biases[1:], *scales[1:])
     y_TH, count, list_n, a_n, parts = _room(x_TH, I)
     x, gate, up, down, threshold = (t.contiguous() for t in (x_TH, gate_IH, up_IH, down_IH, threshold_I))
     gate_bias, up_bias, *scales = _contiguous(gate_bias_I, up_bias_I, *scales)
     dependent = dependent_launch(x.device)
     with torch.cuda.device(x.device):
-        clear[(triton.cdiv(T * H, 1024),)](y_TH, count, T * H, BLOCK=1024, **dependent)
-        if T == 1:
-            config = gate_config(H, gate.element_size())
-            gate_kernel[(triton.cdiv(I, config["ROWS"]),)](
-                x, None, 0.0, gate, gate_bias, scales[0], threshold, None if parts is not None else count, list_n, a_n,
-                None, I, H, CODE=CODES[activation], **config, **dependent,
-            )  # fmt: skip
-            up_down(x, up, down, up_bias, *scales[1:], count, list_n, a_n, y_TH[0], parts)
-        else:
-            add_tokens(x, gate, up, down, threshold, gate_bias, up_bias, CODES[activation], count, list_n, y_TH)
+        clear[(triton.cdiv(H, 1024),)](y_TH, count, H, BLOCK=1024, **dependent)
+        config = gate_config(H, gate.element_size())
+        gate_kernel[(triton.cdiv(I, config["ROWS"]),)](
+            x, None, 0.0, gate, gate_bias, scales[0], threshold, None if parts is not None else count, list_n, a_n,
+            None, I, H, CODE=CODES[activation], **config, **dependent,
+        )  # fmt: skip
+        up_down(x, up, down, up_bias, *scales[1:], count, list_n, a_n, y_TH[0], parts)
     return y_TH if down_bias_H is None else y_TH + down_bias_H
 
 
@@ -244,8 +249,12 @@ def launch_up_down(
         "sparse_up_down", x_TH, None, a_TI, up_IH, down_IH, threshold_I, None, up_bias_I, down_bias_H, None,
         up_scale_I, down_scale_H,
     )  # fmt: skip
-    if T > 1:
+    if T > 1 and torch.are_deterministic_algorithms_enabled():
         return reference_up_down(x_TH, a_TI, up_IH, down_IH, threshold_I, *rest)
+    if T > 1:
+        scales = (up_scale_I, down_scale_H)
+        y_TH = add_tokens(x_TH, a_TI, up_IH, down_IH, threshold_I, up_bias_I, *scales, shared=False)
+        return y_TH if down_bias_H is None else y_TH + down_bias_H
     x, a, up, down, threshold = (t.contiguous() for t in (x_TH, a_TI, up_IH, down_IH, threshold_I))
     up_bias, up_scale, down_scale = _contiguous(up_bias_I, up_scale_I, down_scale_H)
     y_TH, count, list_n, a_n, parts = _room(x_TH, I)

@@ -1,4 +1,5 @@
-"""CUDA kernels of a whole decode step of one sequence; `sandcat.step` strings them together.
+"""CUDA kernels of a whole decode step; `sandcat.step` strings them together. `embed`, `normalize` and `attend` take any
+number of sequences, the others one.
 
 Shapes: H hidden size, I intermediate size, D size of a head, G query heads a key-value head, L positions of the cache.
 The residual state h is float32 and stays one buffer through all layers: norms are applied where it is read, and results
@@ -31,15 +32,31 @@ def load_x(x, gate, norm, eps, k, K, CODE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def embed(ids, table, h, row_stride, stride, H, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """h = the row of the token. Strides: a table that is the head too, and skips inputs there, is stored by columns."""
+def embed(ids, ids_stride, table, h, row_stride, stride, H, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """h = the rows of the tokens. A table that is the head too, and skips inputs there, is stored by columns."""
     if PDL:
         gdc_wait()  # before the next kernel may start: that one reads weights, which must be written by now
         gdc_launch_dependents()
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(ids).to(tl.int64)
+    k, t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    row = tl.load(ids + t * ids_stride).to(tl.int64)
     h_k = tl.load(table + row * row_stride + k.to(tl.int64) * stride, mask=k < H, other=0.0).to(tl.float32)
-    tl.store(h + k, h_k, mask=k < H)
+    tl.store(h + t * H + k, h_k, mask=k < H)
+
+
+@triton.jit
+def normalize(
+    h, norm, eps, y, zeros, n_zeros, position, H, ZEROS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """A row of y = that of h after an RMSNorm. For `zeros` see `clear_share`, for `position` `project`."""
+    t, k = tl.program_id(0), tl.arange(0, BLOCK)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    x_k = load_x(h + t * H, None, norm, eps, k, H, 0, norm.dtype.element_ty)
+    tl.store(y + t * H + k, x_k.to(y.dtype.element_ty), mask=k < H)
+    clear_share(zeros, n_zeros, ZEROS)
+    if position is not None:
+        tl.store(position, tl.load(position) + 1, mask=t == 0)
 
 
 @triton.jit
@@ -137,15 +154,16 @@ def _rotated(x, norm, eps, cos_d, sin_d, here, d, D, dtype: tl.constexpr):
 
 @triton.jit
 def attend(
-    q, k, v, q_norm, k_norm, eps, cos, sin, position, keys, values, scale, top_ws, sum_ws, acc_ws, arrived, out,
-    L, G, D, WINDOW, GROUP: tl.constexpr, BLOCK: tl.constexpr, POSITIONS: tl.constexpr, SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
+    q, k, v, q_stride, k_stride, v_stride, q_norm, k_norm, eps, cos, sin, position, keys, values, scale, top_ws, sum_ws,
+    acc_ws, arrived, out, L, N, G, D, WINDOW, GROUP: tl.constexpr, BLOCK: tl.constexpr, POSITIONS: tl.constexpr,
+    SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rotates q and k, writes k and v into the cache, and attends to it.
+    """Rotates q and k, writes k and v into the cache, and attends to it. A sequence has N key-value heads, and a row of
+    q, of k and of v.
 
-    A program takes every SPLITS-th run of POSITIONS cached positions for one key-value head; the last of a head's
-    programs to end adds up their parts. Without `out` they stay parts, for `sparse_rows` to add up what it needs.
-    WINDOW: how many positions are seen, the new one among them; all where it is None.
+    A program takes every SPLITS-th run of POSITIONS cached positions for one key-value head of one sequence; the last
+    of a head's programs to end adds up their parts. Without `out` they stay parts, for `sparse_rows` to add up what it
+    needs. WINDOW: how many positions are seen, the new one among them; all where it is None.
     """
     head, split = tl.program_id(0), tl.program_id(1)
     g, d = tl.arange(0, GROUP), tl.arange(0, BLOCK)[None, :]
@@ -153,6 +171,9 @@ def attend(
     base = head.to(tl.int64) * L * D
     keys += base
     values += base
+    q += head // N * q_stride + head % N * (G * D)
+    k += head // N * k_stride + head % N * D
+    v += head // N * v_stride + head % N * D
     new = tl.load(position)  # this and what is cached were written long before
     run, step = tl.arange(0, POSITIONS)[:, None], SPLITS * POSITIONS
     first = split * POSITIONS
@@ -170,9 +191,9 @@ def attend(
         gdc_launch_dependents()
     row = (head * G + g)[:, None]
     here = (g < G)[:, None] & (d < D)
-    q_gd = _rotated(q + row * D, q_norm, eps, cos_d, sin_d, here, d, D, dtype).to(dtype)
-    k_d = _rotated(k + head * D, k_norm, eps, cos_d, sin_d, d < D, d, D, dtype).to(dtype)
-    v_d = tl.load(v + head * D + d, mask=d < D, other=0.0).to(dtype)
+    q_gd = _rotated(q + g[:, None] * D, q_norm, eps, cos_d, sin_d, here, d, D, dtype).to(dtype)
+    k_d = _rotated(k, k_norm, eps, cos_d, sin_d, d < D, d, D, dtype).to(dtype)
+    v_d = tl.load(v + d, mask=d < D, other=0.0).to(dtype)
     if split == 0:
         tl.store(keys + new * D + d, k_d, mask=d < D)
         tl.store(values + new * D + d, v_d, mask=d < D)
@@ -225,6 +246,11 @@ def attend_config(group: int, size: int, itemsize: int, length: int, splits: int
         "SPLITS": splits,
         "num_warps": 8,
     }
+
+
+def normalize_config(size: int) -> dict:
+    """Columns that a program of `normalize` takes (all), and its warps."""
+    return {"BLOCK": triton.next_power_of_2(size), "num_warps": 8}
 
 
 def whole_rows_config(columns: int, itemsize: int, matrices: int = 1) -> dict:
