@@ -2,12 +2,12 @@
 
     python benchmarks/step.py                         # Llama-2-7B and Mistral-7B shapes, four recipes, 500 tokens
     python benchmarks/step.py --shapes llama-3.2-1b --recipe cats:sparsity=0.7 --recipe "int8 teal:sparsity=0.5"
-    python benchmarks/step.py --shapes llama-3.2-1b --batch 4 --no-compile       # on a CPU
+    python benchmarks/step.py --shapes llama-2-7b --batch 2,4,8,16 --no-compile --recipe teal:sparsity=0.5,batch=shared
 
 Thresholds are calibrated on random tokens, so the shares dropped are the recipes'. All steps run in the same loop, over
 a static cache, on a GPU as one CUDA graph; `fused` are those of `sandcat.step`, `compiled` of torch.compile
 (max-autotune on a GPU). The dense ones are prepared once, and timed again, in turn, with those of every recipe. Where a
-recipe is teal alone, a GPU also runs it in TEAL's published way (teal_published.py). Kernels and steps are compared
+recipe is teal alone, for one sequence, a GPU also runs it in TEAL's published way (teal_published.py). Kernels and steps are compared
 with references and eager steps before anything is timed; times are medians. "Gain" is over what PyTorch makes of the
 dense model: the faster of its eager and compiled steps in that loop.
 """
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--context", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=1, help="sequences")
+    parser.add_argument("--batch", default="1", help="sequences, or several numbers of them")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--no-compile", action="store_true", help="leave out compiled steps, which take minutes")
@@ -57,10 +57,10 @@ def main() -> None:
     device, dtype = pick_device(options.device), pick_dtype(options.dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     bandwidth = read_bandwidth(device)
-    print(f"{name}, torch {torch.__version__}, {dtype}, {options.batch} x {options.context} tokens before, ", end="")
-    print(f"read bandwidth {bandwidth / 1e9:.0f} GB/s\n")
-    print("| shapes | recipe | step | ms | GB | GB/s | of read | dense ms | gain | bytes allow |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(f"{name}, torch {torch.__version__}, {dtype}, {options.context} tokens before, read bandwidth ", end="")
+    print(f"{bandwidth / 1e9:.0f} GB/s\n")
+    print("| shapes | batch | recipe | step | ms | GB | GB/s | of read | dense ms | gain | bytes allow |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for shapes in options.shapes.split(","):
         compare(shapes, options.recipe or RECIPES, device, dtype, bandwidth, options)
         torch._dynamo.reset()  # it holds on to the models
@@ -72,32 +72,44 @@ def compare(shapes: str, recipes: list[str], device: torch.device, dtype: torch.
     dense = random_model(shapes, device, dtype)
     vocabulary = dense.config.vocab_size
     text = Text(torch.randint(0, vocabulary, (16, 256)), "random tokens", "")
-    ids_BT = torch.randint(0, vocabulary, (options.batch, options.context + options.steps))
     modes = step_modes(device, not options.no_compile)
-    dense_steps = prepared_steps("dense", dense, ids_BT, options.steps, modes)
-    dense_bytes, dense_shown = step_bytes(dense, ids_BT), False
+    prompts, dense_steps, dense_bytes = {}, {}, {}
+    for batch in map(int, options.batch.split(",")):
+        prompts[batch] = ids_BT = torch.randint(0, vocabulary, (batch, options.context + options.steps))
+        dense_steps[batch] = prepared_steps("dense", dense, ids_BT, options.steps, modes)
+        dense_bytes[batch] = step_bytes(dense, ids_BT)
     for recipe in recipes:
         model = copy.deepcopy(dense)
         sandcat.sparsify(model, None, recipe, calibration=text)
-        parity_error(model, ids_BT)
-        steps = prepared_steps(recipe, model, ids_BT, options.steps, modes, compile_fused=False)
-        if device.type == "cuda" and "compiled" in modes and recipe.startswith("teal") and " " not in recipe:
-            steps |= published_steps(recipe, model, ids_BT, options.steps, modes)
-        times = step_medians(dense_steps | steps, ids_BT, options.steps, options.runs)
-        baseline = min(t for name, t in times.items() if name in ("dense eager", "dense compiled"))
-        read = step_bytes(model, ids_BT)
-        for name, seconds in times.items():
-            is_dense = name in dense_steps
-            if is_dense and dense_shown:
-                continue
-            moved, (which, _, variant) = dense_bytes if is_dense else read, name.rpartition(" ")
-            print(
-                f"| {shapes} | {which} | {variant} | {seconds * 1e3:.3f} | {moved / 1e9:.2f} | "
-                f"{moved / seconds / 1e9:.0f} | {moved / seconds / bandwidth:.0%} | {baseline * 1e3:.3f} | "
-                f"{baseline / seconds:.2f}x | {dense_bytes / moved:.2f}x |",
-                flush=True,
-            )
-        dense_shown = True
+        for batch, ids_BT in prompts.items():
+            rows(shapes, recipe, model, ids_BT, dense_steps[batch], dense_bytes[batch], modes, bandwidth, options,
+                 show_dense=recipe == recipes[0])  # fmt: skip
+
+
+def rows(
+    shapes: str, recipe: str, model: nn.Module, ids_BT, dense_steps: dict[str, Decoder], dense_bytes: int, modes,
+    bandwidth: float, options, *, show_dense: bool,
+) -> None:  # fmt: skip
+    """Prints the rows of one recipe at one batch."""
+    parity_error(model, ids_BT)
+    steps = prepared_steps(recipe, model, ids_BT, options.steps, modes, compile_fused=False)
+    alone = len(ids_BT) == 1 and recipe.startswith("teal") and " " not in recipe
+    if model.device.type == "cuda" and "compiled" in modes and alone:
+        steps |= published_steps(recipe, model, ids_BT, options.steps, modes)
+    times = step_medians(dense_steps | steps, ids_BT, options.steps, options.runs)
+    baseline = min(t for name, t in times.items() if name in ("dense eager", "dense compiled"))
+    read = step_bytes(model, ids_BT)
+    for name, seconds in times.items():
+        is_dense = name in dense_steps
+        if is_dense and not show_dense:
+            continue
+        moved, (which, _, variant) = dense_bytes if is_dense else read, name.rpartition(" ")
+        print(
+            f"| {shapes} | {len(ids_BT)} | {which} | {variant} | {seconds * 1e3:.3f} | {moved / 1e9:.2f} | "
+            f"{moved / seconds / 1e9:.0f} | {moved / seconds / bandwidth:.0%} | {baseline * 1e3:.3f} | "
+            f"{baseline / seconds:.2f}x | {dense_bytes / moved:.2f}x |",
+            flush=True,
+        )
 
 
 def random_model(shapes: str, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -124,7 +124,7 @@ def down_tokens_config(
     hidden: int, itemsize: int, multiprocessors: int,
     *, rows: int = 16, block: int = 256, stages: int = 2, warps: int = 4, programs: int = 6,
 ) -> tuple[dict, tuple[int, int]]:  # fmt: skip
-    """Neurons that a program of `down_tokens` takes at a time, and its columns; the grid: columns, parts of the list."""
+    """Neurons that a program of `down_tokens` takes at a time, and its columns; the grid: columns, parts of lists."""
     block = block * 2 // max(2, itemsize)
     columns = triton.cdiv(hidden, block)
     splits = max(1, programs * multiprocessors // columns)
