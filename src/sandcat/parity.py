@@ -111,16 +111,19 @@ def check_step(
 
 
 def check_by_layers(model: nn.Module, prompt: Tensor, ids_B1: Tensor, name: str, compile: str | None) -> None:
-    """Compares fused or compiled steps with eager ones, of the model cut down to two layers at a time.
+    """Compares fused or compiled steps with eager ones, of the model cut down to two layers at a time, or to one where
+    sequences share what is skipped.
 
     Where a rounding decides what is skipped, a deep model makes two right steps differ at will: random weights above
-    all. Over a few layers they stay together, and a wrong step still does not. A compiler, which takes its time, is
-    asked for the first few layers only.
+    all, and shared lists, in which one sequence's rounding changes what all of them use. Over a few layers they stay
+    together, and a wrong step still does not. A compiler, which takes its time, is asked for the first few layers only.
 
     Raises:
         ParityError: they don't.
     """
-    view, at_once = ModelView(model), 2
+    view, x_B1H = ModelView(model), torch.empty(len(ids_B1), 1, 0, dtype=model.dtype, device=model.device)
+    shares = (isinstance(m, Thresholded) and m.shares(x_B1H) for m in kernel_modules(model).values())
+    at_once = 1 if any(shares) else 2
     for start in range(0, len(view.layers) if compile == "fused" else 1, at_once):
         with view.only(slice(start, start + at_once)):
             eager, other = (Decoder(model, prompt.shape[1] + 1, compile=mode) for mode in (None, compile))
