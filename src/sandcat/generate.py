@@ -22,11 +22,13 @@ class Decoder:
         max_length: prompt and new tokens together, at most.
         batch: sequences, all of one length and without padding.
         compile: "fused" runs the step by `sandcat.step` where it applies, None eagerly, and anything else is the mode
-            for `torch.compile` without its own graphs, such as "default" or "max-autotune-no-cudagraphs". On CUDA the
-            step is captured in a CUDA graph in every case.
+            for `torch.compile` without its own graphs, such as "default" or "max-autotune-no-cudagraphs".
+        capture: on CUDA the step is captured in a CUDA graph, which pays from the first few steps on.
     """
 
-    def __init__(self, model: nn.Module, max_length: int, *, batch: int = 1, compile: str | None = "fused"):
+    def __init__(
+        self, model: nn.Module, max_length: int, *, batch: int = 1, compile: str | None = "fused", capture: bool = True
+    ):
         self.model, self.max_length, self.batch = model, max_length, batch
         # Full-length layers for sliding windows too: their masks look at positions, so a graph can be replayed.
         count = model.config.get_text_config().num_hidden_layers
@@ -37,6 +39,7 @@ class Decoder:
         self.fused: Step | None = None
         if compile not in (None, "fused"):
             self.forward = torch.compile(self._forward, mode=None if compile == "default" else compile, fullgraph=True)
+        self.capture = capture and model.device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
         self.length = 0
 
@@ -64,14 +67,14 @@ class Decoder:
             raise DataError(f"the cache of {self.max_length} tokens is full.")
         if self.compile == "fused" and not self.prepared:
             self._fuse()
-        if self.model.device.type == "cuda":
+        if self.capture:
             if self.graph is None:
                 self.graph = self._capture(ids_B1)
             self.ids_B1.copy_(ids_B1)
             self.graph.replay()
             logits = self.logits
         else:
-            logits = self.forward(ids_B1)
+            logits = self.forward(ids_B1.to(self.model.device))
         self.length += 1
         return logits
 

@@ -111,27 +111,51 @@ def check_step(
 
 
 def check_by_layers(model: nn.Module, prompt: Tensor, ids_B1: Tensor, name: str, compile: str | None) -> None:
-    """Compares fused or compiled steps with eager ones, of the model cut down to two layers at a time, or to one where
-    sequences share what is skipped.
+    """Compares fused or compiled steps with eager ones, of the model cut down to two layers at a time.
 
     Where a rounding decides what is skipped, a deep model makes two right steps differ at will: random weights above
-    all, and shared lists, in which one sequence's rounding changes what all of them use. Over a few layers they stay
-    together, and a wrong step still does not. A compiler, which takes its time, is asked for the first few layers only.
+    all. Over a few layers they stay together, and a wrong step still does not. A compiler, which takes its time, is
+    asked for the first few layers only. Where sequences share what is skipped, a rounding of one changes what all of
+    them use: then they are compared with all units kept, and as copies of the first sequence, which skip as it does
+    alone.
 
     Raises:
         ParityError: they don't.
     """
-    view, x_B1H = ModelView(model), torch.empty(len(ids_B1), 1, 0, dtype=model.dtype, device=model.device)
-    shares = (isinstance(m, Thresholded) and m.shares(x_B1H) for m in kernel_modules(model).values())
-    at_once = 1 if any(shares) else 2
+    view, at_once = ModelView(model), 2
+    x_B1H = torch.empty(len(ids_B1), 1, 0, dtype=model.dtype, device=model.device)
+    thresholded = [module for module in kernel_modules(model).values() if isinstance(module, Thresholded)]
+    copies, fed = prompt[:1].expand_as(prompt), ids_B1[:1].expand_as(ids_B1)
     for start in range(0, len(view.layers) if compile == "fused" else 1, at_once):
+        part = f"{name} (layers {start} to {start + at_once - 1} alone)"
         with view.only(slice(start, start + at_once)):
-            eager, other = (Decoder(model, prompt.shape[1] + 1, compile=mode) for mode in (None, compile))
-            for decoder in (eager, other):
-                decoder.prefill(prompt)
-            want, found = eager.step(ids_B1).double(), other.step(ids_B1).double()
-            part = f"{name} (layers {start} to {start + at_once - 1} alone)"
-            check_step(part, found, want, model, prompt, ids_B1, compile, by_layers=False)
+            if any(module.shares(x_B1H) for module in thresholded):
+                with _all_kept(thresholded):
+                    _compare(f"{part[:-1]}, all kept)", model, prompt, ids_B1, compile)
+                _compare(f"{part[:-1]}, of copies)", model, copies, fed, compile)
+            else:
+                _compare(part, model, prompt, ids_B1, compile)
+
+
+def _compare(name: str, model: nn.Module, prompt: Tensor, ids_B1: Tensor, compile: str | None) -> None:
+    logits = []
+    for mode in (None, compile):
+        decoder = Decoder(model, prompt.shape[1] + 1, batch=len(ids_B1), compile=mode, capture=False)
+        decoder.prefill(prompt)
+        logits.append(decoder.step(ids_B1).double())
+    check_step(name, logits[1], logits[0], model, prompt, ids_B1, compile, by_layers=False)
+
+
+@contextlib.contextmanager
+def _all_kept(modules: list[Thresholded]) -> Iterator[None]:
+    thresholds = [module.threshold for module in modules]
+    for module in modules:
+        module.threshold = torch.full_like(module.threshold, -1)
+    try:
+        yield
+    finally:
+        for module, threshold in zip(modules, thresholds, strict=True):
+            module.threshold = threshold
 
 
 def error_of(found: Tensor, want: Tensor) -> float:
