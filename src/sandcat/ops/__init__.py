@@ -84,8 +84,8 @@ _MOST_TOKENS = {
     **{(op, "cpu", torch.float32, False): (1, 16) for op in ("shared_linear", "shared_up_down")},
     **{(op, "cpu", dtype, False): (1, 4) for op in ("shared_linear", "shared_up_down") for dtype in _FLOATS[1:]},
     **{(op, "cpu", dtype, True): (16, 16) for op in _ALL for dtype in _FLOATS},
-    **{(op, "cuda", dtype, False): (1, 2) for op in ("sparse_linear", *_MLP[:2]) for dtype in _FLOATS[1:]},
-    **{(op, "cuda", dtype, False): (1, 16) for op in ("shared_linear", "shared_up_down") for dtype in _FLOATS[1:]},
+    **{("shared_linear", "cuda", dtype, False): (1, 8) for dtype in _FLOATS[1:]},
+    **{("shared_up_down", "cuda", dtype, False): (1, 16) for dtype in _FLOATS[1:]},
     **{(op, "cuda", dtype, True): (16, 16) for op in _CUDA_INT8 for dtype in _FLOATS[1:]},
     ("int8_linear", "cuda", torch.float32, True): (16, 16),
 }

@@ -92,6 +92,16 @@ def fma(typing, a, b, c):
 
 
 @intrinsic
+def plus(typing, a, b):
+    """a + b, lane by lane."""
+
+    def generate(context, builder, signature, args):
+        return builder.fadd(*args)
+
+    return vector(vector, vector), generate
+
+
+@intrinsic
 def total(typing, value):
     """The sum of the lanes, halves first."""
 
@@ -114,20 +124,27 @@ def _mask(lanes) -> ir.Constant:
     return ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
 
 
-@intrinsic
-def ask(typing, array, at):
+def _asks(nearness: int):
     """Asks for the line of memory at array[at], which the array need not reach; nothing waits for it."""
 
-    def generate(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, value=args[0]).data
-        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        read, nearest, is_data = i32(0), i32(3), i32(1)
-        builder.call(prefetch, [builder.bitcast(builder.gep(data, [args[1]]), byte), read, nearest, is_data])
-        return context.get_dummy_value()
+    @intrinsic
+    def ask(typing, array, at):
+        def generate(context, builder, signature, args):
+            data = context.make_array(signature.args[0])(context, builder, value=args[0]).data
+            byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+            prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            read, is_data = i32(0), i32(1)
+            builder.call(prefetch, [builder.bitcast(builder.gep(data, [args[1]]), byte), read, i32(nearness), is_data])
+            return context.get_dummy_value()
 
-    return types.none(array, types.intp), generate
+        return types.none(array, types.intp), generate
+
+    return ask
+
+
+ask, ask_far = _asks(3), _asks(1)
+"""To the nearest cache, and to a farther one, which has room for more that is on its way."""
 
 
 @intrinsic

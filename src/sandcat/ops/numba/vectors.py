@@ -5,22 +5,56 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from llvmlite import binding
 from numba import njit
 
 from sandcat.ops.numba.floats import rounded, widen
-from sandcat.ops.numba.lanes import LANES, LINE, apart, ask, fma, load, splat, store, total
+from sandcat.ops.numba.lanes import LANES, LINE, apart, ask, ask_far, fma, load, plus, splat, store, total
+
+ONE_BY_ONE = binding.get_host_cpu_name().startswith("znver")
+"""Whether rows are read one after another, as AMD's processors read ahead of those by themselves, and faster than of
+four at once or than what is asked for (docs/performance.md)."""
+ROWS_AHEAD = 8
+"""How many rows before a listed one is needed it is asked for, where rows are read one by one."""
 
 
 @njit
 def dot(x, row):
-    s = splat(np.float32(0))
-    whole = x.size // LANES * LANES
-    for k in range(0, whole, LANES):
-        s = fma(load(x, k), load(row, k), s)
-    t = total(s)
+    s0 = s1 = s2 = s3 = splat(np.float32(0))
+    fours, whole = x.size // (4 * LANES) * (4 * LANES), x.size // LANES * LANES
+    for k in range(0, fours, 4 * LANES):
+        s0 = fma(load(x, k), load(row, k), s0)
+        s1 = fma(load(x, k + LANES), load(row, k + LANES), s1)
+        s2 = fma(load(x, k + 2 * LANES), load(row, k + 2 * LANES), s2)
+        s3 = fma(load(x, k + 3 * LANES), load(row, k + 3 * LANES), s3)
+    for k in range(fours, whole, LANES):
+        s0 = fma(load(x, k), load(row, k), s0)
+    t = total(plus(plus(s0, s1), plus(s2, s3)))
     for k in range(whole, x.size):
         t += widen(x[k]) * widen(row[k])
     return t
+
+
+@njit
+def dot1x4(x0, x1, x2, x3, row, out, c):
+    """out[t, c] = row . x t."""
+    s0 = s1 = s2 = s3 = splat(np.float32(0))
+    whole = x0.size // LANES * LANES
+    for k in range(0, whole, LANES):
+        r = load(row, k)
+        s0, s1, s2, s3 = (
+            fma(load(x0, k), r, s0),
+            fma(load(x1, k), r, s1),
+            fma(load(x2, k), r, s2),
+            fma(load(x3, k), r, s3),
+        )
+    out[0, c], out[1, c], out[2, c], out[3, c] = total(s0), total(s1), total(s2), total(s3)
+    for k in range(whole, x0.size):
+        r = widen(row[k])
+        out[0, c] += r * x0[k]
+        out[1, c] += r * x1[k]
+        out[2, c] += r * x2[k]
+        out[3, c] += r * x3[k]
 
 
 @njit
@@ -99,6 +133,14 @@ def dot_rows(x, rows, units, out):
     apart()
     count = out.shape[1]
     fours, tokens = count // 4 * 4, len(x) // 4 * 4
+    if ONE_BY_ONE:
+        for c in range(count):
+            row = rows[row_of(units, c)]
+            for t in range(0, tokens, 4):
+                dot1x4(x[t], x[t + 1], x[t + 2], x[t + 3], row, out[t : t + 4], c)
+            for t in range(tokens, len(x)):
+                out[t, c] = dot(x[t], row)
+        return
     for c in range(0, fours, 4):
         row0, row1, row2, row3 = _four(rows, units, c)
         next0, next1, next2, next3 = _four(rows, units, min(c + 4, count - 4))
@@ -204,6 +246,9 @@ TOGETHER = 32
 def add_rows(y, h, rows, units, first=0):
     """y[t] += sum over c of h[t, c] rows[units[c]][first:], as wide as y, of all rows if units is None."""
     apart()
+    if ONE_BY_ONE:
+        _add_one_by_one(y, h, rows, units, first)
+        return
     count, tokens, width = h.shape[1], len(y) // 4 * 4, 4 * LANES
     for t in range(tokens, len(y)):
         _add_rows(y[t], h[t], rows, units, first)
@@ -222,6 +267,35 @@ def add_rows(y, h, rows, units, first=0):
             for n in range(c, end):
                 for t in range(tokens):
                     add(y[t, whole:], h[t, n], rows[row_of(units, n), first + whole : first + y.shape[1]])
+
+
+@njit
+def _add_asking(y, h, row, later, first):
+    """y += h * row[first:], while a later row is asked for."""
+    v, line = splat(h), LINE // row.itemsize
+    whole = y.size // (4 * LANES) * (4 * LANES)
+    for start in range(0, whole, 4 * LANES):
+        for k in range(start, start + 4 * LANES, line):
+            ask_far(later, first + k)
+        k, at = start, first + start
+        store(y, k, fma(v, load(row, at), load(y, k)))
+        k, at = k + LANES, at + LANES
+        store(y, k, fma(v, load(row, at), load(y, k)))
+        k, at = k + LANES, at + LANES
+        store(y, k, fma(v, load(row, at), load(y, k)))
+        k, at = k + LANES, at + LANES
+        store(y, k, fma(v, load(row, at), load(y, k)))
+    add(y[whole:], h, row[first + whole : first + y.size])
+
+
+@njit
+def _add_one_by_one(y, h, rows, units, first):
+    count = h.shape[1]
+    for c in range(count):
+        row, later = rows[row_of(units, c)], rows[row_of(units, min(c + ROWS_AHEAD, count - 1))]
+        _add_asking(y[0], h[0, c], row, later, first)
+        for t in range(1, len(y)):
+            add(y[t], h[t, c], row[first : first + y.shape[1]])
 
 
 @njit
