@@ -6,9 +6,11 @@ import math
 
 import numpy as np
 from llvmlite import binding
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 from sandcat.ops.numba.floats import rounded, widen
+from sandcat.ops.numba.fours import HAS_FOURS, dot_fours, split
 from sandcat.ops.numba.lanes import LANES, LINE, apart, ask, ask_far, fma, load, plus, splat, store, total
 
 ONE_BY_ONE = binding.get_host_cpu_name().startswith("znver")
@@ -18,7 +20,7 @@ ROWS_AHEAD = 8
 """How many rows before a listed one is needed it is asked for, where rows are read one by one."""
 
 
-@njit
+@njit(inline="always")
 def dot(x, row):
     s0 = s1 = s2 = s3 = splat(np.float32(0))
     fours, whole = x.size // (4 * LANES) * (4 * LANES), x.size // LANES * LANES
@@ -35,7 +37,7 @@ def dot(x, row):
     return t
 
 
-@njit
+@njit(inline="always")
 def dot1x4(x0, x1, x2, x3, row, out, c):
     """out[t, c] = row . x t."""
     s0 = s1 = s2 = s3 = splat(np.float32(0))
@@ -127,6 +129,36 @@ def _four(rows, units, c):
     return rows[row_of(units, c)], rows[row_of(units, c + 1)], rows[row_of(units, c + 2)], rows[row_of(units, c + 3)]
 
 
+def _dot_one_by_one(x, rows, units, out):
+    """`dot_rows` where rows are read one by one."""
+
+
+@overload(_dot_one_by_one)
+def _(x, rows, units, out):
+    return _by_digits if HAS_FOURS and rows.dtype == types.int8 else _by_floats
+
+
+def _by_floats(x, rows, units, out):
+    tokens = len(x) // 4 * 4
+    for c in range(out.shape[1]):
+        row = rows[row_of(units, c)]
+        for t in range(0, tokens, 4):
+            dot1x4(x[t], x[t + 1], x[t + 2], x[t + 3], row, out[t : t + 4], c)
+        for t in range(tokens, len(x)):
+            out[t, c] = dot(x[t], row)
+
+
+def _by_digits(x, rows, units, out):
+    tokens, size = x.shape
+    digits = np.empty((3, size), np.int8)
+    d0, d1, d2 = digits
+    for t in range(tokens):
+        back, extra = split(x[t], digits)
+        for c in range(out.shape[1]):
+            row = rows[row_of(units, c)]
+            out[t, c] = dot_fours(x[t], d0, d1, d2, back, extra, row) if back == back else dot(x[t], row)
+
+
 @njit
 def dot_rows(x, rows, units, out):
     """out[t, c] = rows[units[c]] . x[t], of all rows if units is None: each is read from memory once."""
@@ -134,12 +166,7 @@ def dot_rows(x, rows, units, out):
     count = out.shape[1]
     fours, tokens = count // 4 * 4, len(x) // 4 * 4
     if ONE_BY_ONE:
-        for c in range(count):
-            row = rows[row_of(units, c)]
-            for t in range(0, tokens, 4):
-                dot1x4(x[t], x[t + 1], x[t + 2], x[t + 3], row, out[t : t + 4], c)
-            for t in range(tokens, len(x)):
-                out[t, c] = dot(x[t], row)
+        _dot_one_by_one(x, rows, units, out)
         return
     for c in range(0, fours, 4):
         row0, row1, row2, row3 = _four(rows, units, c)
@@ -269,7 +296,7 @@ def add_rows(y, h, rows, units, first=0):
                     add(y[t, whole:], h[t, n], rows[row_of(units, n), first + whole : first + y.shape[1]])
 
 
-@njit
+@njit(inline="always")
 def _add_asking(y, h, row, later, first):
     """y += h * row[first:], while a later row is asked for."""
     v, line = splat(h), LINE // row.itemsize
