@@ -152,6 +152,12 @@ def test_in_bfloat16(folder_of, prompts, tmp_path, sequences):
     assert (theirs - exact).abs().mean() <= 1.5 * (rounded - exact).abs().mean()
 
 
+@LAYOUTS
+def test_compiled(folder_of, prompts, tmp_path, sequences):
+    """As it runs unless told otherwise."""
+    check(folder_of("cats"), prompts[:12], tmp_path, max_num_seqs=sequences, enforce_eager=False)
+
+
 SERVED = [name for name, row in ARCHITECTURES.items() if row.served and name != "gemma3"]
 
 

@@ -19,7 +19,7 @@ def main(folder: str, prompts: str, answers: str, options: str) -> None:
     os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND=cores, HF_HUB_OFFLINE="1")
     from vllm import LLM, SamplingParams
 
-    llm = LLM(folder, enforce_eager=True, max_model_len=128, **options)
+    llm = LLM(folder, **{"enforce_eager": True, "max_model_len": 128} | options)
     greedy = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, logprobs=0, ignore_eos=True)
     found = []
     asked = [{"prompt_token_ids": ids} for ids in json.loads(Path(prompts).read_text())]

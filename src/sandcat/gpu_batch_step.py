@@ -48,11 +48,15 @@ class GpuBatchStep(Parts):
         self._normalize(self.norm, position=self.position)
         return self.head(self.x)[:, 0]
 
-    def _kind(self, linear: nn.Module) -> str | None:
-        """What runs a layer here: the kernels of "own" or "shared" lists, or of "int8" rows; None: the layer itself."""
-        if type(linear) is SparseLinear and linear.pays(self.x) and not linear.runs_dense(self.x):
-            return "shared" if linear.shares(self.x) else "own"
-        return "int8" if type(linear) is Int8Linear and linear.pays(self.x) else None
+    def _kind(self, linear: nn.Module) -> tuple | None:
+        """What runs a layer here, the kernels of "own" or "shared" lists or of "int8" rows, and what else layers of one
+        launch have in common; None: the layer itself."""
+        if not isinstance(linear, SparseLinear | Int8Linear) or not linear.pays(self.x):
+            return None
+        if isinstance(linear, SparseLinear) and linear.runs_dense(self.x):
+            return None
+        lists = "shared" if isinstance(linear, SparseLinear) and linear.shares(self.x) else "own"
+        return "int8" if isinstance(linear, Int8Linear) else lists, linear.weight.dtype, linear.bias is None
 
     def _normalize(self, norm: nn.Module, zeros: Tensor | None = None, position: Tensor | None = None) -> None:
         """x = h after the norm; and zeros = 0."""
@@ -102,12 +106,14 @@ class GpuBatchStep(Parts):
                 self._add(ACTIVATIONS[block.mlp.activation](g.to(self.dtype)) * u.to(self.dtype), down)
 
     def _rows(
-        self, kind: str, x: Tensor, linears: list[nn.Module], y: Tensor,
+        self, kind: tuple, x: Tensor, linears: list[nn.Module], y: Tensor,
         *, gate: Tensor | None = None, code: int = 0, add: bool = False,
     ) -> None:  # fmt: skip
         """y += the products, one after another, with x, or with act(gate) * x; y is zero where it is not `add`."""
-        run = self._int8_rows if kind == "int8" else self._listed_rows
-        run(x, linears, y, gate, code, **({"add": add} if kind == "int8" else {"shared": kind == "shared"}))
+        if kind[0] == "int8":
+            self._int8_rows(x, linears, y, gate, code, add=add)
+        else:
+            self._listed_rows(x, linears, y, gate, code, shared=kind[0] == "shared")
 
     def _listed_rows(
         self, x: Tensor, linears: list[nn.Module], y: Tensor, gate: Tensor | None, code: int, *, shared: bool

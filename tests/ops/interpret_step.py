@@ -66,7 +66,7 @@ RECIPES = {
         ("llama", None), ("llama", "teal"), ("llama", "teal:batch=shared"), ("llama", "int8"), ("qwen2", "int8 teal"),
         ("llama", "teal:sites=[q,k,v,o,gate],batch=shared cats:batch=shared"), ("mistral", "cats"), ("qwen3", "teal"),
         ("llama", "int8:sites=[k,gate,o] teal:sites=[q,down,head]"), ("qwen2", "int8 teal:sites=all+head,batch=shared"),
-        ("llama", "int8 cats"),
+        ("llama", "int8 cats"), ("llama", "int8:sites=[q,up] teal:batch=shared"),
     ],
 }  # fmt: skip
 
