@@ -104,8 +104,11 @@ def _used(scores, module, op):
     if module.batch == "own":
         return own
     total = (scores.double() / module.threshold.double().clamp(min=1e-15)).square().sum(0)[0]
-    first = total.argsort(descending=True, stable=True)[: -(-int(own.sum()) // len(scores))]
-    return torch.zeros_like(total, dtype=torch.bool).scatter(0, first, True).expand_as(own)
+    used = torch.zeros_like(total, dtype=torch.bool)
+    for start in range(0, len(total), 16):  # the first of every sixteen, as many as a sequence keeps of them on average
+        count = round(int(own[..., start : start + 16].sum()) / len(scores))
+        used[start + total[start : start + 16].argsort(descending=True, stable=True)[:count]] = True
+    return used.expand_as(own)
 
 
 def _linear(linear, sparse):

@@ -146,7 +146,7 @@ def of_one_token(itemsize: int, dtype: str) -> Iterator[tuple]:
             else:
                 yield step.project, {**left_out, **step.whole_rows_config(columns, itemsize)}
         if itemsize > 1:
-            yield step.normalize, {"ZEROS": 64, **left_out, **step.normalize_config(columns)}
+            yield step.normalize, {"ZEROS": 64, "position": None, **step.normalize_config(columns)}
             yield step.add_rows, {"gate": None, "ZEROS": 64, **dtypes, **step.whole_rows_config(columns, itemsize)}
     if itemsize > 1:
         yield step.gate_up, {"CODE": 0, **step.whole_rows_config(4096, itemsize, matrices=2)}
@@ -182,7 +182,7 @@ def of_tokens(itemsize: int, of_x: int, dtype: str) -> Iterator[tuple]:
     for shared in (False, True):
         yield (
             tokens.list_neurons,
-            {"SHARED": shared, "STRIDE": 16, "TOKENS": 16, "NEURONS": 64, "GROUP": 16, "num_warps": 2},
+            {"SHARED": shared, "STRIDE": 16, "TOKENS": 16, "NEURONS": 128, "GROUP": 16, "num_warps": 2},
         )
 
 

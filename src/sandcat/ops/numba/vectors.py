@@ -10,7 +10,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from sandcat.ops.numba.floats import rounded, widen
-from sandcat.ops.numba.fours import HAS_FOURS, dot_fours, split
+from sandcat.ops.numba.fours import HAS_FOURS, WIDTH, dot_fours, split
 from sandcat.ops.numba.lanes import LANES, LINE, apart, ask, ask_far, fma, load, plus, splat, store, total
 
 ONE_BY_ONE = binding.get_host_cpu_name().startswith("znver")
@@ -150,13 +150,13 @@ def _by_floats(x, rows, units, out):
 
 def _by_digits(x, rows, units, out):
     tokens, size = x.shape
-    digits = np.empty((3, size), np.int8)
-    d0, d1, d2 = digits
+    digits = np.empty((4, size // WIDTH * WIDTH), np.int8)
+    d0, d1, d2, d3 = digits
     for t in range(tokens):
-        back, extra = split(x[t], digits)
+        back, extra = split(x[t, : d0.size], digits)
         for c in range(out.shape[1]):
             row = rows[row_of(units, c)]
-            out[t, c] = dot_fours(x[t], d0, d1, d2, back, extra, row) if back == back else dot(x[t], row)
+            out[t, c] = dot_fours(x[t], d0, d1, d2, d3, back, extra, row) if back == back else dot(x[t], row)
 
 
 @njit

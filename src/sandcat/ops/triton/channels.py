@@ -160,7 +160,7 @@ def listed_rows_config(
 def list_channels_config(channels: int, tokens: int) -> dict:
     """Channels of a program and of a group, tokens, and warps."""
     padded = triton.next_power_of_2(tokens)
-    return {"CHANNELS": channels, "GROUP": GROUP, "TOKENS": padded, "num_warps": 8 if channels > 128 else 4}
+    return {"CHANNELS": channels, "GROUP": GROUP, "TOKENS": padded, "num_warps": max(4, min(16, channels // 32))}
 
 
 def add_channels(

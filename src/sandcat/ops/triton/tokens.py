@@ -149,9 +149,9 @@ def add_tokens(
     dependent = dependent_launch(device)
     with torch.cuda.device(device):
         clear[(triton.cdiv(T * H, 1024),)](y_TH, count, T * H, BLOCK=1024, **dependent)
-        list_neurons[(triton.cdiv(I, 64),)](
+        list_neurons[(triton.cdiv(I, 128),)](
             a, threshold, count, list_n, a_nT, keep_n, T, I, SHARED=shared, STRIDE=TOKENS,
-            TOKENS=triton.next_power_of_2(T), NEURONS=64, GROUP=GROUP, num_warps=2, **dependent,
+            TOKENS=triton.next_power_of_2(T), NEURONS=128, GROUP=GROUP, num_warps=4, **dependent,
         )  # fmt: skip
         config = up_tokens_config(x.element_size())
         up_tokens[(triton.cdiv(I, config["ROWS"]),)](
