@@ -180,10 +180,7 @@ def of_tokens(itemsize: int, of_x: int, dtype: str) -> Iterator[tuple]:
     yield tokens.up_tokens, tokens.up_tokens_config(of_x)
     yield tokens.down_tokens, tokens.down_tokens_config(4096, of_x, 132)[0]
     for shared in (False, True):
-        yield (
-            tokens.list_neurons,
-            {"SHARED": shared, "STRIDE": 16, "TOKENS": 16, "NEURONS": 128, "GROUP": 16, "num_warps": 2},
-        )
+        yield tokens.list_neurons, {"SHARED": shared, **tokens.list_neurons_config(16)}
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from sandcat.ops.numba.amx import (
 )
 from sandcat.ops.numba.floats import widen
 from sandcat.ops.numba.lanes import LANES, LINE, apart, ask, fma, load, splat, store
-from sandcat.ops.numba.vectors import add_rows, dot_rows, row_of
+from sandcat.ops.numba.one_row import row_of
+from sandcat.ops.numba.vectors import add_rows, dot_rows
 
 PAIRED = 2 * LANES
 """Inputs that one tile takes."""

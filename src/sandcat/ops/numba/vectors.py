@@ -1,62 +1,15 @@
-"""Products, sums and norms of rows, in float32 whatever the rows are stored as."""
+"""Products and sums of several rows at once, and norms, in float32 whatever the rows are stored as."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
-from llvmlite import binding
-from numba import njit, types
-from numba.extending import overload
+from numba import njit
 
 from sandcat.ops.numba.floats import rounded, widen
-from sandcat.ops.numba.fours import HAS_FOURS, WIDTH, dot_fours, split
-from sandcat.ops.numba.lanes import LANES, LINE, apart, ask, ask_far, fma, load, plus, splat, store, total
-
-ONE_BY_ONE = binding.get_host_cpu_name().startswith("znver")
-"""Whether rows are read one after another, as AMD's processors read ahead of those by themselves, and faster than of
-four at once or than what is asked for (docs/performance.md)."""
-ROWS_AHEAD = 8
-"""How many rows before a listed one is needed it is asked for, where rows are read one by one."""
-
-
-@njit(inline="always")
-def dot(x, row):
-    s0 = s1 = s2 = s3 = splat(np.float32(0))
-    fours, whole = x.size // (4 * LANES) * (4 * LANES), x.size // LANES * LANES
-    for k in range(0, fours, 4 * LANES):
-        s0 = fma(load(x, k), load(row, k), s0)
-        s1 = fma(load(x, k + LANES), load(row, k + LANES), s1)
-        s2 = fma(load(x, k + 2 * LANES), load(row, k + 2 * LANES), s2)
-        s3 = fma(load(x, k + 3 * LANES), load(row, k + 3 * LANES), s3)
-    for k in range(fours, whole, LANES):
-        s0 = fma(load(x, k), load(row, k), s0)
-    t = total(plus(plus(s0, s1), plus(s2, s3)))
-    for k in range(whole, x.size):
-        t += widen(x[k]) * widen(row[k])
-    return t
-
-
-@njit(inline="always")
-def dot1x4(x0, x1, x2, x3, row, out, c):
-    """out[t, c] = row . x t."""
-    s0 = s1 = s2 = s3 = splat(np.float32(0))
-    whole = x0.size // LANES * LANES
-    for k in range(0, whole, LANES):
-        r = load(row, k)
-        s0, s1, s2, s3 = (
-            fma(load(x0, k), r, s0),
-            fma(load(x1, k), r, s1),
-            fma(load(x2, k), r, s2),
-            fma(load(x3, k), r, s3),
-        )
-    out[0, c], out[1, c], out[2, c], out[3, c] = total(s0), total(s1), total(s2), total(s3)
-    for k in range(whole, x0.size):
-        r = widen(row[k])
-        out[0, c] += r * x0[k]
-        out[1, c] += r * x1[k]
-        out[2, c] += r * x2[k]
-        out[3, c] += r * x3[k]
+from sandcat.ops.numba.lanes import LANES, LINE, apart, ask, fma, load, splat, store, total
+from sandcat.ops.numba.one_row import ONE_BY_ONE, add, add_one_by_one, dot, dot_one_by_one, row_of
 
 
 @njit
@@ -117,46 +70,8 @@ def dot4x4(x0, x1, x2, x3, row0, row1, row2, row3, out):
 
 
 @njit
-def row_of(units, c):
-    """The c-th unit of a list, or of all."""
-    if units is None:
-        return c
-    return units[c]
-
-
-@njit
 def _four(rows, units, c):
     return rows[row_of(units, c)], rows[row_of(units, c + 1)], rows[row_of(units, c + 2)], rows[row_of(units, c + 3)]
-
-
-def _dot_one_by_one(x, rows, units, out):
-    """`dot_rows` where rows are read one by one."""
-
-
-@overload(_dot_one_by_one)
-def _(x, rows, units, out):
-    return _by_digits if HAS_FOURS and rows.dtype == types.int8 else _by_floats
-
-
-def _by_floats(x, rows, units, out):
-    tokens = len(x) // 4 * 4
-    for c in range(out.shape[1]):
-        row = rows[row_of(units, c)]
-        for t in range(0, tokens, 4):
-            dot1x4(x[t], x[t + 1], x[t + 2], x[t + 3], row, out[t : t + 4], c)
-        for t in range(tokens, len(x)):
-            out[t, c] = dot(x[t], row)
-
-
-def _by_digits(x, rows, units, out):
-    tokens, size = x.shape
-    digits = np.empty((4, size // WIDTH * WIDTH), np.int8)
-    d0, d1, d2, d3 = digits
-    for t in range(tokens):
-        back, extra = split(x[t, : d0.size], digits)
-        for c in range(out.shape[1]):
-            row = rows[row_of(units, c)]
-            out[t, c] = dot_fours(x[t], d0, d1, d2, d3, back, extra, row) if back == back else dot(x[t], row)
 
 
 @njit
@@ -166,7 +81,7 @@ def dot_rows(x, rows, units, out):
     count = out.shape[1]
     fours, tokens = count // 4 * 4, len(x) // 4 * 4
     if ONE_BY_ONE:
-        _dot_one_by_one(x, rows, units, out)
+        dot_one_by_one(x, rows, units, out)
         return
     for c in range(0, fours, 4):
         row0, row1, row2, row3 = _four(rows, units, c)
@@ -179,17 +94,6 @@ def dot_rows(x, rows, units, out):
     for c in range(fours, count):
         for t in range(len(x)):
             out[t, c] = dot(x[t], rows[row_of(units, c)])
-
-
-@njit
-def add(y, h, row):
-    """y += h * row."""
-    v = splat(h)
-    whole = y.size // LANES * LANES
-    for k in range(0, whole, LANES):
-        store(y, k, fma(v, load(row, k), load(y, k)))
-    for k in range(whole, y.size):
-        y[k] += h * widen(row[k])
 
 
 @njit
@@ -274,7 +178,7 @@ def add_rows(y, h, rows, units, first=0):
     """y[t] += sum over c of h[t, c] rows[units[c]][first:], as wide as y, of all rows if units is None."""
     apart()
     if ONE_BY_ONE:
-        _add_one_by_one(y, h, rows, units, first)
+        add_one_by_one(y, h, rows, units, first)
         return
     count, tokens, width = h.shape[1], len(y) // 4 * 4, 4 * LANES
     for t in range(tokens, len(y)):
@@ -294,35 +198,6 @@ def add_rows(y, h, rows, units, first=0):
             for n in range(c, end):
                 for t in range(tokens):
                     add(y[t, whole:], h[t, n], rows[row_of(units, n), first + whole : first + y.shape[1]])
-
-
-@njit(inline="always")
-def _add_asking(y, h, row, later, first):
-    """y += h * row[first:], while a later row is asked for."""
-    v, line = splat(h), LINE // row.itemsize
-    whole = y.size // (4 * LANES) * (4 * LANES)
-    for start in range(0, whole, 4 * LANES):
-        for k in range(start, start + 4 * LANES, line):
-            ask_far(later, first + k)
-        k, at = start, first + start
-        store(y, k, fma(v, load(row, at), load(y, k)))
-        k, at = k + LANES, at + LANES
-        store(y, k, fma(v, load(row, at), load(y, k)))
-        k, at = k + LANES, at + LANES
-        store(y, k, fma(v, load(row, at), load(y, k)))
-        k, at = k + LANES, at + LANES
-        store(y, k, fma(v, load(row, at), load(y, k)))
-    add(y[whole:], h, row[first + whole : first + y.size])
-
-
-@njit
-def _add_one_by_one(y, h, rows, units, first):
-    count = h.shape[1]
-    for c in range(count):
-        row, later = rows[row_of(units, c)], rows[row_of(units, min(c + ROWS_AHEAD, count - 1))]
-        _add_asking(y[0], h[0, c], row, later, first)
-        for t in range(1, len(y)):
-            add(y[t], h[t, c], row[first : first + y.shape[1]])
 
 
 @njit

@@ -109,6 +109,12 @@ def down_tokens(
         tl.atomic_add(y + t[:, None] * H + k[None, :], total, mask=mask, sem="relaxed")
 
 
+def list_neurons_config(tokens: int) -> dict:
+    """Neurons that a program of `list_neurons` takes, and of a group; tokens, and places that a neuron has for them."""
+    padded = triton.next_power_of_2(tokens)
+    return {"STRIDE": TOKENS, "TOKENS": padded, "NEURONS": 128, "GROUP": GROUP, "num_warps": 4}
+
+
 def up_tokens_config(itemsize: int, *, rows: int = 64, block: int = 256, stages: int = 3, warps: int = 4) -> dict:
     """Neurons that a program of `up_tokens` takes, and columns at a time."""
     return {
@@ -149,9 +155,9 @@ def add_tokens(
     dependent = dependent_launch(device)
     with torch.cuda.device(device):
         clear[(triton.cdiv(T * H, 1024),)](y_TH, count, T * H, BLOCK=1024, **dependent)
-        list_neurons[(triton.cdiv(I, 128),)](
-            a, threshold, count, list_n, a_nT, keep_n, T, I, SHARED=shared, STRIDE=TOKENS,
-            TOKENS=triton.next_power_of_2(T), NEURONS=128, GROUP=GROUP, num_warps=4, **dependent,
+        config = list_neurons_config(T)
+        list_neurons[(triton.cdiv(I, config["NEURONS"]),)](
+            a, threshold, count, list_n, a_nT, keep_n, T, I, SHARED=shared, **config, **dependent
         )  # fmt: skip
         config = up_tokens_config(x.element_size())
         up_tokens[(triton.cdiv(I, config["ROWS"]),)](

@@ -1,0 +1,137 @@
+"""Products and sums of rows, one row at a time, in float32 whatever the rows are stored as. On processors that read
+ahead by themselves layers run so; elsewhere several rows at once (vectors.py)."""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import binding
+from numba import njit, types
+from numba.extending import overload
+
+from sandcat.ops.numba.floats import widen
+from sandcat.ops.numba.fours import HAS_FOURS, WIDTH, dot_fours, split
+from sandcat.ops.numba.lanes import LANES, LINE, ask_far, fma, load, plus, splat, store, total
+
+ONE_BY_ONE = binding.get_host_cpu_name().startswith("znver")
+"""Whether rows are read one after another, as AMD's processors read ahead of those by themselves, and faster than of
+four at once or than what is asked for (docs/performance.md)."""
+ROWS_AHEAD = 8
+"""How many rows before a listed one is needed it is asked for, where rows are read one by one."""
+
+
+@njit(inline="always")
+def dot(x, row):
+    s0 = s1 = s2 = s3 = splat(np.float32(0))
+    fours, whole = x.size // (4 * LANES) * (4 * LANES), x.size // LANES * LANES
+    for k in range(0, fours, 4 * LANES):
+        s0 = fma(load(x, k), load(row, k), s0)
+        s1 = fma(load(x, k + LANES), load(row, k + LANES), s1)
+        s2 = fma(load(x, k + 2 * LANES), load(row, k + 2 * LANES), s2)
+        s3 = fma(load(x, k + 3 * LANES), load(row, k + 3 * LANES), s3)
+    for k in range(fours, whole, LANES):
+        s0 = fma(load(x, k), load(row, k), s0)
+    t = total(plus(plus(s0, s1), plus(s2, s3)))
+    for k in range(whole, x.size):
+        t += widen(x[k]) * widen(row[k])
+    return t
+
+
+@njit(inline="always")
+def dot1x4(x0, x1, x2, x3, row, out, c):
+    """out[t, c] = row . x t."""
+    s0 = s1 = s2 = s3 = splat(np.float32(0))
+    whole = x0.size // LANES * LANES
+    for k in range(0, whole, LANES):
+        r = load(row, k)
+        s0, s1, s2, s3 = (
+            fma(load(x0, k), r, s0),
+            fma(load(x1, k), r, s1),
+            fma(load(x2, k), r, s2),
+            fma(load(x3, k), r, s3),
+        )
+    out[0, c], out[1, c], out[2, c], out[3, c] = total(s0), total(s1), total(s2), total(s3)
+    for k in range(whole, x0.size):
+        r = widen(row[k])
+        out[0, c] += r * x0[k]
+        out[1, c] += r * x1[k]
+        out[2, c] += r * x2[k]
+        out[3, c] += r * x3[k]
+
+
+@njit
+def row_of(units, c):
+    """The c-th unit of a list, or of all."""
+    if units is None:
+        return c
+    return units[c]
+
+
+def dot_one_by_one(x, rows, units, out):
+    """See `vectors.dot_rows`."""
+
+
+@overload(dot_one_by_one)
+def _(x, rows, units, out):
+    return _by_digits if HAS_FOURS and rows.dtype == types.int8 else _by_floats
+
+
+def _by_floats(x, rows, units, out):
+    tokens = len(x) // 4 * 4
+    for c in range(out.shape[1]):
+        row = rows[row_of(units, c)]
+        for t in range(0, tokens, 4):
+            dot1x4(x[t], x[t + 1], x[t + 2], x[t + 3], row, out[t : t + 4], c)
+        for t in range(tokens, len(x)):
+            out[t, c] = dot(x[t], row)
+
+
+def _by_digits(x, rows, units, out):
+    tokens, size = x.shape
+    digits = np.empty((4, size // WIDTH * WIDTH), np.int8)
+    d0, d1, d2, d3 = digits
+    for t in range(tokens):
+        back, extra = split(x[t, : d0.size], digits)
+        for c in range(out.shape[1]):
+            row = rows[row_of(units, c)]
+            out[t, c] = dot_fours(x[t], d0, d1, d2, d3, back, extra, row) if back == back else dot(x[t], row)
+
+
+@njit
+def add(y, h, row):
+    """y += h * row."""
+    v = splat(h)
+    whole = y.size // LANES * LANES
+    for k in range(0, whole, LANES):
+        store(y, k, fma(v, load(row, k), load(y, k)))
+    for k in range(whole, y.size):
+        y[k] += h * widen(row[k])
+
+
+@njit(inline="always")
+def _add_asking(y, h, row, later, first):
+    """y += h * row[first:], while a later row is asked for."""
+    v, line = splat(h), LINE // row.itemsize
+    whole = y.size // (4 * LANES) * (4 * LANES)
+    for start in range(0, whole, 4 * LANES):
+        for k in range(start, start + 4 * LANES, line):
+            ask_far(later, first + k)
+        k, at = start, first + start
+        store(y, k, fma(v, load(row, at), load(y, k)))
+        k, at = k + LANES, at + LANES
+        store(y, k, fma(v, load(row, at), load(y, k)))
+        k, at = k + LANES, at + LANES
+        store(y, k, fma(v, load(row, at), load(y, k)))
+        k, at = k + LANES, at + LANES
+        store(y, k, fma(v, load(row, at), load(y, k)))
+    add(y[whole:], h, row[first + whole : first + y.size])
+
+
+@njit
+def add_one_by_one(y, h, rows, units, first):
+    """See `vectors.add_rows`."""
+    count = h.shape[1]
+    for c in range(count):
+        row, later = rows[row_of(units, c)], rows[row_of(units, min(c + ROWS_AHEAD, count - 1))]
+        _add_asking(y[0], h[0, c], row, later, first)
+        for t in range(1, len(y)):
+            add(y[t], h[t, c], row[first : first + y.shape[1]])
