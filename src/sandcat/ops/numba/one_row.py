@@ -15,6 +15,8 @@ from sandcat.ops.numba.lanes import LANES, LINE, ask_far, fma, load, plus, splat
 ONE_BY_ONE = binding.get_host_cpu_name().startswith("znver")
 """Whether rows are read one after another, as AMD's processors read ahead of those by themselves, and faster than of
 four at once or than what is asked for (docs/performance.md)."""
+AT_ONCE = 8
+"""Rows that one token is multiplied with before the next one: few enough to stay in the nearest cache."""
 ROWS_AHEAD = 8
 """How many rows before a listed one is needed it is asked for, where rows are read one by one."""
 
@@ -86,14 +88,18 @@ def _by_floats(x, rows, units, out):
 
 
 def _by_digits(x, rows, units, out):
-    tokens, size = x.shape
-    digits = np.empty((4, size // WIDTH * WIDTH), np.int8)
-    d0, d1, d2, d3 = digits
+    tokens, whole = len(x), x.shape[1] // WIDTH * WIDTH
+    digits, factors = np.empty((tokens, 4, whole), np.int8), np.empty((tokens, 2), np.float32)
     for t in range(tokens):
-        back, extra = split(x[t, : d0.size], digits)
-        for c in range(out.shape[1]):
-            row = rows[row_of(units, c)]
-            out[t, c] = dot_fours(x[t], d0, d1, d2, d3, back, extra, row) if back == back else dot(x[t], row)
+        factors[t, 0], factors[t, 1] = split(x[t, :whole], digits[t])
+    together = out.shape[1] if tokens == 1 else AT_ONCE
+    for first in range(0, out.shape[1], together):
+        for t in range(tokens):
+            d0, d1, d2, d3 = digits[t]
+            back, extra = factors[t]
+            for c in range(first, min(first + together, out.shape[1])):
+                row = rows[row_of(units, c)]
+                out[t, c] = dot_fours(x[t], d0, d1, d2, d3, back, extra, row) if back == back else dot(x[t], row)
 
 
 @njit
