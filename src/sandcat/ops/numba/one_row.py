@@ -10,7 +10,7 @@ from numba.extending import overload
 
 from sandcat.ops.numba.floats import widen
 from sandcat.ops.numba.fours import HAS_FOURS, WIDTH, dot_fours, split
-from sandcat.ops.numba.lanes import LANES, LINE, ask_far, fma, load, plus, splat, store, total
+from sandcat.ops.numba.lanes import LANES, LINE, apart, ask_far, fma, load, plus, splat, store, total
 
 ONE_BY_ONE = binding.get_host_cpu_name().startswith("znver")
 """Whether rows are read one after another, as AMD's processors read ahead of those by themselves, and faster than of
@@ -89,17 +89,24 @@ def _by_floats(x, rows, units, out):
 
 def _by_digits(x, rows, units, out):
     tokens, whole = len(x), x.shape[1] // WIDTH * WIDTH
-    digits, factors = np.empty((tokens, 4, whole), np.int8), np.empty((tokens, 2), np.float32)
+    digits, factors = np.empty((tokens, 3, whole), np.int8), np.empty((tokens, 2), np.float32)
     for t in range(tokens):
         factors[t, 0], factors[t, 1] = split(x[t, :whole], digits[t])
     together = out.shape[1] if tokens == 1 else AT_ONCE
     for first in range(0, out.shape[1], together):
+        end = min(first + together, out.shape[1])
         for t in range(tokens):
-            d0, d1, d2, d3 = digits[t]
-            back, extra = factors[t]
-            for c in range(first, min(first + together, out.shape[1])):
-                row = rows[row_of(units, c)]
-                out[t, c] = dot_fours(x[t], d0, d1, d2, d3, back, extra, row) if back == back else dot(x[t], row)
+            _dot_some(x[t], digits[t], factors[t, 0], factors[t, 1], rows, units, out[t], first, end)
+
+
+@njit
+def _dot_some(x, digits, back, extra, rows, units, out, first, end):
+    """out[c] of one token, for c from `first` to `end`."""
+    apart()
+    d0, d1, d2 = digits
+    for c in range(first, end):
+        row = rows[row_of(units, c)]
+        out[c] = dot_fours(x, d0, d1, d2, back, extra, row) if back == back else dot(x, row)
 
 
 @njit
