@@ -92,7 +92,7 @@ def _by_digits(x, rows, units, out):
     digits, factors = np.empty((tokens, 3, whole), np.int8), np.empty((tokens, 2), np.float32)
     for t in range(tokens):
         factors[t, 0], factors[t, 1] = split(x[t, :whole], digits[t])
-    together = out.shape[1] if tokens == 1 else AT_ONCE
+    together = max(1, out.shape[1]) if tokens == 1 else AT_ONCE  # a thread may have no outputs
     for first in range(0, out.shape[1], together):
         end = min(first + together, out.shape[1])
         for t in range(tokens):
