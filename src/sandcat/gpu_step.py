@@ -18,10 +18,9 @@ from sandcat.ops.triton import int8_linear, sparse_linear, sparse_mlp, step
 _LINEARS = (nn.Linear, Int8Linear, SparseLinear)
 
 
-def applies(view: ModelView, blocks: list[Block], batch: int) -> bool:
-    """Whether `GpuStep` runs this model: one sequence, and layers whose kernels it knows."""
-    plain = type(view.model.get_output_embeddings()) in _LINEARS and all(_plain(block) for block in blocks)
-    return batch == 1 and plain
+def applies(view: ModelView, blocks: list[Block]) -> bool:
+    """Whether `GpuStep` knows the kernels of all layers of this model."""
+    return type(view.model.get_output_embeddings()) in _LINEARS and all(_plain(block) for block in blocks)
 
 
 def _plain(block: Block) -> bool:

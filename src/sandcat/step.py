@@ -71,4 +71,4 @@ def fused_step(model: nn.Module, cache: Cache) -> Step | None:
 
     if batch > 1:
         return gpu_batch_step.GpuBatchStep(view, blocks, cache) if gpu_batch_step.applies(batch) else None
-    return gpu_step.GpuStep(view, blocks, cache) if gpu_step.applies(view, blocks, batch) else None
+    return gpu_step.GpuStep(view, blocks, cache) if gpu_step.applies(view, blocks) else None
