@@ -51,6 +51,8 @@ x = torch.randn(1, H, device=device).bfloat16()
 gates = [w[0] if s[0] is None else (w[0] * s[0][:, None]).bfloat16() for w, s in layers]
 activations = [F.silu(F.linear(x, gate)).float().abs() for gate in gates]
 thresholds = [torch.full((I,), float(a.quantile(options.sparsity)), device=device).bfloat16() for a in activations]
+for (weights, _), a, t in zip(layers, activations, thresholds, strict=True):
+    weights[2][((a - t).abs() < 0.02 * t)[0]] = 0  # neurons near their threshold, which fall on either side
 kept = sum(float((a > t).any(0).float().mean()) for a, t in zip(activations, thresholds, strict=True))
 size = layers[0][0][0].element_size()
 

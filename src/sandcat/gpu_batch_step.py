@@ -1,6 +1,6 @@
 """The fused step of 2 to 16 sequences on CUDA. Layers that skip, and int8 ones, run by kernels that read a weight once
-for all sequences and add to the residual state themselves; dense ones by PyTorch's products. The kernels are in
-ops/triton; see step.py.
+for all sequences and add to the residual state themselves; dense ones by PyTorch's products, which the next norm adds
+to it. The kernels are in ops/triton; see step.py.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from sandcat.architectures import Block, ModelView
-from sandcat.gpu_parts import Parts, projections, share_of, sizes, three
+from sandcat.gpu_parts import Parts, projections, share_of, sizes, three, tiles
 from sandcat.layers.int8 import Int8Linear, scale_of
 from sandcat.layers.linear import SparseLinear
 from sandcat.layers.mlp import SparseMLP
 from sandcat.ops.arguments import MAX_TOKENS
-from sandcat.ops.sparse_mlp import ACTIVATIONS
 from sandcat.ops.triton import channels, int8_linear, pieces, step
 
 
@@ -35,6 +34,7 @@ class GpuBatchStep(Parts):
         self.qkv, self.gate_up = self.floats(self.B, self.Q + 2 * self.K), self.floats(self.B, 2 * self.neurons)
         self.digits = self.buffer(self.B, int8_linear.DIGITS.value, max(self.neurons, self.H, self.Q), dtype=torch.int8)
         self.back = self.floats(self.B)
+        self.due: Tensor | None = None  # [B, H], a product that is still to be added to h
 
     def __call__(self, ids_B1: Tensor) -> Tensor:
         self.embed(ids_B1)
@@ -59,11 +59,12 @@ class GpuBatchStep(Parts):
         return "int8" if isinstance(linear, Int8Linear) else lists, linear.weight.dtype, linear.bias is None
 
     def _normalize(self, norm: nn.Module, zeros: Tensor | None = None, position: Tensor | None = None) -> None:
-        """x = h after the norm; and zeros = 0."""
+        """h += what is due; x = h after the norm; and zeros = 0."""
         step.normalize[(self.B,)](
-            self.h, norm.weight, norm.variance_epsilon, self.x, zeros, 0 if zeros is None else zeros.numel(), position,
-            self.H, ZEROS=share_of(zeros, self.B), **step.normalize_config(self.H), **self.dependent,
+            self.h, self.due, norm.weight, norm.variance_epsilon, self.x, zeros, 0 if zeros is None else zeros.numel(),
+            position, self.H, ZEROS=share_of(zeros, self.B), **step.normalize_config(self.H), **self.dependent,
         )  # fmt: skip
+        self.due = None
 
     def _project(self, linears: list[nn.Module]) -> list[Tensor]:
         """The products of q, k and v with x, [B, ...] each; neighbours of one kind at once."""
@@ -82,7 +83,7 @@ class GpuBatchStep(Parts):
     def _add(self, x: Tensor, linear: nn.Module, gate: Tensor | None = None, code: int = 0) -> None:
         """h += the layer's product with x, or, where a kernel runs it, with act(gate) * x."""
         if (kind := self._kind(linear)) is None:
-            self.h += linear(x[:, None])[:, 0]
+            self.due = linear(x[:, None])[:, 0]
         else:
             self._rows(kind, x, [linear], self.h, gate=gate, code=code, add=True)
 
@@ -91,19 +92,29 @@ class GpuBatchStep(Parts):
         kind = self._kind(gate)
         if isinstance(block.mlp.module, SparseMLP):
             self._normalize(block.mlp_norm)
-            self.h += block.mlp.module(self.x)[:, 0]
-        elif kind is None or kind != self._kind(up):
+            self.due = block.mlp.module(self.x)[:, 0]
+            return
+        code = pieces.CODES[block.mlp.activation]
+        if kind is None or kind != self._kind(up):
             self._normalize(block.mlp_norm)
-            self._add(ACTIVATIONS[block.mlp.activation](gate(self.x)[:, 0]) * up(self.x)[:, 0], down)
+            self._add(self._gate_times_up(gate(self.x)[:, 0], up(self.x)[:, 0], code), down)
+            return
+        gate_up = self.gate_up[:, : 2 * gate.out_features]
+        self._normalize(block.mlp_norm, self.gate_up)
+        self._rows(kind, self.x[:, 0], [gate, up], gate_up)
+        g, u = gate_up.chunk(2, 1)
+        if self._kind(down):
+            self._add(u, down, gate=g, code=code)
         else:
-            gate_up = self.gate_up[:, : 2 * gate.out_features]
-            self._normalize(block.mlp_norm, self.gate_up)
-            self._rows(kind, self.x[:, 0], [gate, up], gate_up)
-            g, u = gate_up.chunk(2, 1)
-            if self._kind(down):
-                self._add(u, down, gate=g, code=pieces.CODES[block.mlp.activation])
-            else:
-                self._add(ACTIVATIONS[block.mlp.activation](g.to(self.dtype)) * u.to(self.dtype), down)
+            self._add(self._gate_times_up(g, u, code), down)
+
+    def _gate_times_up(self, g: Tensor, u: Tensor, code: int) -> Tensor:
+        """act(g) * u, [B, I]."""
+        y = torch.empty(g.shape, dtype=self.dtype, device=self.device)
+        step.gate_times_up[(tiles(g.shape[1], 1024), self.B)](
+            g, u, y, g.stride(0), u.stride(0), g.shape[1], CODE=code, BLOCK=1024, **self.dependent
+        )  # fmt: skip
+        return y
 
     def _rows(
         self, kind: tuple, x: Tensor, linears: list[nn.Module], y: Tensor,

@@ -28,7 +28,7 @@ class Parts:
         self.tl_dtype, self.room = launch.tl_dtype(self.dtype), launch.Workspace(self.device)
         self.h, self.attended = self.floats(self.B, self.H), self.buffer(self.B, self.Q)
         every = self.B * self.kv_heads
-        self.splits = max(1, min(32, 2 ** (self.multiprocessors // every).bit_length() // 2))
+        self.splits = step.attend_splits(every, self.max_length, self.multiprocessors)
         self.top, self.sum = (self.floats(self.B * self.Q // self.D, self.splits) for _ in range(2))
         self.acc = self.floats(self.B * self.Q // self.D, self.splits, self.D)
         self.heads_arrived, self.position = self.buffer(every, dtype=torch.int32), self.buffer(1, dtype=torch.int32)
@@ -52,12 +52,16 @@ class Parts:
         """out = what the rows of q, k and v [B, ...] attend to; without it parts of that, in `top`, `sum` and `acc`."""
         G = self.Q // self.K
         norms = [None if norm is None else norm.weight for norm in (block.q_norm, block.k_norm)]
+        programs = self.B * self.kv_heads * self.splits
+        config = step.attend_config(
+            G, self.D, keys.element_size(), self.max_length, self.splits, programs > self.multiprocessors
+        )
         step.attend[(self.B * self.kv_heads, self.splits)](
             q, k, v, q.stride(0), k.stride(0), v.stride(0), *norms,
             0.0 if block.q_norm is None else block.q_norm.variance_epsilon, self.cos, self.sin, self.position, keys,
             values, block.scaling, self.top, self.sum, self.acc, self.heads_arrived, out, self.max_length,
             self.kv_heads, G, self.D, block.window,
-            **step.attend_config(G, self.D, keys.element_size(), self.max_length, self.splits), **self.dependent,
+            **config, **self.dependent,
         )  # fmt: skip
 
 

@@ -44,8 +44,9 @@ TYPES = {
     "a_scale": "*{0}", "b_scale": "*{0}", "c_scale": "*{0}", "gate_scale": "*{0}", "up_scale": "*{0}",
     "down_scale": "*{0}", "P": "i32", "room": "*i32", "PIECES": "i32", "x_stride": "i32", "y_stride": "i32",
     "q_stride": "i32", "ids_stride": "i32", "k_stride": "i32", "v_stride": "i32", "back_t": "*fp32", "x_tn": "*{0}",
+    "gate_stride": "i32", "up_stride": "i32", "due": "*{0}",
 }  # fmt: skip
-SIZES = ("I", "H", "N", "K", "A", "B", "C", "L", "D", "x_stride", "y_stride", "room")
+SIZES = ("I", "H", "N", "K", "A", "B", "C", "L", "D", "x_stride", "y_stride", "gate_stride", "up_stride", "room")
 """Sizes that a launch finds to be multiples of 16, as all addresses are; it makes loads wide."""
 TL_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 WEIGHTS = {
@@ -68,7 +69,7 @@ def check(kernel, dtype: str, capability: int, *, int8: bool = False, **constant
     if "PDL" in kernel.arg_names:
         constants["PDL"] = capability >= 90
     types = dict(TYPES)
-    if kernel in (step.project, step.normalize, step.gate_up, teal_published.masked_rows):
+    if kernel in (step.project, step.normalize, step.gate_times_up, step.gate_up, teal_published.masked_rows):
         types["y"] = "*{0}"
     if kernel is int8_linear.write_digits or (kernel is int8_linear.int8_rows and "back_t" not in constants):
         types["room"] = "*i8"
@@ -117,8 +118,9 @@ def main(capability: int) -> None:
             if dtype == "bf16":  # fp16 is alike, and in fp32 several tokens run dense
                 for kernel, constants in of_tokens(1 if int8 else itemsize, itemsize, dtype):
                     print(check(kernel, dtype, capability, int8=int8 and kernel in WEIGHTS, **constants))
-        for norms in (dict.fromkeys(["q_norm", "k_norm"]), {}):
-            print(check(step.attend, dtype, capability, **norms, **step.attend_config(1, 128, itemsize, 521, 4)))
+        for norms, crowded in product((dict.fromkeys(["q_norm", "k_norm"]), {}), (False, True)):
+            config = step.attend_config(1, 128, itemsize, 521, 4, crowded)
+            print(check(step.attend, dtype, capability, **norms, **config))
     for config in teal_published.CONFIGS:
         constants = config.kwargs | {"num_warps": config.num_warps}
         print(check(teal_published.masked_rows, "bf16", capability, **constants))
@@ -150,6 +152,7 @@ def of_one_token(itemsize: int, dtype: str) -> Iterator[tuple]:
             yield step.normalize, {"ZEROS": 64, "position": None, **step.normalize_config(columns)}
             yield step.add_rows, {"gate": None, "ZEROS": 64, **dtypes, **step.whole_rows_config(columns, itemsize)}
     if itemsize > 1:
+        yield step.gate_times_up, {"CODE": 0, "BLOCK": 1024, "num_warps": 4}
         yield step.gate_up, {"CODE": 0, **step.whole_rows_config(4096, itemsize, matrices=2)}
     constants = dict.fromkeys(["neurons", "position", "gate"]) | no_bias
     constants |= {"CODE": 0, "ADD": True, "HEAD_PARTS": 0, "ZEROS": 64}

@@ -1,5 +1,5 @@
-"""CUDA kernels of a whole decode step; `sandcat.step` strings them together. `embed`, `normalize` and `attend` take any
-number of sequences, the others one.
+"""CUDA kernels of a whole decode step; `sandcat.step` strings them together. `embed`, `normalize`,
+`gate_times_up` and `attend` take any number of sequences, the others one.
 
 Shapes: H hidden size, I intermediate size, D size of a head, G query heads a key-value head, L positions of the cache.
 The residual state h is float32 and stays one buffer through all layers: norms are applied where it is read, and results
@@ -25,10 +25,16 @@ def load_x(x, gate, norm, eps, k, K, CODE: tl.constexpr, DTYPE: tl.constexpr):
         g_k = tl.load(gate + k, mask=k < K, other=0.0).to(tl.float32)
         x_k = gated(g_k, x_k.to(DTYPE).to(tl.float32), DTYPE, CODE)
     if norm is not None:
-        dtype: tl.constexpr = norm.dtype.element_ty
-        x_k = (x_k * tl.rsqrt(tl.sum(x_k * x_k) / K + eps)).to(dtype).to(tl.float32)
-        x_k = (x_k * tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+        x_k = normed(x_k, norm, eps, k, K)
     return x_k
+
+
+@triton.jit
+def normed(x_k, norm, eps, k, K):
+    """A vector of K numbers after an RMSNorm, rounded as transformers rounds it."""
+    dtype: tl.constexpr = norm.dtype.element_ty
+    x_k = (x_k * tl.rsqrt(tl.sum(x_k * x_k) / K + eps)).to(dtype).to(tl.float32)
+    return (x_k * tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -45,18 +51,35 @@ def embed(ids, ids_stride, table, h, row_stride, stride, H, BLOCK: tl.constexpr,
 
 @triton.jit
 def normalize(
-    h, norm, eps, y, zeros, n_zeros, position, H, ZEROS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    h, due, norm, eps, y, zeros, n_zeros, position, H, ZEROS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    """A row of y = that of h after an RMSNorm. For `zeros` see `clear_share`, for `position` `project`."""
+    """h += what is due, if anything is; a row of y = that of h after an RMSNorm. For `zeros` see `clear_share`, for
+    `position` `project`."""
     t, k = tl.program_id(0), tl.arange(0, BLOCK)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    x_k = load_x(h + t * H, None, norm, eps, k, H, 0, norm.dtype.element_ty)
-    tl.store(y + t * H + k, x_k.to(y.dtype.element_ty), mask=k < H)
+    h_k = tl.load(h + t * H + k, mask=k < H, other=0.0)
+    if due is not None:
+        h_k += tl.load(due + t * H + k, mask=k < H, other=0.0).to(tl.float32)
+        tl.store(h + t * H + k, h_k, mask=k < H)
+    tl.store(y + t * H + k, normed(h_k, norm, eps, k, H).to(y.dtype.element_ty), mask=k < H)
     clear_share(zeros, n_zeros, ZEROS)
     if position is not None:
         tl.store(position, tl.load(position) + 1, mask=t == 0)
+
+
+@triton.jit
+def gate_times_up(gate, up, y, gate_stride, up_stride, I, CODE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """A row of y = act(gate) * up."""
+    t, i = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    dtype: tl.constexpr = y.dtype.element_ty
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    g = tl.load(gate + t * gate_stride + i, mask=i < I, other=0.0).to(dtype).to(tl.float32)
+    u = tl.load(up + t * up_stride + i, mask=i < I, other=0.0).to(dtype).to(tl.float32)
+    tl.store(y + t * I + i, gated(g, u, dtype, CODE).to(dtype), mask=i < I)
 
 
 @triton.jit
@@ -235,16 +258,26 @@ def attend(
             tl.store(arrived + head, 0)
 
 
-def attend_config(group: int, size: int, itemsize: int, length: int, splits: int) -> dict:
-    """Query heads, padded for the tensor cores, and elements of a head; positions at a time; warps."""
+def attend_splits(heads: int, length: int, multiprocessors: int) -> int:
+    """Parts that the positions of each of so many key-value heads are taken in: one program a multiprocessor, or two
+    where each still has 120 positions; a power of two up to 32."""
+    splits = 1
+    while splits < 32 and 2 * splits * heads <= multiprocessors * (2 if length >= 240 * splits else 1):
+        splits *= 2
+    return splits
+
+
+def attend_config(group: int, size: int, itemsize: int, length: int, splits: int, crowded: bool) -> dict:
+    """Query heads, padded for the tensor cores, and elements of a head; positions at a time; warps, fewer where a
+    multiprocessor has more than one program and so is `crowded`."""
     block = max(16, triton.next_power_of_2(size))
-    positions = min(64, 32768 // (block * itemsize**2), triton.next_power_of_2(triton.cdiv(length, 2 * splits)))
+    positions = min(128, 32768 // (block * itemsize**2), triton.next_power_of_2(triton.cdiv(length, 2 * splits)))
     return {
         "GROUP": max(16, triton.next_power_of_2(group)),
         "BLOCK": block,
         "POSITIONS": max(16, positions),
         "SPLITS": splits,
-        "num_warps": 8,
+        "num_warps": 4 if crowded and itemsize < 4 else 8,
     }
 
 
