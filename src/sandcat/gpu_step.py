@@ -83,7 +83,7 @@ class GpuStep(Parts):
         if isinstance(gate, SparseLinear):
             self._sparse_rows(self.h, [gate], None, norm=norm, neurons=mlp.threshold, count=count, code=code)
         else:
-            config = sparse_mlp.gate_config(self.H, gate.weight.element_size())
+            config = sparse_mlp.gate_config(gate.weight.element_size())
             sparse_mlp.gate_kernel[(tiles(gate.out_features, config["ROWS"]),)](
                 self.h, norm.weight, norm.variance_epsilon, gate.weight, gate.bias, scale_of(gate), mlp.threshold,
                 count, self.list_n, self.a_n, self.x_normed, gate.out_features, self.H, CODE=code, **config,

@@ -130,8 +130,8 @@ def main(capability: int) -> None:
 
 def of_one_token(itemsize: int, dtype: str) -> Iterator[tuple]:
     """Kernels that read weights of so many bytes each, and their constants."""
+    yield kernels.gate_kernel, {"CODE": 0, **kernels.gate_config(itemsize)}
     for hidden in (576, 2048, 4096, 8192):
-        yield kernels.gate_kernel, {"CODE": 0, **kernels.gate_config(hidden, itemsize)}
         for parts in (False, True):
             yield kernels.up_down_kernel, {"PARTS": parts, **kernels.up_down_config(hidden, itemsize)}
     no_bias = dict.fromkeys(["a_bias", "b_bias", "c_bias"])

@@ -152,11 +152,9 @@ def add_parts(parts, y, P, H, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.c
     tl.store(y + k, total, mask=k < H)
 
 
-def gate_config(hidden: int, itemsize: int) -> dict:
+def gate_config(itemsize: int) -> dict:
     """Rows and columns that a program of `gate_kernel` takes at a time, and its warps."""
-    if itemsize == 1:
-        return {"ROWS": 8, "BLOCK": 1024, "num_warps": 4}
-    return {"ROWS": 16, "BLOCK": 512 // itemsize, "num_warps": 4}
+    return {"ROWS": 16, "BLOCK": 512 // max(2, itemsize), "num_warps": 4}
 
 
 def up_down_config(hidden: int, itemsize: int) -> dict:
@@ -223,7 +221,7 @@ def launch(
     dependent = dependent_launch(x.device)
     with torch.cuda.device(x.device):
         clear[(triton.cdiv(H, 1024),)](y_TH, count, H, BLOCK=1024, **dependent)
-        config = gate_config(H, gate.element_size())
+        config = gate_config(gate.element_size())
         gate_kernel[(triton.cdiv(I, config["ROWS"]),)](
             x, None, 0.0, gate, gate_bias, scales[0], threshold, None if parts is not None else count, list_n, a_n,
             None, I, H, CODE=CODES[activation], **config, **dependent,
