@@ -10,10 +10,17 @@ from conftest import DEVICES, TOLERANCE, assert_close, relative_error
 from tiny import VOCABULARY, text, tiny
 
 import sandcat
+from sandcat import cpu_step
 from sandcat.generate import Decoder
 from sandcat.layers.sparse import sparse_modules
 
 SIZES = {"hidden_size": 320, "intermediate_size": 711, "tie_word_embeddings": False}
+
+
+@pytest.fixture(autouse=True)
+def short_rows_skip(monkeypatch) -> None:
+    """Whatever pays on this processor."""
+    monkeypatch.setattr(cpu_step, "SHORT_ROW", 0)
 
 
 @torch.inference_mode()
@@ -221,6 +228,30 @@ def test_weights_are_stored_as_the_step_reads_them(recipe):
                 assert_close(a, b, torch.float32)
         assert {module.packed for module in modules} == {by_inputs}
         assert all((module.skipped.t() if by_inputs else module.skipped).is_contiguous() for module in modules)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "recipe",
+    ["cats", "teal:sites=all+head", "int8 teal", "int8 cats", "teal:sites=[q,k,v,o,gate] cats", "teal:sites=[k,down]"],
+)
+def test_rows_too_short_to_skip_are_read_and_count_as_zero(monkeypatch, recipe, dtype):
+    """The same as if they were skipped, from weights that are stored as a dense model's."""
+    torch.manual_seed(0)
+    model = several(recipe, dtype)
+    ids = torch.randint(4, VOCABULARY, (1, 24))
+    found = []
+    for row in (0, 2**20):
+        monkeypatch.setattr(cpu_step, "SHORT_ROW", row)
+        decoder = Decoder(model, 24)
+        decoder.prefill(ids[:, :20])
+        found.append(torch.cat([decoder.step(ids[:, i : i + 1]).clone() for i in range(20, 24)]))
+        assert {module.packed for module in sparse_modules(model).values()} == {row == 0}
+    assert_close(*found, dtype)
+    if dtype == torch.float32:
+        want, found, _ = pair(model)
+        for a, b in zip(found, want, strict=True):
+            assert_close(a, b, dtype)
 
 
 @pytest.mark.usefixtures("all_skip")

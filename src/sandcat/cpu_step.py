@@ -19,6 +19,7 @@ from sandcat.ops.numba.amx import HAS_TILES
 from sandcat.ops.numba.attention import parts_of
 from sandcat.ops.numba.floats import STORAGE
 from sandcat.ops.numba.lanes import LANES
+from sandcat.ops.numba.one_row import SHORT_ROW
 from sandcat.ops.numba.products import is_summed
 from sandcat.ops.numba.sparse_mlp import CODES
 from sandcat.ops.numba.threads import HAS_BARRIER, VERSION, threads_of
@@ -72,8 +73,8 @@ def _odd_lines(size: int) -> int:
 
 
 class CpuStep:
-    """The step on a CPU; see `sandcat.step.Step`. Weights of modules that skip nothing in a step of so many sequences
-    are stored as those of dense ones from then on, until one needs them otherwise.
+    """The step on a CPU; see `sandcat.step.Step`. Weights of modules that skip nothing in a step of so many sequences,
+    or whose rows are too short to skip, are stored as those of dense ones from then on, until one needs them otherwise.
     """
 
     def __init__(self, view: ModelView, blocks: list[Block], cache: Cache):
@@ -84,7 +85,7 @@ class CpuStep:
         rows = batch if batch == 1 else -(-batch // 4) * 4
         self.x_B1H = torch.empty(batch, 1, 0, dtype=self.dtype)
         for module in sparse_modules(model).values():
-            module.pack() if self._skips(module) else module.unpack()
+            module.pack() if self._skips(module) and not self._masks(module) else module.unpack()
         self.held = [table]  # by its address, as it need not be contiguous
         heads, hidden = blocks[0].q.out_features // size, table.shape[1]
         neurons = max(_linears(block)["down"].in_features for block in blocks)
@@ -137,6 +138,11 @@ class CpuStep:
         """Whether it drops something in a step of these sequences."""
         return isinstance(module, Sparse) and not module.runs_dense(self.x_B1H)
 
+    def _masks(self, module: Sparse) -> bool:
+        """Whether it reads what it drops, and counts it as 0."""
+        weight = module.skipped
+        return len(self.x_B1H) == 1 and self._skips(module) and weight.shape[0] * weight.itemsize < SHORT_ROW
+
     def _fill_linear(self, entry: np.void, linear: nn.Module, rows: Tensor, *, by_inputs: bool, skips: bool) -> None:
         has_thresholds = skips and isinstance(linear, Sparse)
         self._fill(
@@ -149,7 +155,9 @@ class CpuStep:
 
     def _fill_layer(self, entry: np.void, block: Block, keys: Tensor, values: Tensor) -> None:
         mlp = block.mlp.module
-        skips = self._skips(mlp)
+        thresholds = self._skips(mlp)
+        masks = thresholds and self._masks(mlp)
+        skips = thresholds and not masks
         linears = _linears(block)
         for name, linear in linears.items():
             by_inputs, skipping = _by_inputs(block, name), self._skips(linear) or (name == "down" and skips)
@@ -158,9 +166,9 @@ class CpuStep:
         self._fill(
             entry, input_norm=block.input_norm.weight, q_norm=q_norm, k_norm=k_norm, mlp_norm=block.mlp_norm.weight,
             keys=keys, values=values, window=block.window or keys.shape[2], skips=skips,
-            shared=skips and mlp.shares(self.x_B1H), neurons=linears["down"].in_features,
+            masks=masks, shared=skips and mlp.shares(self.x_B1H), neurons=linears["down"].in_features,
             activation=CODES[mlp.activation if isinstance(mlp, SparseMLP) else block.mlp.activation],
-            neuron_threshold=mlp.threshold if skips else None, input_eps=block.input_norm.variance_epsilon,
+            neuron_threshold=mlp.threshold if thresholds else None, input_eps=block.input_norm.variance_epsilon,
             head_eps=0 if block.q_norm is None else block.q_norm.variance_epsilon,
             mlp_eps=block.mlp_norm.variance_epsilon, scaling=block.scaling,
         )  # fmt: skip

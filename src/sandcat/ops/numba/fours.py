@@ -13,8 +13,7 @@ from llvmlite import binding, ir
 from numba import njit, types
 from numba.extending import intrinsic, models, register_model
 
-from sandcat.ops.numba.floats import widen
-from sandcat.ops.numba.lanes import LANES, apart, fma, splat, total, vector
+from sandcat.ops.numba.lanes import LANES, fma, splat, vector
 
 HAS_FOURS = bool(binding.get_host_cpu_features().get("avx512vnni"))
 if HAS_FOURS:
@@ -123,19 +122,9 @@ def split(x, digits):
     return back, shift * (np.float32(s0) + (np.float32(s1) + np.float32(s2) / shift) / shift)
 
 
-@njit
-def _rest(x, row, whole):
-    """The product of what comes after whole registers; apart, or all rows would be slower."""
-    apart()
-    t = np.float32(0)
-    for k in range(whole, x.size):
-        t += x[k] * widen(row[k])
-    return t
-
-
 @njit(inline="always")
-def dot_fours(x, d0, d1, d2, back, extra, row):
-    """row . x, of a row of int8; the digits are those of whole registers of x."""
+def sums_of_fours(d0, d1, d2, row):
+    """A register whose lanes add up to the product of the digits with a row of int8, and what is in it beside that."""
     a0 = a1 = a2 = nothing()
     for k in range(0, d0.size, WIDTH):
         w = shifted(bytes_at(row, k))
@@ -143,5 +132,4 @@ def dot_fours(x, d0, d1, d2, back, extra, row):
         a1 = add_fours(a1, w, bytes_at(d1, k))
         a2 = add_fours(a2, w, bytes_at(d2, k))
     next_digit = splat(np.float32(2**-7))
-    product = (total(fma(fma(as_floats(a2), next_digit, as_floats(a1)), next_digit, as_floats(a0))) - extra) * back
-    return product if d0.size == x.size else product + _rest(x, row, d0.size)
+    return fma(fma(as_floats(a2), next_digit, as_floats(a1)), next_digit, as_floats(a0))

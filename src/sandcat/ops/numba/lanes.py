@@ -119,6 +119,31 @@ def total(typing, value):
     return types.float32(vector), generate
 
 
+@intrinsic
+def totals(typing, a, b, c, d):
+    """The sums of the lanes of four vectors; together they take less than four times `total`."""
+
+    def generate(context, builder, signature, args):
+        def added(value, other, ours):
+            """The sum of two shuffles of both; in every four lanes: those that `ours` names, of value and other."""
+            picks = [
+                [quad + i if i < 4 else LANES + quad + i - 4 for quad in range(0, LANES, 4) for i in pick]
+                for pick in ours
+            ]
+            return builder.fadd(*(builder.shuffle_vector(value, other, _mask(pick)) for pick in picks))
+
+        pairs = ((0, 4, 1, 5), (2, 6, 3, 7))  # a b a b
+        value = added(added(*args[:2], pairs), added(*args[2:], pairs), ((0, 1, 4, 5), (2, 3, 6, 7)))  # a b c d
+        for lanes in (LANES // 2, LANES // 4):
+            empty = ir.Constant(value.type, ir.Undefined)
+            halves = (builder.shuffle_vector(value, empty, _mask(range(at, at + lanes))) for at in (0, lanes))
+            value = builder.fadd(*halves)
+        numbers = [builder.extract_element(value, ir.IntType(32)(i)) for i in range(4)]
+        return context.make_tuple(builder, signature.return_type, numbers)
+
+    return types.UniTuple(types.float32, 4)(vector, vector, vector, vector), generate
+
+
 def _mask(lanes) -> ir.Constant:
     lanes = list(lanes)
     return ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)

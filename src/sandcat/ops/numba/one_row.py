@@ -9,12 +9,14 @@ from numba import njit, types
 from numba.extending import overload
 
 from sandcat.ops.numba.floats import widen
-from sandcat.ops.numba.fours import HAS_FOURS, WIDTH, dot_fours, split
-from sandcat.ops.numba.lanes import LANES, LINE, apart, ask_far, fma, load, plus, splat, store, total
+from sandcat.ops.numba.fours import HAS_FOURS, WIDTH, split, sums_of_fours
+from sandcat.ops.numba.lanes import LANES, LINE, apart, ask_far, fma, load, plus, splat, store, total, totals
 
 ONE_BY_ONE = binding.get_host_cpu_name().startswith("znver")
 """Whether rows are read one after another, as AMD's processors read ahead of those by themselves, and faster than of
 four at once or than what is asked for (docs/performance.md)."""
+SHORT_ROW = 2048 if ONE_BY_ONE else 0
+"""Bytes of rows that are not worth skipping: it breaks the reading ahead, which costs about half as many."""
 AT_ONCE = 8
 """Rows that one token is multiplied with before the next one: few enough to stay in the nearest cache."""
 ROWS_AHEAD = 8
@@ -38,6 +40,16 @@ def dot(x, row):
     return t
 
 
+@njit
+def rest(x, row, whole):
+    """The product of what comes after whole registers; apart, or all rows would be slower."""
+    apart()
+    t = np.float32(0)
+    for k in range(whole, x.size):
+        t += widen(x[k]) * widen(row[k])
+    return t
+
+
 @njit(inline="always")
 def dot1x4(x0, x1, x2, x3, row, out, c):
     """out[t, c] = row . x t."""
@@ -51,7 +63,7 @@ def dot1x4(x0, x1, x2, x3, row, out, c):
             fma(load(x2, k), r, s2),
             fma(load(x3, k), r, s3),
         )
-    out[0, c], out[1, c], out[2, c], out[3, c] = total(s0), total(s1), total(s2), total(s3)
+    out[0, c], out[1, c], out[2, c], out[3, c] = totals(s0, s1, s2, s3)
     for k in range(whole, x0.size):
         r = widen(row[k])
         out[0, c] += r * x0[k]
@@ -66,6 +78,11 @@ def row_of(units, c):
     if units is None:
         return c
     return units[c]
+
+
+@njit
+def four_rows(rows, units, c):
+    return rows[row_of(units, c)], rows[row_of(units, c + 1)], rows[row_of(units, c + 2)], rows[row_of(units, c + 3)]
 
 
 def dot_one_by_one(x, rows, units, out):
@@ -101,12 +118,29 @@ def _by_digits(x, rows, units, out):
 
 @njit
 def _dot_some(x, digits, back, extra, rows, units, out, first, end):
-    """out[c] of one token, for c from `first` to `end`."""
+    """out[c] of one token, for c from `first` to `end`: rows one after another, their lanes added up four at once."""
     apart()
+    if back != back:
+        for c in range(first, end):
+            out[c] = dot(x, rows[row_of(units, c)])
+        return
     d0, d1, d2 = digits
-    for c in range(first, end):
-        row = rows[row_of(units, c)]
-        out[c] = dot_fours(x, d0, d1, d2, back, extra, row) if back == back else dot(x, row)
+    fours, whole = first + (end - first) // 4 * 4, d0.size
+    for c in range(first, fours, 4):
+        row0, row1, row2, row3 = four_rows(rows, units, c)
+        t0, t1, t2, t3 = totals(
+            sums_of_fours(d0, d1, d2, row0),
+            sums_of_fours(d0, d1, d2, row1),
+            sums_of_fours(d0, d1, d2, row2),
+            sums_of_fours(d0, d1, d2, row3),
+        )
+        out[c], out[c + 1] = (t0 - extra) * back, (t1 - extra) * back
+        out[c + 2], out[c + 3] = (t2 - extra) * back, (t3 - extra) * back
+    for c in range(fours, end):
+        out[c] = (total(sums_of_fours(d0, d1, d2, rows[row_of(units, c)])) - extra) * back
+    if whole != x.size:
+        for c in range(first, end):
+            out[c] += rest(x, rows[row_of(units, c)], whole)
 
 
 @njit

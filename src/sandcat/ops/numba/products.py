@@ -29,7 +29,8 @@ def record(integers: str, reals: str = "", **nested: np.dtype) -> np.dtype:
 LINEAR = record("weight scale bias threshold by_inputs summed skips shared outputs inputs")
 """A matrix by its addresses and sizes, 0 for what it lacks. It is stored [outputs, inputs], and `by_inputs` [inputs,
 outputs]; with scales as int8, else in the model's dtype. Where it `skips`, inputs that are not above their threshold,
-or 0 if there is none, are not read, and several sequences use one list of them if `shared` (see ops/shared.py).
+or 0 if there is none, are not read (stored by outputs: are read, and count as 0), and several sequences use one list
+of them if `shared` (see ops/shared.py).
 `summed`: each thread adds up its share of the inputs, see `is_summed`."""
 
 PAGE = 4096
@@ -108,13 +109,15 @@ def _biases(site, like):
 @njit
 def _finish(site, first, end, y, work):
     """The scales of int8 weights, and the bias."""
-    scale, bias = _scales(site, work.like), _biases(site, work.like)
+    scale, bias = _scales(site, work.like)[first:end], _biases(site, work.like)[first:end]
     for b in range(work.B):
-        for r in range(first, end):
-            if scale.size:
-                y[b, r] *= widen(scale[r])
-            if bias.size:
-                y[b, r] += widen(bias[r])
+        row = y[b, first:end]
+        if scale.size:
+            for r in range(row.size):
+                row[r] *= widen(scale[r])
+        if bias.size:
+            for r in range(row.size):
+                row[r] += widen(bias[r])
 
 
 @njit
@@ -179,6 +182,22 @@ def _keep(site, x, work):
 
 
 @njit
+def _masked(site, x, work):
+    """x with what is dropped of it set to 0."""
+    threshold, y = numbers(site.threshold, (site.inputs,), work.like), work.values[:, : site.inputs]
+    for b in range(work.B):
+        keep_above(x[b], x[b], threshold, y[b])
+    return y
+
+
+@njit
+def keep_above(x, score, threshold, y):
+    """y = x where |score| is above the threshold, else 0; y may be x."""
+    for k in range(y.size):
+        y[k] = np.float32(0) if abs(score[k]) <= widen(threshold[k]) else x[k]
+
+
+@njit
 def _by_inputs(site, x, first, y, work, like):
     rows, kept = numbers(site.weight, (site.inputs, site.outputs), like), work.kept
     y[:] = 0
@@ -202,6 +221,8 @@ def _multiplied(site, x, first, end, at, y, work, like):
         _by_inputs(site, x, first, y, work, like)
     else:
         rows = numbers(site.weight, (site.outputs, site.inputs), like)
+        if site.skips:
+            x = _masked(site, x, work)
         _dot_rows(x, rows[first:end], None, y[:, first:end], work.room)
 
 
@@ -226,11 +247,12 @@ def finish(site, first, end, y, at, work):
     if site.summed:
         sums = work.sums
         for b in range(work.B):
-            for r in range(first, end):
-                y[b, r] = sums[0, b, at + r]
+            row = y[b, first:end]
+            row[:] = sums[0, b, at + first : at + end]
             for thread in range(1, len(sums)):
-                for r in range(first, end):
-                    y[b, r] += sums[thread, b, at + r]
+                more = sums[thread, b, at + first : at + end]
+                for r in range(row.size):
+                    row[r] += more[r]
         _finish(site, first, end, y, work)
 
 

@@ -22,6 +22,7 @@ from sandcat.ops.numba.products import (
     Work,
     begin,
     finish,
+    keep_above,
     keep_any,
     keep_one,
     listed_outputs,
@@ -30,16 +31,17 @@ from sandcat.ops.numba.products import (
     share,
 )
 from sandcat.ops.numba.shared import list_shared
-from sandcat.ops.numba.sparse_mlp import activate
+from sandcat.ops.numba.sparse_mlp import activate_all
 from sandcat.ops.numba.threads import VERSION, float32s, numbers, on_all_threads, pointer
 from sandcat.ops.numba.vectors import norm
 
 LAYER = record(
-    "input_norm q_norm k_norm mlp_norm keys values window activation skips shared neurons neuron_threshold",
+    "input_norm q_norm k_norm mlp_norm keys values window activation skips masks shared neurons neuron_threshold",
     "input_eps head_eps mlp_eps scaling",
     **dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), LINEAR),
 )
-"""`skips`: neurons with |activation| <= neuron_threshold are skipped, and `shared`: by one list for all sequences."""
+"""`skips`: neurons with |activation| <= neuron_threshold are skipped, and `shared`: by one list for all sequences;
+`masks`: they are read, and count as 0."""
 MODEL = record(
     "sequences rows tokens position table table_row table_column vocabulary cos sin h qkv partial hidden scores logits "
     "norm layers heads groups parts D H L x y kept wanted values sums room most stride tiles",
@@ -59,16 +61,15 @@ _barrier = types.ExternalFunction("GOMP_barrier", types.void())
 @njit
 def _round(y, first, end, work):
     for b in range(work.B):
-        for r in range(first, end):
-            y[b, r] = rounded(y[b, r], work.like[0])
+        row = y[b, first:end]
+        for r in range(row.size):
+            row[r] = rounded(row[r], work.like[0])
 
 
 @njit
 def _activations(g, first, end, code, work):
-    like = work.like[0]
     for b in range(work.B):
-        for j in range(first, end):
-            g[b, j] = rounded(activate(rounded(g[b, j], like), code), like)
+        activate_all(g[b, first:end], code, work.like[0])
 
 
 @njit
@@ -136,8 +137,12 @@ def _neurons(layer, x, a, first, end, work, hidden):
     else:
         finish(up, first, end, hidden, I, work)
         for b in range(work.B):
-            for j in range(first, end):
-                hidden[b, j] = rounded(a[b, j] * rounded(hidden[b, j], like), like)
+            a_b, hidden_b = a[b, first:end], hidden[b, first:end]
+            for j in range(hidden_b.size):
+                hidden_b[j] = rounded(a_b[j] * rounded(hidden_b[j], like), like)
+            if layer.masks:
+                threshold = numbers(layer.neuron_threshold, (layer.neurons,), work.like)[first:end]
+                keep_above(hidden_b, a_b, threshold, hidden_b)
 
 
 @njit
@@ -151,8 +156,9 @@ def _add(site, x, h, y, work):
         _barrier()
     finish(site, first, end, y, 0, work)
     for b in range(work.B):
-        for k in range(first, end):
-            h[b, k] += y[b, k]
+        h_b, y_b = h[b, first:end], y[b, first:end]
+        for k in range(h_b.size):
+            h_b[k] += y_b[k]
     _barrier()
 
 

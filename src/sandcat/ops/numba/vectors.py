@@ -8,8 +8,8 @@ import numpy as np
 from numba import njit
 
 from sandcat.ops.numba.floats import rounded, widen
-from sandcat.ops.numba.lanes import LANES, LINE, apart, ask, fma, load, splat, store, total
-from sandcat.ops.numba.one_row import ONE_BY_ONE, add, add_one_by_one, dot, dot_one_by_one, row_of
+from sandcat.ops.numba.lanes import LANES, LINE, apart, ask, fma, load, splat, store, totals
+from sandcat.ops.numba.one_row import ONE_BY_ONE, add, add_one_by_one, dot, dot_one_by_one, four_rows, row_of
 
 
 @njit
@@ -30,7 +30,7 @@ def dot4(x, row0, row1, row2, row3, next0, next1, next2, next3):
             s1 = fma(v, load(row1, k), s1)
             s2 = fma(v, load(row2, k), s2)
             s3 = fma(v, load(row3, k), s3)
-    t0, t1, t2, t3 = total(s0), total(s1), total(s2), total(s3)
+    t0, t1, t2, t3 = totals(s0, s1, s2, s3)
     for k in range(whole, x.size):
         v = widen(x[k])
         t0 += v * widen(row0[k])
@@ -56,10 +56,10 @@ def dot4x4(x0, x1, x2, x3, row0, row1, row2, row3, out):
         a2, b2, c2, d2 = fma(r0, v, a2), fma(r1, v, b2), fma(r2, v, c2), fma(r3, v, d2)
         v = load(x3, k)
         a3, b3, c3, d3 = fma(r0, v, a3), fma(r1, v, b3), fma(r2, v, c3), fma(r3, v, d3)
-    out[0, 0], out[0, 1], out[0, 2], out[0, 3] = total(a0), total(b0), total(c0), total(d0)
-    out[1, 0], out[1, 1], out[1, 2], out[1, 3] = total(a1), total(b1), total(c1), total(d1)
-    out[2, 0], out[2, 1], out[2, 2], out[2, 3] = total(a2), total(b2), total(c2), total(d2)
-    out[3, 0], out[3, 1], out[3, 2], out[3, 3] = total(a3), total(b3), total(c3), total(d3)
+    out[0, 0], out[0, 1], out[0, 2], out[0, 3] = totals(a0, b0, c0, d0)
+    out[1, 0], out[1, 1], out[1, 2], out[1, 3] = totals(a1, b1, c1, d1)
+    out[2, 0], out[2, 1], out[2, 2], out[2, 3] = totals(a2, b2, c2, d2)
+    out[3, 0], out[3, 1], out[3, 2], out[3, 3] = totals(a3, b3, c3, d3)
     for k in range(whole, x0.size):
         for i, row in enumerate((row0, row1, row2, row3)):
             r = widen(row[k])
@@ -67,11 +67,6 @@ def dot4x4(x0, x1, x2, x3, row0, row1, row2, row3, out):
             out[1, i] += r * x1[k]
             out[2, i] += r * x2[k]
             out[3, i] += r * x3[k]
-
-
-@njit
-def _four(rows, units, c):
-    return rows[row_of(units, c)], rows[row_of(units, c + 1)], rows[row_of(units, c + 2)], rows[row_of(units, c + 3)]
 
 
 @njit
@@ -84,8 +79,8 @@ def dot_rows(x, rows, units, out):
         dot_one_by_one(x, rows, units, out)
         return
     for c in range(0, fours, 4):
-        row0, row1, row2, row3 = _four(rows, units, c)
-        next0, next1, next2, next3 = _four(rows, units, min(c + 4, count - 4))
+        row0, row1, row2, row3 = four_rows(rows, units, c)
+        next0, next1, next2, next3 = four_rows(rows, units, min(c + 4, count - 4))
         for t in range(0, tokens, 4):
             dot4x4(x[t], x[t + 1], x[t + 2], x[t + 3], row0, row1, row2, row3, out[t : t + 4, c : c + 4])
         for t in range(tokens, len(x)):
@@ -102,11 +97,11 @@ def add8(y, h, rows, units, c, first):
     as in `dot4`."""
     h0, h1, h2, h3 = splat(h[c]), splat(h[c + 1]), splat(h[c + 2]), splat(h[c + 3])
     h4, h5, h6, h7 = splat(h[c + 4]), splat(h[c + 5]), splat(h[c + 6]), splat(h[c + 7])
-    row0, row1, row2, row3 = _four(rows, units, c)
-    row4, row5, row6, row7 = _four(rows, units, c + 4)
+    row0, row1, row2, row3 = four_rows(rows, units, c)
+    row4, row5, row6, row7 = four_rows(rows, units, c + 4)
     n = min(c + 8, h.size - 8)
-    next0, next1, next2, next3 = _four(rows, units, n)
-    next4, next5, next6, next7 = _four(rows, units, n + 4)
+    next0, next1, next2, next3 = four_rows(rows, units, n)
+    next4, next5, next6, next7 = four_rows(rows, units, n + 4)
     line = LINE // rows.itemsize
     whole = y.size // LANES * LANES
     for start in range(0, whole, line):
