@@ -254,6 +254,21 @@ def test_rows_too_short_to_skip_are_read_and_count_as_zero(monkeypatch, recipe, 
             assert_close(a, b, dtype)
 
 
+def test_a_step_outlives_that_weights_are_stored_anew(monkeypatch):
+    monkeypatch.setattr(cpu_step, "SHORT_ROW", 2**20)
+    model = several("teal:sites=all+head")
+    ids = torch.randint(4, VOCABULARY, (1, 24))
+    decoder = Decoder(model, 24)
+    decoder.prefill(ids[:, :20])
+    want = decoder.step(ids[:, 20:21]).clone()
+    decoder.rewind(20)
+    model(torch.tensor([[5]]))  # by modules
+    assert all(module.packed for module in sparse_modules(model).values())
+    others = [torch.full((2**20,), 7.0) for _ in range(8)]  # where weights were, if nothing holds them
+    assert_close(decoder.step(ids[:, 20:21]), want, torch.float32)
+    assert len(others) == 8
+
+
 @pytest.mark.usefixtures("all_skip")
 @pytest.mark.parametrize("recipe", [r for r in SEVERAL if not r or "shared" not in r])
 @torch.inference_mode()

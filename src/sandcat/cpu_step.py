@@ -86,7 +86,7 @@ class CpuStep:
         self.x_B1H = torch.empty(batch, 1, 0, dtype=self.dtype)
         for module in sparse_modules(model).values():
             module.pack() if self._skips(module) and not self._masks(module) else module.unpack()
-        self.held = [table]  # by its address, as it need not be contiguous
+        self.held = [table.detach()]  # by its address, as it need not be contiguous
         heads, hidden = blocks[0].q.out_features // size, table.shape[1]
         neurons = max(_linears(block)["down"].in_features for block in blocks)
         most = _odd_lines(max(heads * size, hidden, neurons))
@@ -129,7 +129,7 @@ class CpuStep:
         """Writes numbers as they are, tensors as their addresses (and keeps them), None as 0."""
         for name, value in fields.items():
             if isinstance(value, Tensor):
-                value = value.contiguous()
+                value = value.detach().contiguous()  # a weight may be stored anew while this memory is still read
                 self.held.append(value)
                 value = value.data_ptr()
             entry[name] = 0 if value is None else value
