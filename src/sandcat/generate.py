@@ -99,6 +99,7 @@ class Decoder:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.logits = self.forward(self.ids_B1)
+        self.held = [weight.detach() for weight in self.model.parameters()]  # a weight may be stored anew (`pack`)
         self.rewind(self.length)
         return graph
 
