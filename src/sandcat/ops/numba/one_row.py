@@ -1,5 +1,5 @@
-"""Products and sums of rows, one row at a time, in float32 whatever the rows are stored as. On processors that read
-ahead by themselves layers run so; elsewhere several rows at once (vectors.py)."""
+"""Products of rows, one row at a time, and sums of rows, two at a time, in float32 whatever the rows are stored as. On
+processors that read ahead by themselves layers run so; elsewhere more rows at once (vectors.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHORT_ROW = 2048 if ONE_BY_ONE else 0
 AT_ONCE = 8
 """Rows that one token is multiplied with before the next one: few enough to stay in the nearest cache."""
 ROWS_AHEAD = 8
-"""How many rows before a listed one is needed it is asked for, where rows are read one by one."""
+"""How many rows before a listed one is needed it is asked for."""
 
 
 @njit(inline="always")
@@ -155,30 +155,33 @@ def add(y, h, row):
 
 
 @njit(inline="always")
-def _add_asking(y, h, row, later, first):
-    """y += h * row[first:], while a later row is asked for."""
-    v, line = splat(h), LINE // row.itemsize
+def _add_two(y, h0, h1, row0, row1, later0, later1, first):
+    """y += h0 * row0[first:] + h1 * row1[first:], while two later rows are asked for."""
+    v0, v1, line = splat(h0), splat(h1), LINE // row0.itemsize
     whole = y.size // (4 * LANES) * (4 * LANES)
     for start in range(0, whole, 4 * LANES):
         for k in range(start, start + 4 * LANES, line):
-            ask_far(later, first + k)
-        k, at = start, first + start
-        store(y, k, fma(v, load(row, at), load(y, k)))
-        k, at = k + LANES, at + LANES
-        store(y, k, fma(v, load(row, at), load(y, k)))
-        k, at = k + LANES, at + LANES
-        store(y, k, fma(v, load(row, at), load(y, k)))
-        k, at = k + LANES, at + LANES
-        store(y, k, fma(v, load(row, at), load(y, k)))
-    add(y[whole:], h, row[first + whole : first + y.size])
+            ask_far(later0, first + k)
+            ask_far(later1, first + k)
+        for k in range(start, start + 4 * LANES, LANES):
+            at = first + k
+            store(y, k, fma(v1, load(row1, at), fma(v0, load(row0, at), load(y, k))))
+    if whole < y.size:
+        add(y[whole:], h0, row0[first + whole : first + y.size])
+        add(y[whole:], h1, row1[first + whole : first + y.size])
 
 
 @njit
-def add_one_by_one(y, h, rows, units, first):
+def add_pairs(y, h, rows, units, first):
     """See `vectors.add_rows`."""
-    count = h.shape[1]
-    for c in range(count):
-        row, later = rows[row_of(units, c)], rows[row_of(units, min(c + ROWS_AHEAD, count - 1))]
-        _add_asking(y[0], h[0, c], row, later, first)
+    count, width, pairs = h.shape[1], y.shape[1], h.shape[1] // 2 * 2
+    for c in range(0, pairs, 2):
+        row0, row1, later = rows[row_of(units, c)], rows[row_of(units, c + 1)], min(c + ROWS_AHEAD, count - 2)
+        later0, later1 = rows[row_of(units, later)], rows[row_of(units, later + 1)]
+        _add_two(y[0], h[0, c], h[0, c + 1], row0, row1, later0, later1, first)
         for t in range(1, len(y)):
-            add(y[t], h[t, c], row[first : first + y.shape[1]])
+            add(y[t], h[t, c], row0[first : first + width])
+            add(y[t], h[t, c + 1], row1[first : first + width])
+    for c in range(pairs, count):
+        for t in range(len(y)):
+            add(y[t], h[t, c], rows[row_of(units, c)][first : first + width])
