@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import text, tiny, tokenizer
 
 import sandcat
-from sandcat.memory import FilePages
+from sandcat.memory import LARGE, FilePages, use_large_pages
 from sandcat.ops.int8_linear import product
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "memory.py"
@@ -60,6 +60,21 @@ def test_pages_of_a_file_are_given_back_and_only_those(tmp_path):
     assert list(pages.spans) == [model.b]
     assert torch.equal(source, model.a) and torch.equal(own, torch.ones(2**22))  # read again from the file
     assert model.a.sum() + model.b.sum() == total
+
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not THP.exists() or "[never]" in THP.read_text(), reason="no large pages here")
+def test_large_pages_hold_what_small_ones_held():
+    def in_large_pages() -> int:
+        return 1024 * int(Path("/proc/self/smaps_rollup").read_text().split("AnonHugePages:")[1].split()[0])
+
+    tensors = [torch.rand(3 * 2**19 + 5) for _ in range(4)]  # 6 MB and a little
+    copies, before = [tensor.clone() for tensor in tensors], in_large_pages()
+    use_large_pages(tensors)
+    assert in_large_pages() >= before + 4 * 2 * LARGE
+    assert all(map(torch.equal, tensors, copies))
 
 
 def test_int8_weights_are_widened_in_parts(monkeypatch):

@@ -13,6 +13,7 @@ from sandcat.layers.int8 import Int8Linear, scale_of
 from sandcat.layers.linear import SparseLinear
 from sandcat.layers.mlp import SparseMLP
 from sandcat.layers.sparse import Sparse, sparse_modules
+from sandcat.memory import use_large_pages
 from sandcat.ops import MAX_TOKENS
 from sandcat.ops.numba import step
 from sandcat.ops.numba.amx import HAS_TILES
@@ -122,6 +123,7 @@ class CpuStep:
         self.layers = np.zeros(len(blocks), step.LAYER)
         for entry, block, cached in zip(self.layers, blocks, cache.layers, strict=True):
             self._fill_layer(entry, block, cached.keys, cached.values)
+        use_large_pages(self.held)
         self.kernel = step.kernel(self.dtype, tiles)
         self.arguments = [self.model.ctypes.data, self.layers.ctypes.data, VERSION]
 

@@ -1,4 +1,5 @@
-"""Memory of the host: what was copied out of a checkpoint that is mapped into memory is not held twice.
+"""Memory of the host: what was copied out of a checkpoint that is mapped into memory is not held twice, and weights that
+every token reads lie in large pages.
 
 transformers maps safetensors into memory, and a page that was read stays there as long as any tensor of its file does.
 A tensor that is laid out anew (transposed for a kernel, moved to a cache line) leaves its pages behind: without this, a
@@ -10,13 +11,17 @@ from __future__ import annotations
 import bisect
 import ctypes
 import mmap
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 DONT_NEED = 4  # MADV_DONTNEED: pages of a file are read again if somebody wants them
+HUGE_PAGE, COLLAPSE = 14, 25  # MADV_HUGEPAGE, and MADV_COLLAPSE (Linux 6.1): at once, where the pages lie
+LARGE = 2**21
+"""Bytes of a large page on x86 and on Arm."""
 MAPS = Path("/proc/self/maps")
 
 
@@ -44,7 +49,29 @@ class FilePages:
                 del self.spans[tensor]
                 first, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
                 if first < end:  # else it has no page of its own
-                    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), DONT_NEED)
+                    _advise(first, end, DONT_NEED)
+
+
+def use_large_pages(tensors: Iterable[Tensor]) -> None:
+    """Asks Linux to keep these tensors in pages of 2 MB where they lie, in which they are read faster (the processor
+    finds a page's place in one table entry, not in 512). Elsewhere, or if there are none, nothing changes."""
+    if not sys.platform.startswith("linux"):
+        return
+    spans: list[list[int]] = []
+    for first, end in sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors):
+        first, end = first // LARGE * LARGE, -(-end // LARGE) * LARGE
+        if spans and first <= spans[-1][1]:
+            spans[-1][1] = max(end, spans[-1][1])
+        else:
+            spans.append([first, end])
+    for first, end in spans:
+        for page in range(first, end, LARGE):  # one by one: a page that can't be had does not stop the others
+            _advise(page, page + LARGE, HUGE_PAGE)
+            _advise(page, page + LARGE, COLLAPSE)
+
+
+def _advise(first: int, end: int, advice: int) -> None:
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), advice)
 
 
 def _is_here(tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ from numba.extending import overload
 from sandcat.ops.numba.floats import widen
 from sandcat.ops.numba.fours import HAS_FOURS, WIDTH, split, sums_of_fours
 from sandcat.ops.numba.lanes import LANES, LINE, apart, ask_far, fma, load, plus, splat, store, total, totals
+from sandcat.ops.numba.threads import piece
 
 ONE_BY_ONE = binding.get_host_cpu_name().startswith("znver")
 """Whether rows are read one after another, as AMD's processors read ahead of those by themselves, and faster than of
@@ -104,11 +105,19 @@ def _by_floats(x, rows, units, out):
             out[t, c] = dot(x[t], row)
 
 
+@njit
+def _at_a_line(size):
+    """An array of bytes that begins where a line of memory does: else each load of a register would take two."""
+    room = np.empty(size + LINE, np.int8)
+    first = -room.ctypes.data % LINE
+    return room[first : first + size]
+
+
 def _by_digits(x, rows, units, out):
     tokens, whole = len(x), x.shape[1] // WIDTH * WIDTH
-    digits, factors = np.empty((tokens, 3, whole), np.int8), np.empty((tokens, 2), np.float32)
+    digits, factors = _at_a_line(tokens * 3 * whole).reshape(tokens, 3, whole), np.empty((tokens, 2), np.float32)
     for t in range(tokens):
-        factors[t, 0], factors[t, 1] = split(x[t, :whole], digits[t])
+        factors[t, 0], factors[t, 1] = split(piece(x, t, 0, whole), digits[t])
     together = max(1, out.shape[1]) if tokens == 1 else AT_ONCE  # a thread may have no outputs
     for first in range(0, out.shape[1], together):
         end = min(first + together, out.shape[1])

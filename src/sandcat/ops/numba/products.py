@@ -16,7 +16,7 @@ from numba import carray, njit
 from sandcat.ops.numba.floats import widen
 from sandcat.ops.numba.lanes import apart
 from sandcat.ops.numba.shared import list_shared
-from sandcat.ops.numba.threads import numbers, pointer
+from sandcat.ops.numba.threads import numbers, piece, pointer
 from sandcat.ops.numba.tiles import add_rows_tiled, dot_rows_tiled, pack_columns
 from sandcat.ops.numba.vectors import add_rows, dot_rows
 
@@ -111,7 +111,7 @@ def _finish(site, first, end, y, work):
     """The scales of int8 weights, and the bias."""
     scale, bias = _scales(site, work.like)[first:end], _biases(site, work.like)[first:end]
     for b in range(work.B):
-        row = y[b, first:end]
+        row = piece(y, b, first, end)
         if scale.size:
             for r in range(row.size):
                 row[r] *= widen(scale[r])
@@ -184,10 +184,11 @@ def _keep(site, x, work):
 @njit
 def _masked(site, x, work):
     """x with what is dropped of it set to 0."""
-    threshold, y = numbers(site.threshold, (site.inputs,), work.like), work.values[:, : site.inputs]
+    threshold, size = numbers(site.threshold, (site.inputs,), work.like), site.inputs
     for b in range(work.B):
-        keep_above(x[b], x[b], threshold, y[b])
-    return y
+        x_b = piece(x, b, 0, size)
+        keep_above(x_b, x_b, threshold, work.values[b, :size])
+    return work.values[:, :size]
 
 
 @njit
@@ -247,7 +248,7 @@ def finish(site, first, end, y, at, work):
     if site.summed:
         sums = work.sums
         for b in range(work.B):
-            row = y[b, first:end]
+            row = piece(y, b, first, end)
             row[:] = sums[0, b, at + first : at + end]
             for thread in range(1, len(sums)):
                 more = sums[thread, b, at + first : at + end]

@@ -32,7 +32,7 @@ from sandcat.ops.numba.products import (
 )
 from sandcat.ops.numba.shared import list_shared
 from sandcat.ops.numba.sparse_mlp import activate_all
-from sandcat.ops.numba.threads import VERSION, float32s, numbers, on_all_threads, pointer
+from sandcat.ops.numba.threads import VERSION, float32s, numbers, on_all_threads, piece, pointer
 from sandcat.ops.numba.vectors import norm
 
 LAYER = record(
@@ -61,7 +61,7 @@ _barrier = types.ExternalFunction("GOMP_barrier", types.void())
 @njit
 def _round(y, first, end, work):
     for b in range(work.B):
-        row = y[b, first:end]
+        row = piece(y, b, first, end)
         for r in range(row.size):
             row[r] = rounded(row[r], work.like[0])
 
@@ -69,7 +69,7 @@ def _round(y, first, end, work):
 @njit
 def _activations(g, first, end, code, work):
     for b in range(work.B):
-        activate_all(g[b, first:end], code, work.like[0])
+        activate_all(piece(g, b, first, end), code, work.like[0])
 
 
 @njit
@@ -137,7 +137,7 @@ def _neurons(layer, x, a, first, end, work, hidden):
     else:
         finish(up, first, end, hidden, I, work)
         for b in range(work.B):
-            a_b, hidden_b = a[b, first:end], hidden[b, first:end]
+            a_b, hidden_b = piece(a, b, first, end), piece(hidden, b, first, end)
             for j in range(hidden_b.size):
                 hidden_b[j] = rounded(a_b[j] * rounded(hidden_b[j], like), like)
             if layer.masks:
@@ -156,7 +156,7 @@ def _add(site, x, h, y, work):
         _barrier()
     finish(site, first, end, y, 0, work)
     for b in range(work.B):
-        h_b, y_b = h[b, first:end], y[b, first:end]
+        h_b, y_b = piece(h, b, first, end), piece(y, b, first, end)
         for k in range(h_b.size):
             h_b[k] += y_b[k]
     _barrier()

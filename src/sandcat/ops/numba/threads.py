@@ -135,6 +135,13 @@ def numbers(address, shape, like):
 
 
 @njit
+def piece(array, row, first, end):
+    """array[row, first:end] of an array whose rows are contiguous, as Numba does not know where it is a part of
+    another one: loops over strides are not vectorised."""
+    return carray(pointer(array[row, first:end].ctypes.data), (end - first,), array.dtype)
+
+
+@njit
 def float32s(address, shape):
     """The array of float32 at an address."""
     return carray(pointer(address), shape, np.float32)
