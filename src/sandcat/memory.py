@@ -1,5 +1,5 @@
-"""Memory of the host: what was copied out of a checkpoint that is mapped into memory is not held twice, and weights that
-every token reads lie in large pages.
+"""Memory of the host: what was copied out of a checkpoint that is mapped into memory is not held twice, and weights
+that every token reads lie in large pages.
 
 transformers maps safetensors into memory, and a page that was read stays there as long as any tensor of its file does.
 A tensor that is laid out anew (transposed for a kernel, moved to a cache line) leaves its pages behind: without this, a
