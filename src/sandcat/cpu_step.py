@@ -20,7 +20,7 @@ from sandcat.ops.numba.amx import HAS_TILES
 from sandcat.ops.numba.attention import parts_of
 from sandcat.ops.numba.floats import STORAGE
 from sandcat.ops.numba.lanes import LANES
-from sandcat.ops.numba.one_row import SHORT_ROW
+from sandcat.ops.numba.one_row import ONE_BY_ONE, SHORT_ROW
 from sandcat.ops.numba.products import is_summed
 from sandcat.ops.numba.sparse_mlp import CODES
 from sandcat.ops.numba.threads import HAS_BARRIER, VERSION, threads_of
@@ -83,7 +83,7 @@ class CpuStep:
         table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
         self.dtype, self.vocabulary = table.dtype, len(table)
         batch, groups, length, size = cache.layers[0].keys.shape
-        rows = batch if batch == 1 else -(-batch // 4) * 4
+        rows = batch if batch == 1 or ONE_BY_ONE else -(-batch // 4) * 4
         self.x_B1H = torch.empty(batch, 1, 0, dtype=self.dtype)
         for module in sparse_modules(model).values():
             module.pack() if self._skips(module) and not self._masks(module) else module.unpack()

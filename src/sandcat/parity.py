@@ -117,7 +117,8 @@ def check_by_layers(model: nn.Module, prompt: Tensor, ids_B1: Tensor, name: str,
     all. Over a few layers they stay together, and a wrong step still does not. A compiler, which takes its time, is
     asked for the first few layers only. Where sequences share what is skipped, a rounding of one changes what all of
     them use: then they are compared with all units kept, and as copies of the first sequence, which skip as it does
-    alone.
+    alone. A head that skips makes much of what the layers' roundings have come to: it is compared with all units of the
+    layers kept, and these with all of the head's.
 
     Raises:
         ParityError: they don't.
@@ -126,15 +127,18 @@ def check_by_layers(model: nn.Module, prompt: Tensor, ids_B1: Tensor, name: str,
     x_B1H = torch.empty(len(ids_B1), 1, 0, dtype=model.dtype, device=model.device)
     thresholded = [module for module in kernel_modules(model).values() if isinstance(module, Thresholded)]
     copies, fed = prompt[:1].expand_as(prompt), ids_B1[:1].expand_as(ids_B1)
+    heads = [module for module in thresholded if module is view.model.get_output_embeddings()]
+    others = [module for module in thresholded if module not in heads]
     for start in range(0, len(view.layers) if compile == "fused" else 1, at_once):
-        part = f"{name} (layers {start} to {start + at_once - 1} alone)"
+        part, inputs = f"{name} (layers {start} to {start + at_once - 1} alone)", (prompt, ids_B1)
         with view.only(slice(start, start + at_once)):
             if any(module.shares(x_B1H) for module in thresholded):
                 with _all_kept(thresholded):
-                    _compare(f"{part[:-1]}, all kept)", model, prompt, ids_B1, compile)
-                _compare(f"{part[:-1]}, of copies)", model, copies, fed, compile)
-            else:
-                _compare(part, model, prompt, ids_B1, compile)
+                    _compare(f"{part[:-1]}, all kept)", model, *inputs, compile)
+                part, inputs = f"{part[:-1]}, of copies)", (copies, fed)
+            for kept in (heads, others) if heads else ([],):
+                with _all_kept(kept):
+                    _compare(part, model, *inputs, compile)
 
 
 def _compare(name: str, model: nn.Module, prompt: Tensor, ids_B1: Tensor, compile: str | None) -> None:

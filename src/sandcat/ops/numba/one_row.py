@@ -1,5 +1,6 @@
 """Products of rows, one row at a time, and sums of rows, two at a time, in float32 whatever the rows are stored as. On
-processors that read ahead by themselves layers run so; elsewhere more rows at once (vectors.py)."""
+processors that read ahead by themselves layers run so; elsewhere more rows at once (vectors.py). Where these processors
+multiply int8 or bfloat16 directly, so do the rows of an int8 layer, and those of a bfloat16 one for several tokens."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from numba.extending import overload
 from sandcat.ops.numba.floats import widen
 from sandcat.ops.numba.fours import HAS_FOURS, WIDTH, split, sums_of_fours
 from sandcat.ops.numba.lanes import LANES, LINE, apart, ask_far, fma, load, plus, splat, store, total, totals
+from sandcat.ops.numba.pairs import HAS_PAIRS, PAIRED, add4x2, dot1x2, dot4x4, halve
 from sandcat.ops.numba.threads import piece
 
 ONE_BY_ONE = binding.get_host_cpu_name().startswith("znver")
@@ -92,7 +94,9 @@ def dot_one_by_one(x, rows, units, out):
 
 @overload(dot_one_by_one)
 def _(x, rows, units, out):
-    return _by_digits if HAS_FOURS and rows.dtype == types.int8 else _by_floats
+    if rows.dtype == types.uint16 and HAS_PAIRS:
+        return _by_pairs
+    return _by_digits if rows.dtype == types.int8 and HAS_FOURS else _by_floats
 
 
 def _by_floats(x, rows, units, out):
@@ -111,6 +115,46 @@ def _at_a_line(size):
     room = np.empty(size + LINE, np.int8)
     first = -room.ctypes.data % LINE
     return room[first : first + size]
+
+
+@njit
+def _halved(x, whole):
+    """The first `whole` numbers of each token as bfloat16, and whether all of them are."""
+    tokens = len(x)
+    halves, exact = _at_a_line(2 * tokens * whole).view(np.uint16).reshape(tokens, whole), True
+    for t in range(tokens):
+        exact &= halve(piece(x, t, 0, whole), halves[t])
+    return halves, exact
+
+
+@njit
+def _ahead(rows, units, c, count):
+    """Where the four rows from the c-th on begin in memory; at the end, the last four."""
+    c, size = max(0, min(c, count - 4)), rows.shape[1]
+    return row_of(units, c) * size, row_of(units, c + 1) * size, row_of(units, c + 2) * size, row_of(units, c + 3) * size
+
+
+def _by_pairs(x, rows, units, out):
+    tokens, count, whole = len(x), out.shape[1], x.shape[1] // PAIRED * PAIRED
+    halves, exact = _halved(x, whole if tokens > 1 else 0)
+    fours, twos = (tokens // 4 * 4, tokens // 2 * 2) if halves.size and exact else (0, 0)
+    for first in range(0, count, 4):
+        end = min(first + 4, count)
+        if fours and end == first + 4:
+            row0, row1, row2, row3 = four_rows(rows, units, first)
+            ahead = _ahead(rows, units, end, count)
+            for t in range(0, fours, 4):
+                x0, x1, x2, x3 = halves[t], halves[t + 1], halves[t + 2], halves[t + 3]
+                dot4x4(x0, x1, x2, x3, row0, row1, row2, row3, rows, ahead, out[t : t + 4], first)
+        for c in range(first, end):
+            row = rows[row_of(units, c)]
+            for t in range(fours if end == first + 4 else 0, twos, 2):
+                dot1x2(halves[t], halves[t + 1], row, out[t : t + 2], c)
+            if whole != x.shape[1]:
+                for t in range(twos):
+                    out[t, c] += rest(x[t], row, whole)
+            for t in range(twos, tokens):
+                out[t, c] = dot(x[t], row)
 
 
 def _by_digits(x, rows, units, out):
@@ -180,17 +224,51 @@ def _add_two(y, h0, h1, row0, row1, later0, later1, first):
         add(y[whole:], h1, row1[first + whole : first + y.size])
 
 
-@njit
-def add_pairs(y, h, rows, units, first):
+def add_one_by_one(y, h, rows, units, first):
     """See `vectors.add_rows`."""
-    count, width, pairs = h.shape[1], y.shape[1], h.shape[1] // 2 * 2
-    for c in range(0, pairs, 2):
+
+
+@overload(add_one_by_one)
+def _(y, h, rows, units, first):
+    return _add_by_pairs if rows.dtype == types.uint16 and HAS_PAIRS else _add_by_floats
+
+
+def _add_by_pairs(y, h, rows, units, first):
+    (tokens, count), width = h.shape, y.shape[1]
+    halves, exact = _halved(h, count // 4 * 4 if tokens > 1 else 0)
+    whole, quads = width // PAIRED * PAIRED, halves.shape[1] if exact else 0
+    pairs, twos = halves.view(np.int32), tokens // 2 * 2 if quads else 0
+    for c in range(0, quads, 4):
+        row0, row1, row2, row3 = four_rows(rows, units, c)
+        ahead = _ahead(rows, units, c + ROWS_AHEAD, quads)
+        for t in range(0, twos, 2):
+            h0, h1 = pairs[t, c // 2 : c // 2 + 2], pairs[t + 1, c // 2 : c // 2 + 2]
+            add4x2(y[t], y[t + 1], h0, h1, row0, row1, row2, row3, rows, ahead, first)
+        for t in range(tokens):
+            at = whole if t < twos else 0
+            if at < width:
+                for n in range(c, c + 4):
+                    add(y[t, at:], h[t, n], rows[row_of(units, n)][first + at : first + width])
+    if quads < count:
+        _add_floats(y, h, rows, units, first, quads)
+
+
+def _add_by_floats(y, h, rows, units, first):
+    _add_floats(y, h, rows, units, first, 0)
+
+
+@njit
+def _add_floats(y, h, rows, units, first, start):
+    """Adds the rows from the one at `start` on."""
+    apart()
+    count, width, pairs = h.shape[1], y.shape[1], h.shape[1] // 2 * 2  # `start` is even
+    for c in range(start, pairs, 2):
         row0, row1, later = rows[row_of(units, c)], rows[row_of(units, c + 1)], min(c + ROWS_AHEAD, count - 2)
         later0, later1 = rows[row_of(units, later)], rows[row_of(units, later + 1)]
         _add_two(y[0], h[0, c], h[0, c + 1], row0, row1, later0, later1, first)
         for t in range(1, len(y)):
             add(y[t], h[t, c], row0[first : first + width])
             add(y[t], h[t, c + 1], row1[first : first + width])
-    for c in range(pairs, count):
+    for c in range(max(start, pairs), count):
         for t in range(len(y)):
             add(y[t], h[t, c], rows[row_of(units, c)][first : first + width])

@@ -9,7 +9,7 @@ from numba import njit
 
 from sandcat.ops.numba.floats import rounded, widen
 from sandcat.ops.numba.lanes import LANES, LINE, apart, ask, fma, load, splat, store, totals
-from sandcat.ops.numba.one_row import ONE_BY_ONE, add, add_pairs, dot, dot_one_by_one, four_rows, row_of
+from sandcat.ops.numba.one_row import ONE_BY_ONE, add, add_one_by_one, dot, dot_one_by_one, four_rows, row_of
 
 
 @njit
@@ -173,7 +173,7 @@ def add_rows(y, h, rows, units, first=0):
     """y[t] += sum over c of h[t, c] rows[units[c]][first:], as wide as y, of all rows if units is None."""
     apart()
     if ONE_BY_ONE:
-        add_pairs(y, h, rows, units, first)
+        add_one_by_one(y, h, rows, units, first)
         return
     count, tokens, width = h.shape[1], len(y) // 4 * 4, 4 * LANES
     for t in range(tokens, len(y)):

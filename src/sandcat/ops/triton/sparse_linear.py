@@ -166,10 +166,10 @@ def sparse_rows(
         tl.store(parts + split * columns + before + cols, acc, mask=cols < size)
         tl.debug_barrier()
         if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1:
-            acc_s = tl.zeros((ROWS, BLOCK), tl.float32)
-            for s in range(0, SPLITS, ROWS):
-                here = (s + r < SPLITS)[:, None] & (cols < size)[None, :]
-                part = parts + (s + r)[:, None] * columns + (before + cols)[None, :]
+            s, acc_s = tl.arange(0, 2 * ROWS), tl.zeros((2 * ROWS, BLOCK), tl.float32)
+            for first in tl.range(0, SPLITS, 2 * ROWS, num_stages=4):
+                here = (first + s < SPLITS)[:, None] & (cols < size)[None, :]
+                part = parts + (first + s)[:, None] * columns + (before + cols)[None, :]
                 acc_s += tl.load(part, mask=here, other=0.0, cache_modifier=".cg")
             acc = tl.sum(acc_s, 0)
             tl.store(arrived + tile, 0)
