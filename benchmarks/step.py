@@ -7,9 +7,9 @@
 Thresholds are calibrated on random tokens, so the shares dropped are the recipes'. All steps run in the same loop, over
 a static cache, on a GPU as one CUDA graph; `fused` are those of `sandcat.step`, `compiled` of torch.compile
 (max-autotune on a GPU). The dense ones are prepared once, and timed again, in turn, with those of every recipe. Where a
-recipe is teal alone, for one sequence, a GPU also runs it in TEAL's published way (teal_published.py). Kernels and
-steps are compared with references and eager steps before anything is timed; times are medians. "Gain" is over what
-PyTorch makes of the dense model: the faster of its eager and compiled steps in that loop.
+recipe is teal alone, for one sequence, with a dense head, a GPU also runs it in TEAL's published way
+(teal_published.py). Kernels and steps are compared with references and eager steps before anything is timed; times are
+medians. "Gain" is over what PyTorch makes of the dense model: the faster of its eager and compiled steps in that loop.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def rows(
     """Prints the rows of one recipe at one batch."""
     parity_error(model, ids_BT)
     steps = prepared_steps(recipe, model, ids_BT, options.steps, modes, compile_fused=False)
-    alone = len(ids_BT) == 1 and recipe.startswith("teal") and " " not in recipe
+    alone = len(ids_BT) == 1 and recipe.startswith("teal") and " " not in recipe and "head" not in recipe
     if model.device.type == "cuda" and "compiled" in modes and alone:
         steps |= published_steps(recipe, model, ids_BT, options.steps, modes)
     times = step_medians(dense_steps | steps, ids_BT, options.steps, options.runs)

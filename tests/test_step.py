@@ -217,9 +217,9 @@ def test_weights_are_stored_as_the_step_reads_them(recipe):
     """As a dense model's where nothing is skipped, which is as fast; and by inputs again for who skips."""
     model = several(recipe)
     modules = sparse_modules(model).values()
-    for batch, by_inputs in [(16, False), (1, True), (16, False), (None, True)]:
-        if batch is None:
-            model(torch.tensor([[5]]))  # by modules
+    for batch, by_inputs in [(16, False), (1, True), (16, False), (-1, True), (-16, False)]:
+        if batch < 0:
+            model(torch.full((-batch, 1), 5))  # by modules
         else:
             torch.manual_seed(batch)
             want, found, fused = pair(model, batch=batch, length=20, steps=2)

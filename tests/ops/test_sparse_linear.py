@@ -8,7 +8,7 @@ from conftest import DEVICES, assert_close
 
 from sandcat.ops import kernel_name
 from sandcat.ops.arguments import MAX_TOKENS
-from sandcat.ops.sparse_linear import dense_product, reference, sparse_linear
+from sandcat.ops.sparse_linear import reference, sparse_linear
 
 SHAPES = [(1, 1), (63, 1), (1, 63), (576, 1536), (4097, 65), (65, 4097)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -108,15 +108,6 @@ def test_arguments_that_do_not_fit():
     for place, tensor in bad.items():
         with pytest.raises(ValueError, match=rf"1 to {MAX_TOKENS} tokens|must be"):
             sparse_linear(*good[:place], tensor, *good[place + 1 :])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1024, 1024), (1152, 1000), (1100, 1024), (64, 96)], ids=str)
-@pytest.mark.parametrize("tokens", [1, MAX_TOKENS, MAX_TOKENS + 1])
-def test_dense_product(dtype, shape, tokens):
-    x, weight, _, bias = arguments(tokens, *shape, dtype, bias=True)
-    want = x.double() @ weight.double() + bias.double()
-    assert_close(dense_product(x[:, None], weight.t(), bias)[:, 0], want, dtype)
 
 
 def test_a_kernel_runs_here():

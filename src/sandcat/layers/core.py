@@ -114,7 +114,7 @@ class CoreMLP(GatedMLP):
                 "Give the sequences their own prompts, with an empty cache."
             )
         if self.runs_dense(x):
-            return self.dense(x)
+            return self.dense_step(x)
         core_TI = core_BI.repeat_interleave(x.shape[1], 0)
         x_TH = x.reshape(-1, x.shape[-1])
         run = self.by_kernel if self.pays(x_TH) and not self.by_reference else self.by_definition

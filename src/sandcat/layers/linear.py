@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from sandcat.layers.int8 import Int8Linear, dtype_like, scale_of
 from sandcat.layers.sparse import Batch, Thresholded
+from sandcat.ops.int8_linear import product
 from sandcat.ops.shared import reference_linear, shared_linear
-from sandcat.ops.sparse_linear import dense_product, reference, sparse_linear
+from sandcat.ops.sparse_linear import reference, sparse_linear
 
 
 class SparseLinear(Thresholded, nn.Linear):
@@ -65,7 +66,7 @@ class SparseLinear(Thresholded, nn.Linear):
         return run(x, self.weight.t(), self.threshold, self.bias, scale_of(self))
 
     def dense(self, x: Tensor) -> Tensor:
-        return dense_product(x, self.weight, self.bias, scale_of(self))
+        return product(x, self.weight, self.bias, scale_of(self))
 
     def weight_bytes(self, kept: float = 1.0) -> int:
         small = sum(t.nbytes for t in (self.threshold, self.bias, self.weight_scale) if t is not None)

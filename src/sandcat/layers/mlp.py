@@ -14,7 +14,6 @@ from sandcat.layers.sparse import Batch, Sparse, Thresholded
 from sandcat.ops.int8_linear import product
 from sandcat.ops.shared import reference_up_down as reference_shared
 from sandcat.ops.shared import shared_units, shared_up_down
-from sandcat.ops.sparse_linear import dense_product
 from sandcat.ops.sparse_mlp import ACTIVATIONS, reference, reference_up_down, sparse_mlp, sparse_up_down
 
 
@@ -78,7 +77,7 @@ class GatedMLP(Sparse):
         else:
             gate, up = self.get_submodule(self.gate_name)(x), self.get_submodule(self.up_name)(x)
         down = self.down
-        return dense_product(ACTIVATIONS[self.activation](gate) * up, down.weight, down.bias, scale_of(down))
+        return product(ACTIVATIONS[self.activation](gate) * up, down.weight, down.bias, scale_of(down))
 
     @property
     def skipped(self) -> nn.Parameter:

@@ -10,13 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sandcat.ops.arguments import LARGE, MAX_TOKENS, check_tensors
+from sandcat.ops.arguments import check_tensors
 from sandcat.ops.gradient import differentiable
 from sandcat.ops.int8_linear import product
-
-PIECE = 128
-"""Channels that `dense_product` takes at once."""
-HALVES = (torch.bfloat16, torch.float16)
 
 
 def reference(
@@ -33,22 +29,6 @@ def reference(
     """
     x_TI = torch.where(x_TI.abs() <= threshold_I, 0, x_TI)
     return product(x_TI, weight_IO.t(), bias_O, scale_O).float()
-
-
-def dense_product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, scale_O: Tensor | None = None) -> Tensor:
-    """x [..., I] times a weight that is stored channel by channel, with nothing dropped; in x's dtype, [..., O].
-
-    A CPU's 16-bit product of a few tokens with a large weight is up to 1.7 times as slow in this layout as in the usual
-    one; taken in pieces of channels, which are read in order, it comes near.
-    """
-    if weight_OI.numel() < LARGE or weight_OI.dtype not in HALVES or weight_OI.device.type != "cpu":
-        return product(x, weight_OI, bias_O, scale_O)
-    tokens, channels = x[..., 0].numel(), x.shape[-1]
-    if tokens > MAX_TOKENS or channels % PIECE:
-        return product(x, weight_OI, bias_O)
-    x_PTC = x.reshape(tokens, -1, PIECE).transpose(0, 1)
-    y_TO = torch.bmm(x_PTC, weight_OI.t().unflatten(0, (-1, PIECE))).sum(0)
-    return (y_TO if bias_O is None else y_TO + bias_O).view(*x.shape[:-1], -1)
 
 
 def check_arguments(

@@ -131,7 +131,12 @@ def _halved(x, whole):
 def _ahead(rows, units, c, count):
     """Where the four rows from the c-th on begin in memory; at the end, the last four."""
     c, size = max(0, min(c, count - 4)), rows.shape[1]
-    return row_of(units, c) * size, row_of(units, c + 1) * size, row_of(units, c + 2) * size, row_of(units, c + 3) * size
+    return (
+        row_of(units, c) * size,
+        row_of(units, c + 1) * size,
+        row_of(units, c + 2) * size,
+        row_of(units, c + 3) * size,
+    )
 
 
 def _by_pairs(x, rows, units, out):

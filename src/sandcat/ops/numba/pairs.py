@@ -1,5 +1,5 @@
-"""Products and sums of bfloat16 rows by the instruction that multiplies and adds two numbers at once (AVX512_BF16), where
-the processor has it: for several tokens, as for one the row takes longer to come from memory than to widen.
+"""Products and sums of bfloat16 rows by the instruction that multiplies and adds two numbers at once (AVX512_BF16),
+where the processor has it: for several tokens, as for one the row takes longer to come from memory than to widen.
 
 The numbers that meet the weights must be bfloat16 too, which activations are; others are left to products in float32.
 """
@@ -80,7 +80,7 @@ def splat_pair(typing, pair):
 
 @njit
 def dot4x4(x0, x1, x2, x3, row0, row1, row2, row3, rows, ahead, out, c):
-    """out[t, c + i] = row i . x t, while the four rows that begin at `ahead` in `rows` are asked for, one after another:
+    """out[t, c + i] = row i . x t, while the four rows that begin at `ahead` in `rows` are asked for one after another:
     processors read ahead of one stream, and not of four."""
     apart()
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = splat(np.float32(0))
@@ -124,8 +124,8 @@ def dot1x2(x0, x1, row, out, c):
 
 @njit
 def add4x2(y0, y1, h0, h1, row0, row1, row2, row3, rows, ahead, first):
-    """y t += h t[0] * row0[first:] + ... + h t[3] * row3[first:] of the outputs that fill registers, `h t` as two pairs,
-    while the four rows that begin at `ahead` in `rows` are asked for."""
+    """y t += h t[0] * row0[first:] + ... + h t[3] * row3[first:], of the outputs that fill registers, `h t` being two
+    pairs, while the four rows that begin at `ahead` in `rows` are asked for."""
     apart()
     f0, f1, g0, g1 = splat_pair(h0[0]), splat_pair(h0[1]), splat_pair(h1[0]), splat_pair(h1[1])
     for k in range(0, y0.size // PAIRED * PAIRED, PAIRED):

@@ -1,8 +1,8 @@
 """The linear layers of a decode step (step.py): tables of them, the lists of inputs that are kept, and the products.
 
-Shapes: B sequences, one token each; weights are read once for all of them. Arrays have R rows: B and, where products are
-fastest for four at once, some that stay zero. Each thread computes its share of a matrix's
-outputs; where inputs are skipped, it adds up its share of those that are kept, for rows are short and should be read
+Shapes: B sequences, one token each; weights are read once for all of them. Arrays have R rows: B and, where
+products are fastest for four at once, some that stay zero. Each thread computes its share of a matrix's outputs; where
+inputs are skipped, it adds up its share of those that are kept, for rows are short and should be read
 whole, and the threads' sums are joined in their order (`is_summed`).
 """
 
