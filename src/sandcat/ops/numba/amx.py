@@ -14,7 +14,7 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
-from sandcat.ops.numba.lanes import LANES
+from sandcat.ops.numba.lanes import LANES, indices
 
 _i16, _i32 = ir.IntType(16), ir.IntType(32)
 
@@ -120,7 +120,7 @@ def _bfloat16s(context, builder, array, at, kind):
     if kind.dtype == types.int8:
         value = builder.sitofp(value, ir.VectorType(ir.FloatType(), 2 * LANES))
     halves = builder.bitcast(value, ir.VectorType(_i16, 4 * LANES))
-    upper = _indices(range(1, 4 * LANES, 2))
+    upper = indices(range(1, 4 * LANES, 2))
     return builder.shuffle_vector(halves, ir.Constant(halves.type, ir.Undefined), upper)
 
 
@@ -151,7 +151,7 @@ def store_paired(typing, pairs, to, to_last, low, high, at):
         low, high = (_bfloat16s(context, builder, row, at, signature.args[3]) for row in (low, high))
         for place, first in ((to, 0), (to_last, LANES)):
             lanes = (half for lane in range(first, first + LANES) for half in (lane, 2 * LANES + lane))
-            halves = builder.shuffle_vector(low, high, _indices(lanes))
+            halves = builder.shuffle_vector(low, high, indices(lanes))
             _store(context, builder, pairs, place, signature.args[0], halves)
         return context.get_dummy_value()
 
@@ -173,8 +173,8 @@ def transpose(typing, array, at):
         for row in rows:
             row.align = 4
         for far in (8, 4, 2, 1):
-            low = _indices(lane if not lane & far else LANES + lane - far for lane in range(LANES))
-            high = _indices(lane + far if not lane & far else LANES + lane for lane in range(LANES))
+            low = indices(lane if not lane & far else LANES + lane - far for lane in range(LANES))
+            high = indices(lane + far if not lane & far else LANES + lane for lane in range(LANES))
             for i in (i for i in range(LANES) if not i & far):
                 a, b = rows[i], rows[i + far]
                 rows[i], rows[i + far] = builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high)
@@ -183,8 +183,3 @@ def transpose(typing, array, at):
         return context.get_dummy_value()
 
     return types.none(array, types.intp), generate
-
-
-def _indices(lanes) -> ir.Constant:
-    lanes = list(lanes)
-    return ir.Constant(ir.VectorType(_i32, len(lanes)), lanes)

@@ -40,8 +40,8 @@ class _BytesModel(models.PrimitiveModel):
 
 
 @intrinsic
-def bytes_at(typing, array, at):
-    """array[at : at + WIDTH] of contiguous int8."""
+def register_at(typing, array, at):
+    """WIDTH bytes of a contiguous array, from array[at] on."""
 
     def generate(context, builder, signature, args):
         data = context.make_array(signature.args[0])(context, builder, value=args[0]).data
@@ -127,9 +127,9 @@ def sums_of_fours(d0, d1, d2, row):
     """A register whose lanes add up to the product of the digits with a row of int8, and what is in it beside that."""
     a0 = a1 = a2 = nothing()
     for k in range(0, d0.size, WIDTH):
-        w = shifted(bytes_at(row, k))
-        a0 = add_fours(a0, w, bytes_at(d0, k))
-        a1 = add_fours(a1, w, bytes_at(d1, k))
-        a2 = add_fours(a2, w, bytes_at(d2, k))
+        w = shifted(register_at(row, k))
+        a0 = add_fours(a0, w, register_at(d0, k))
+        a1 = add_fours(a1, w, register_at(d1, k))
+        a2 = add_fours(a2, w, register_at(d2, k))
     next_digit = splat(np.float32(2**-7))
     return fma(fma(as_floats(a2), next_digit, as_floats(a1)), next_digit, as_floats(a0))

@@ -75,7 +75,7 @@ def splat(typing, number):
 
     def generate(context, builder, signature, args):
         one = builder.insert_element(ir.Constant(_vector, ir.Undefined), args[0], ir.IntType(32)(0))
-        return builder.shuffle_vector(one, ir.Constant(_vector, ir.Undefined), _mask([0] * LANES))
+        return builder.shuffle_vector(one, ir.Constant(_vector, ir.Undefined), indices([0] * LANES))
 
     return vector(types.float32), generate
 
@@ -111,8 +111,8 @@ def total(typing, value):
         while lanes > 1:
             lanes //= 2
             empty = ir.Constant(value.type, ir.Undefined)
-            low = builder.shuffle_vector(value, empty, _mask(range(lanes)))
-            high = builder.shuffle_vector(value, empty, _mask(range(lanes, 2 * lanes)))
+            low = builder.shuffle_vector(value, empty, indices(range(lanes)))
+            high = builder.shuffle_vector(value, empty, indices(range(lanes, 2 * lanes)))
             value = builder.fadd(low, high)
         return builder.extract_element(value, ir.IntType(32)(0))
 
@@ -130,13 +130,13 @@ def totals(typing, a, b, c, d):
                 [quad + i if i < 4 else LANES + quad + i - 4 for quad in range(0, LANES, 4) for i in pick]
                 for pick in ours
             ]
-            return builder.fadd(*(builder.shuffle_vector(value, other, _mask(pick)) for pick in picks))
+            return builder.fadd(*(builder.shuffle_vector(value, other, indices(pick)) for pick in picks))
 
         pairs = ((0, 4, 1, 5), (2, 6, 3, 7))  # a b a b
         value = added(added(*args[:2], pairs), added(*args[2:], pairs), ((0, 1, 4, 5), (2, 3, 6, 7)))  # a b c d
         for lanes in (LANES // 2, LANES // 4):
             empty = ir.Constant(value.type, ir.Undefined)
-            halves = (builder.shuffle_vector(value, empty, _mask(range(at, at + lanes))) for at in (0, lanes))
+            halves = (builder.shuffle_vector(value, empty, indices(range(at, at + lanes))) for at in (0, lanes))
             value = builder.fadd(*halves)
         numbers = [builder.extract_element(value, ir.IntType(32)(i)) for i in range(4)]
         return context.make_tuple(builder, signature.return_type, numbers)
@@ -144,7 +144,8 @@ def totals(typing, a, b, c, d):
     return types.UniTuple(types.float32, 4)(vector, vector, vector, vector), generate
 
 
-def _mask(lanes) -> ir.Constant:
+def indices(lanes) -> ir.Constant:
+    """Which lanes a shuffle takes."""
     lanes = list(lanes)
     return ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
 

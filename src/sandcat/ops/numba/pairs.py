@@ -11,8 +11,8 @@ from llvmlite import binding, ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from sandcat.ops.numba.fours import register
-from sandcat.ops.numba.lanes import LANES, apart, ask_far, load, plus, splat, store, total, totals, vector
+from sandcat.ops.numba.fours import register, register_at
+from sandcat.ops.numba.lanes import LANES, apart, ask_far, indices, load, plus, splat, store, total, totals, vector
 
 HAS_PAIRS = bool(binding.get_host_cpu_features().get("avx512bf16"))
 if HAS_PAIRS:
@@ -21,19 +21,6 @@ PAIRED = 2 * LANES
 """Numbers in a register."""
 _float_lanes, _register = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
 _halves = ir.VectorType(ir.IntType(16), PAIRED)
-
-
-@intrinsic
-def pairs_at(typing, array, at):
-    """array[at : at + PAIRED] of contiguous bfloat16."""
-
-    def generate(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, value=args[0]).data
-        value = builder.load(builder.bitcast(builder.gep(data, [args[1]]), _register.as_pointer()))
-        value.align = 2
-        return value
-
-    return register(array, types.intp), generate
 
 
 @intrinsic
@@ -47,10 +34,6 @@ def add_twos(typing, sums, a, b):
     return vector(vector, register, register), generate
 
 
-def _indices(lanes) -> ir.Constant:
-    return ir.Constant(ir.VectorType(ir.IntType(32), PAIRED), list(lanes))
-
-
 @intrinsic
 def interleaved(typing, low, high):
     """The pairs (low[0], high[0]) ... of the first half of two registers, and those of the second."""
@@ -60,7 +43,7 @@ def interleaved(typing, low, high):
         found = []
         for first in (0, LANES):
             lanes = (half for lane in range(first, first + LANES) for half in (lane, PAIRED + lane))
-            found.append(builder.bitcast(builder.shuffle_vector(low, high, _indices(lanes)), _register))
+            found.append(builder.bitcast(builder.shuffle_vector(low, high, indices(lanes)), _register))
         return context.make_tuple(builder, signature.return_type, found)
 
     return types.UniTuple(register, 2)(register, register), generate
@@ -92,14 +75,14 @@ def dot4x4(x0, x1, x2, x3, row0, row1, row2, row3, rows, ahead, out, c):
             for at in range(0, 4 * PAIRED, PAIRED):
                 ask_far(rows, line + at)
             line += 4 * PAIRED
-            r0, r1, r2, r3 = pairs_at(row0, k), pairs_at(row1, k), pairs_at(row2, k), pairs_at(row3, k)
-            v = pairs_at(x0, k)
+            r0, r1, r2, r3 = register_at(row0, k), register_at(row1, k), register_at(row2, k), register_at(row3, k)
+            v = register_at(x0, k)
             a0, a1, a2, a3 = add_twos(a0, r0, v), add_twos(a1, r1, v), add_twos(a2, r2, v), add_twos(a3, r3, v)
-            v = pairs_at(x1, k)
+            v = register_at(x1, k)
             b0, b1, b2, b3 = add_twos(b0, r0, v), add_twos(b1, r1, v), add_twos(b2, r2, v), add_twos(b3, r3, v)
-            v = pairs_at(x2, k)
+            v = register_at(x2, k)
             c0, c1, c2, c3 = add_twos(c0, r0, v), add_twos(c1, r1, v), add_twos(c2, r2, v), add_twos(c3, r3, v)
-            v = pairs_at(x3, k)
+            v = register_at(x3, k)
             d0, d1, d2, d3 = add_twos(d0, r0, v), add_twos(d1, r1, v), add_twos(d2, r2, v), add_twos(d3, r3, v)
     out[0, c], out[0, c + 1], out[0, c + 2], out[0, c + 3] = totals(a0, a1, a2, a3)
     out[1, c], out[1, c + 1], out[1, c + 2], out[1, c + 3] = totals(b0, b1, b2, b3)
@@ -113,12 +96,12 @@ def dot1x2(x0, x1, row, out, c):
     a0 = a1 = b0 = b1 = splat(np.float32(0))
     twos = x0.size // (2 * PAIRED) * (2 * PAIRED)
     for k in range(0, twos, 2 * PAIRED):
-        r0, r1 = pairs_at(row, k), pairs_at(row, k + PAIRED)
-        a0, a1 = add_twos(a0, r0, pairs_at(x0, k)), add_twos(a1, r1, pairs_at(x0, k + PAIRED))
-        b0, b1 = add_twos(b0, r0, pairs_at(x1, k)), add_twos(b1, r1, pairs_at(x1, k + PAIRED))
+        r0, r1 = register_at(row, k), register_at(row, k + PAIRED)
+        a0, a1 = add_twos(a0, r0, register_at(x0, k)), add_twos(a1, r1, register_at(x0, k + PAIRED))
+        b0, b1 = add_twos(b0, r0, register_at(x1, k)), add_twos(b1, r1, register_at(x1, k + PAIRED))
     if twos < x0.size:
-        r0 = pairs_at(row, twos)
-        a0, b0 = add_twos(a0, r0, pairs_at(x0, twos)), add_twos(b0, r0, pairs_at(x1, twos))
+        r0 = register_at(row, twos)
+        a0, b0 = add_twos(a0, r0, register_at(x0, twos)), add_twos(b0, r0, register_at(x1, twos))
     out[0, c], out[1, c] = total(plus(a0, a1)), total(plus(b0, b1))
 
 
@@ -132,8 +115,8 @@ def add4x2(y0, y1, h0, h1, row0, row1, row2, row3, rows, ahead, first):
         at = first + k
         for i in range(4):
             ask_far(rows, ahead[i] + at)
-        low, high = interleaved(pairs_at(row0, at), pairs_at(row1, at))
-        low2, high2 = interleaved(pairs_at(row2, at), pairs_at(row3, at))
+        low, high = interleaved(register_at(row0, at), register_at(row1, at))
+        low2, high2 = interleaved(register_at(row2, at), register_at(row3, at))
         store(y0, k, add_twos(add_twos(load(y0, k), low, f0), low2, f1))
         store(y0, k + LANES, add_twos(add_twos(load(y0, k + LANES), high, f0), high2, f1))
         store(y1, k, add_twos(add_twos(load(y1, k), low, g0), low2, g1))
