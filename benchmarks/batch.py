@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sandcat.architectures import ModelView, Site
-from sandcat.benchmark import Timer
-from sandcat.hub import pick_device, pick_dtype
-from sandcat.layers.int8 import Int8Linear
-from sandcat.layers.linear import SparseLinear
-from sandcat.layers.mlp import SparseMLP
-from sandcat.layers.sparse import Thresholded
+from sandcat.layers.sparse_linear import SparseLinear
+from sandcat.layers.sparse_mlp import SparseMLP
+from sandcat.layers.sparse_module import Thresholded
+from sandcat.layers.stored_linear import Int8Linear
+from sandcat.measuring.speed import Timer
 from sandcat.methods.int8 import quantised
+from sandcat.models.view import ModelView, Site
+from sandcat.support.devices import pick_device, pick_dtype
 
 COPIES_BYTES = 256 << 20
 MOST_COPIES = 40

@@ -4,7 +4,7 @@
     python benchmarks/decode.py --recipe int8 --recipe "int8 teal:sparsity=0.25"
     python benchmarks/decode.py --recipe "int8 sandcat" --target quality=ppl+1% --openvino FOLDER
 
-transformers eager and compiled with a static cache, `sandcat.step`, and llama.cpp, if llama-cpp-python is installed,
+transformers eager and compiled with a static cache, the fused step, and llama.cpp, if llama-cpp-python is installed,
 with BF16 and Q8_0 GGUF files made from the embedded one. FOLDER holds what `optimum-cli export openvino --weight-format
 int8 --task text-generation-with-past` (package optimum-intel, in an environment of its own) made of
 ~/.cache/sandcat/smollm2-135m; `pip install openvino` runs it. Each engine reads a prompt and is then fed the text that
@@ -31,13 +31,15 @@ import torch
 from rich import print
 
 import sandcat
-from sandcat.benchmark import read_bandwidth
-from sandcat.bytes_read import read_bytes, step_bytes
+from sandcat.checkpoints.embedded import EMBEDDED
+from sandcat.checkpoints.load import load
 from sandcat.data import load_text
+from sandcat.decoding.decoder import Decoder
 from sandcat.errors import CheckpointError
-from sandcat.generate import Decoder
-from sandcat.hub import EMBEDDED, load, pick_dtype
-from sandcat.plan import parse_recipe
+from sandcat.measuring.bytes_read import read_bytes, step_bytes
+from sandcat.measuring.speed import read_bandwidth
+from sandcat.plans.recipe import parse_recipe
+from sandcat.support.devices import pick_dtype
 
 Run = Callable[[], tuple[float, list[int]]]
 """Reads the text after the prompt token by token: seconds a token, and the likeliest next token after each."""

@@ -18,11 +18,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from sandcat.benchmark import Timer, read_bandwidth
-from sandcat.hub import pick_device, pick_dtype
+from sandcat.measuring.speed import Timer, read_bandwidth
 from sandcat.methods.int8 import quantised
 from sandcat.ops import int8_linear, kernel_name
 from sandcat.ops.sparse_linear import reference, sparse_linear
+from sandcat.support.devices import pick_device, pick_dtype
 
 COPIES_BYTES = 256 << 20
 LEAST_LAYERS = 32

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import sandcat
 from sandcat.data import Text
-from sandcat.generate import Decoder
+from sandcat.decoding.decoder import Decoder
 
 RECIPES = ["cats", "teal", "teal:sites=all+head", "int8", "int8 teal"]
 SIZES = {

@@ -15,11 +15,11 @@ import argparse
 import torch
 import torch.nn.functional as F
 
-from sandcat.benchmark import Timer, read_bandwidth
-from sandcat.hub import pick_device, pick_dtype
+from sandcat.measuring.speed import Timer, read_bandwidth
 from sandcat.ops import kernel_name
-from sandcat.ops.arguments import MAX_TOKENS
+from sandcat.ops.checks import MAX_TOKENS
 from sandcat.ops.sparse_mlp import reference, sparse_mlp
+from sandcat.support.devices import pick_device, pick_dtype
 
 
 def main() -> None:

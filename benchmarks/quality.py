@@ -20,14 +20,14 @@ import re
 from pathlib import Path
 
 import sandcat
-from sandcat import plots
-from sandcat.bytes_read import bytes_share
 from sandcat.data import load_text, same_source
 from sandcat.errors import BudgetError
-from sandcat.evaluate import WINDOW, evaluate_text
-from sandcat.plan import parse_recipe
-from sandcat.progress import shown
-from sandcat.tasks import run_tasks
+from sandcat.measuring.bytes_read import bytes_share
+from sandcat.measuring.quality import WINDOW, evaluate_text
+from sandcat.measuring.tasks import run_tasks
+from sandcat.plans.recipe import parse_recipe
+from sandcat.reports import plots
+from sandcat.support.progress import shown
 
 RECIPES = [
     "sandcat", "teal@uniform", "teal:sites=[q,k,v,o,gate] cats:score=output@uniform", "rsparse@uniform", "cats@uniform",

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from openai import AsyncOpenAI
 
-from sandcat import hub
-from sandcat.serve import Service, vllm_command
+from sandcat.checkpoints.embedded import resolve
+from sandcat.serving.engines import Service, vllm_command
 
 WORDS = (
     "sand", "cat", "dune", "night", "wind", "stone", "star", "water", "moon", "fox", "heat", "rock", "track", "palm",
@@ -96,7 +96,7 @@ def main() -> None:
     ours = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
     args, more = parser.parse_args(ours), sys.argv[len(ours) + 2 :]
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    folders = {"dense": hub.resolve(args.dense), "sparse": args.folder}
+    folders = {"dense": resolve(args.dense), "sparse": args.folder}
     ports = {kind: args.port + i for i, kind in enumerate(folders)}
     servers = {kind: start(folder, ports[kind], args.dtype, more) for kind, folder in folders.items()}
     try:

@@ -5,7 +5,7 @@
     python benchmarks/step.py --shapes llama-2-7b --batch 2,4,8,16 --no-compile --recipe teal:sparsity=0.5,batch=shared
 
 Thresholds are calibrated on random tokens, so the shares dropped are the recipes'. All steps run in the same loop, over
-a static cache, on a GPU as one CUDA graph; `fused` are those of `sandcat.step`, `compiled` of torch.compile
+a static cache, on a GPU as one CUDA graph; `fused` are those of `sandcat.decoding.step`, `compiled` of torch.compile
 (max-autotune on a GPU). The dense ones are prepared once, and timed again, in turn, with those of every recipe. Where a
 recipe is teal alone, for one sequence, with a dense head, a GPU also runs it in TEAL's published way
 (teal_published.py). Kernels and steps are compared with references and eager steps before anything is timed; times are
@@ -22,13 +22,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sandcat
-from sandcat.benchmark import prepared_steps, read_bandwidth, step_medians, step_modes
-from sandcat.bytes_read import step_bytes
 from sandcat.data import Text
+from sandcat.decoding.decoder import Decoder
 from sandcat.errors import ParityError
-from sandcat.generate import Decoder
-from sandcat.hub import pick_device, pick_dtype
-from sandcat.parity import parity_error
+from sandcat.measuring.bytes_read import step_bytes
+from sandcat.measuring.parity import parity_error
+from sandcat.measuring.speed import prepared_steps, read_bandwidth, step_medians, step_modes
+from sandcat.support.devices import pick_device, pick_dtype
 
 SHAPES = {
     "llama-2-7b": ("llama", 4096, 11008, 32, 32, 32, 32000),

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from sandcat.architectures import ModelView
-from sandcat.layers.linear import SparseLinear
+from sandcat.layers.sparse_linear import SparseLinear
+from sandcat.models.view import ModelView
 from sandcat.ops.sparse_linear import reference
-from sandcat.ops.triton.pieces import which_of_three
+from sandcat.ops.triton.primitives.blocks import which_of_three
 
 CONFIGS = [
     triton.Config({"CHANNELS": channels, "BLOCK": block}, num_warps=warps)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import sandcat.ops.triton.int8_linear as int8_linear
 import sandcat.ops.triton.sparse_mlp as kernels
-from sandcat.benchmark import Timer, read_bandwidth
+from sandcat.measuring.speed import Timer, read_bandwidth
 from sandcat.methods.int8 import quantised
 from sandcat.ops.int8_linear import reference as dense_reference
 from sandcat.ops.sparse_mlp import reference

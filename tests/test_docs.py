@@ -26,8 +26,10 @@ from packaging.requirements import Requirement
 from tiny import text, tiny, tokenizer
 
 import sandcat
-from sandcat import cli, hub
-from sandcat.architectures import ARCHITECTURES
+from sandcat import cli
+from sandcat.checkpoints import embedded
+from sandcat.checkpoints.load import load
+from sandcat.models.families import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -36,9 +38,9 @@ NOT_RUN = {
     "--offload": "needs a GPU",
     "piqa": "needs the network: a task of the hub",
     "get_peft_model": "trains: tests/test_integrations.py",
-    "tensor_parallel": "needs two processes: tests/test_tensor_parallel.py",
+    "tensor_parallel": "needs two processes: tests/checkpoints/test_tensor_parallel.py",
     "sandcat serve": "serves until it is stopped",
-    "sandcat sweep": "makes many models: tests/test_sweep.py",
+    "sandcat sweep": "makes many models: tests/sweeps/test_sweep.py",
 }
 """Blocks of Python and commands of sandcat that have this in them are only parsed, and why."""
 ELSEWHERE = {
@@ -81,7 +83,7 @@ def folders(tmp_path_factory):
 def workplace(folders, tmp_path, monkeypatch):
     """A folder of its own, in which the embedded model is the tiny one, and nothing lasts."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "embedded_folder", lambda: folders["dense"])
+    monkeypatch.setattr(embedded, "embedded_folder", lambda: folders["dense"])
     monkeypatch.setattr("builtins.input", lambda prompt="": "")
     monkeypatch.setitem(sandcat.sparsify.__kwdefaults__, "calibration_tokens", SHORT["--calibration-tokens"])
     families = dict(ARCHITECTURES)
@@ -113,14 +115,14 @@ def run_python(found: list[tuple[int, str]], folders: dict[str, Path], script: P
             text += "\n" * (line - text.count("\n")) + code
     write_texts(text)
     script.write_text(text, encoding="utf-8")
-    dense, words = hub.load(folders["dense"], device="cpu")
+    dense, words = load(folders["dense"], device="cpu")
     given = {
         "MODEL": str(folders["dense"]),
         "tokenizer": words,
         "dense": dense,
-        "sparse": hub.load(folders["sparse"], device="cpu")[0],
+        "sparse": load(folders["sparse"], device="cpu")[0],
     }
-    runpy.run_path(str(script), {**given, "model": hub.load(folders["dense"], device="cpu")[0]}, run_name="page")
+    runpy.run_path(str(script), {**given, "model": load(folders["dense"], device="cpu")[0]}, run_name="page")
 
 
 def commands(text: str) -> list[list[str]]:

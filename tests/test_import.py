@@ -70,7 +70,7 @@ print(type(AutoModelForCausalLM.from_pretrained({str(folder)!r}).model.layers[0]
 def test_a_module_that_is_not_where_it_was_is_not_waited_for():
     run("""
 import sys
-from sandcat.awaited import register
+from sandcat.support.lazy_import import register
 register("json.somewhere.else", "wave")
 assert "wave" in sys.modules and "json.somewhere.else" not in sys.modules
 """)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, pipeline
 import sandcat
 from sandcat import adapters
 from sandcat.errors import PlanError, UnsupportedModel
-from sandcat.layers.sparse import sparse_modules
+from sandcat.layers.sparse_module import sparse_modules
 
 RECIPES = ("cats", "teal", "int8", "int8 teal", "sandcat")
 IDS = torch.randint(4, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(3))
@@ -276,7 +276,7 @@ def test_the_models_of_lm_eval(folders, tmp_path, capsys, monkeypatch):
     from lm_eval.__main__ import cli_evaluate
 
     from sandcat import lm_eval_model  # noqa: F401
-    from sandcat.tasks import run_tasks
+    from sandcat.measuring.tasks import run_tasks
 
     quick = partial(lm_eval_tasks.TaskManager, include_defaults=False)  # the list of its own tasks takes seconds
     monkeypatch.setattr(lm_eval_tasks, "TaskManager", quick)

@@ -34,7 +34,7 @@ def test_commands_and_links_exist():
 
 
 def test_every_family_is_named():
-    from sandcat.architectures import ARCHITECTURES
+    from sandcat.models.families import ARCHITECTURES
 
     text = README.read_text(encoding="utf-8")
     named = re.search(r"^Families: (.*?)\.", text, re.M)[1].split(", ")

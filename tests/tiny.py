@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from sandcat.architectures import ARCHITECTURES
+from sandcat.models.families import ARCHITECTURES
 
 VOCABULARY = 96
 SIZES = {

@@ -7,25 +7,26 @@ and transformers is told of plans when it first asks which quantizers there are.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sandcat import awaited
+from sandcat.support import lazy_import
+from sandcat.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from sandcat.checkpoints.load import load
+    from sandcat.checkpoints.save import save
     from sandcat.errors import SandcatError
-    from sandcat.hub import load
     from sandcat.method import Method
     from sandcat.methods import METHODS
-    from sandcat.plan import Plan, parse
-    from sandcat.saving import save
-    from sandcat.sparsifying import sparsify
-    from sandcat.sweeping import sweep
-
-__version__ = "0.1.0"
+    from sandcat.pipeline import sparsify
+    from sandcat.plans.plan import Plan
+    from sandcat.plans.recipe import parse
+    from sandcat.sweeps.sweep import sweep
 
 __all__ = ["METHODS", "Method", "Plan", "SandcatError", "load", "parse", "save", "sparsify", "sweep"]
 
 _HOMES = {
-    "METHODS": "methods", "Method": "method", "Plan": "plan", "SandcatError": "errors", "load": "hub", "parse": "plan",
-    "save": "saving", "sparsify": "sparsifying", "sweep": "sweeping",
+    "METHODS": "methods", "Method": "method", "Plan": "plans.plan", "SandcatError": "errors",
+    "load": "checkpoints.load", "parse": "plans.recipe", "save": "checkpoints.save", "sparsify": "pipeline",
+    "sweep": "sweeps.sweep",
 }  # fmt: skip
 
 
@@ -39,4 +40,4 @@ def __dir__() -> list[str]:
     return [*globals(), *__all__]
 
 
-awaited.register("transformers.quantizers.auto", "sandcat.registration")
+lazy_import.register("transformers.quantizers.auto", "sandcat.checkpoints.quantizer")

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sandcat.errors import UnsupportedModel
-from sandcat.layers.linear import SparseLinear
-from sandcat.layers.low_rank import LowRankLinear
+from sandcat.layers.low_rank_linear import LowRankLinear
+from sandcat.layers.sparse_linear import SparseLinear
 
 
 def follow_masks(model: nn.Module) -> nn.Module:

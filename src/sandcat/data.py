@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sandcat.errors import DataError
-from sandcat.processes import agreed
-from sandcat.progress import track
+from sandcat.support.processes import agreed
+from sandcat.support.progress import track
 
 WINDOW = 512
 """Tokens in a calibration window."""

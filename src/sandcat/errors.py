@@ -1,5 +1,7 @@
 """Every error that a user can cause. Each message says what was got, what is known, and what to do."""
 
+import difflib
+
 
 class SandcatError(Exception):
     """Base of all errors raised on purpose; the command line prints its one paragraph and exits with code 2."""
@@ -47,3 +49,9 @@ class DeviceError(SandcatError, RuntimeError):
 
 class ParityError(SandcatError, RuntimeError):
     """A kernel disagrees with its reference: nothing is timed or saved after this."""
+
+
+def suggest(word: str, known: list[str]) -> str:
+    """ "; did you mean ...?" if something close is known, else a full stop."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."

@@ -15,8 +15,9 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from sandcat import hub, processes
-from sandcat.evaluate import chooses_in_prompt, every_token_sparse
+from sandcat.checkpoints.load import load
+from sandcat.layers.modes import chooses_in_prompt, every_token_sparse
+from sandcat.support import processes
 
 
 class AfterPrompts(HFLM):
@@ -45,9 +46,9 @@ class SandcatLM(AfterPrompts):
     """A sparse folder by its name; what is scored is computed sparsely, as `sandcat eval --tasks` has it.
 
     Args:
-        pretrained: a folder, a hub id, or `hub.EMBEDDED`.
+        pretrained: a folder, a hub id, or `EMBEDDED`.
         dense: the dense model of the same files.
-        device, dtype, trust_remote_code: as `hub.load`.
+        device, dtype, trust_remote_code: as `load`.
         options: of lm-eval's `hf` model, such as batch_size and max_length.
     """
 
@@ -60,7 +61,7 @@ class SandcatLM(AfterPrompts):
         trust_remote_code: bool = False,
         **options,
     ):
-        model, tokenizer = hub.load(
+        model, tokenizer = load(
             pretrained, dense=dense, device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
         super().__init__(model, tokenizer=tokenizer, **{"softmax_dtype": "float32", **options})

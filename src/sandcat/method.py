@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sandcat.architectures import ModelView, Site
-from sandcat.errors import BadRecipe, NothingMatched
+from sandcat.errors import BadRecipe, NothingMatched, suggest
+from sandcat.models.view import ModelView, Site
+from sandcat.support.options import coerce, field_type, option, type_text
 
 Spec = dict[str, Any]
 """What was decided for one site, in JSON types."""
@@ -25,11 +23,6 @@ Tensors = dict[str, Tensor]
 SLOTS = ("weight", "input")
 """What a method can claim of a linear layer, in the order in which methods apply: how its weight is stored, and which
 input channels or neurons are skipped, which is decided on the weights as stored."""
-
-
-def option(default: Any, help: str) -> Any:
-    """A field of a method: written once, here; the command line, the JSON and the docs are made from it."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,49 +191,3 @@ def check_sites(method: str, sites: str | tuple[str, ...], words: tuple[str, ...
 
 Decided = dict[tuple[Method, str], Tensors]
 """The tensors of a plan, by method and site name."""
-
-
-def field_type(cls: type, name: str) -> Any:
-    return typing.get_type_hints(cls)[name]
-
-
-def type_text(kind: Any) -> str:
-    if typing.get_origin(kind) is typing.Literal:
-        return " | ".join(typing.get_args(kind))
-    if isinstance(kind, types.UnionType):
-        return " | ".join(type_text(k) for k in typing.get_args(kind))
-    return "list" if typing.get_origin(kind) is tuple else kind.__name__
-
-
-def suggest(word: str, known: list[str]) -> str:
-    """ "; did you mean ...?" if something close is known, else a full stop."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else "."
-
-
-def coerce(method: str, name: str, kind: Any, value: Any) -> Any:
-    """A value, or its text, as the type of its field; raises BadRecipe."""
-    if typing.get_origin(kind) is typing.Literal:
-        known = list(typing.get_args(kind))
-        if value not in known:
-            raise BadRecipe(
-                f"{method}: {name}={value!r} is unknown{suggest(str(value), known)} Known: {', '.join(known)}."
-            )
-        return value
-    try:
-        if isinstance(kind, types.UnionType):  # text or a list
-            if isinstance(value, str) and value.strip("[]") != value:
-                value = [item.strip() for item in value.strip("[]").split(",") if item.strip()]
-            item_type = typing.get_args(typing.get_args(kind)[1])[0]
-            return value if isinstance(value, str) else tuple(item_type(item) for item in value)
-        if kind is bool:
-            if isinstance(value, bool):
-                return value
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
-        if isinstance(value, bool):
-            raise ValueError
-        return kind(value)
-    except (ValueError, TypeError, KeyError):
-        raise BadRecipe(
-            f"{method}: {name}={value!r} is not {'a' if kind is not int else 'an'} {type_text(kind)}."
-        ) from None

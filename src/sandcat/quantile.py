@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sandcat.errors import DataError
-from sandcat.processes import everyones
+from sandcat.support.processes import everyones
 
 
 def quantile(a_TI: Sequence[Tensor], weight_I: Tensor, q: float) -> float:

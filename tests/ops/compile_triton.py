@@ -19,12 +19,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-import sandcat.ops.triton.channels as several
 import sandcat.ops.triton.int8_linear as int8_linear
 import sandcat.ops.triton.sparse_linear as linear
+import sandcat.ops.triton.sparse_linear_batch as several
 import sandcat.ops.triton.sparse_mlp as kernels
+import sandcat.ops.triton.sparse_mlp_batch as tokens
 import sandcat.ops.triton.step as step
-import sandcat.ops.triton.tokens as tokens
 
 int8_linear.multiprocessors = lambda device: 132
 int8_linear.shared_memory = lambda device: 231424

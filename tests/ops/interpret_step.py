@@ -19,19 +19,19 @@ import torch
 from tiny import VOCABULARY, text, tiny
 
 import sandcat
-from sandcat import ops
-from sandcat.architectures import ModelView
-from sandcat.generate import Decoder
-from sandcat.ops.triton import launch
+from sandcat.decoding.decoder import Decoder
+from sandcat.models.view import ModelView
+from sandcat.ops import pays
+from sandcat.ops.triton.primitives import launch
 
-everywhere = itertools.product(ops._ALL, ["cpu"], ops._FLOATS, [False, True])
-ops._MOST_TOKENS = dict.fromkeys(everywhere, (16, 16))  # several sequences skip, too
+everywhere = itertools.product(pays._ALL, ["cpu"], pays._FLOATS, [False, True])
+pays._MOST_TOKENS = dict.fromkeys(everywhere, (16, 16))  # several sequences skip, too
 launch.multiprocessors = lambda device: 2
 launch.shared_memory = lambda device: 200000
 launch.dependent_launch = lambda device: {"PDL": False}
 
-from sandcat.gpu_batch_step import GpuBatchStep  # noqa: E402  # whose kernels ask for these as they are imported
-from sandcat.gpu_step import GpuStep  # noqa: E402
+from sandcat.decoding.fused_gpu import GpuStep  # noqa: E402
+from sandcat.decoding.fused_gpu_batch import GpuBatchStep  # noqa: E402  # whose kernels ask for these as they are imported
 
 
 def fused(model, cache):

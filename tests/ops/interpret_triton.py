@@ -23,14 +23,15 @@ import test_shared
 from conftest import assert_close
 from test_sparse_mlp import arguments, expected
 
-import sandcat.ops.triton.channels as several
 import sandcat.ops.triton.int8_linear as int8_linear
-import sandcat.ops.triton.shared as shared
+import sandcat.ops.triton.shared_units as shared
 import sandcat.ops.triton.sparse_linear as sparse_linear
+import sandcat.ops.triton.sparse_linear_batch as several
 import sandcat.ops.triton.sparse_mlp as sparse_mlp
-import sandcat.ops.triton.tokens as several_neurons
+import sandcat.ops.triton.sparse_mlp_batch as several_neurons
+from sandcat.ops.activations import ACTIVATIONS
 from sandcat.ops.sparse_linear import reference as reference_linear
-from sandcat.ops.sparse_mlp import ACTIVATIONS, reference_up_down
+from sandcat.ops.sparse_mlp import reference_up_down
 
 empty = torch.empty
 

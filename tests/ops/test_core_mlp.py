@@ -7,7 +7,7 @@ import torch
 from conftest import assert_close
 
 from sandcat.ops import core_mlp, kernel_name
-from sandcat.ops.arguments import MAX_TOKENS
+from sandcat.ops.checks import MAX_TOKENS
 from sandcat.ops.core_mlp import reference
 
 

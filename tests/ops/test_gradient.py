@@ -10,7 +10,7 @@ from sandcat.ops.core_mlp import core_mlp
 from sandcat.ops.core_mlp import reference as core_reference
 from sandcat.ops.int8_linear import int8_linear
 from sandcat.ops.int8_linear import reference as int8_reference
-from sandcat.ops.shared import reference_linear, reference_up_down, shared_linear, shared_up_down
+from sandcat.ops.shared_units import reference_linear, reference_up_down, shared_linear, shared_up_down
 from sandcat.ops.sparse_linear import reference as linear_reference
 from sandcat.ops.sparse_linear import sparse_linear
 from sandcat.ops.sparse_mlp import reference as mlp_reference

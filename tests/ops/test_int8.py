@@ -7,9 +7,9 @@ import torch
 from conftest import DEVICES, assert_close
 
 from sandcat.ops import int8_linear, kernel_name, sparse_linear, sparse_mlp, sparse_up_down
-from sandcat.ops.arguments import MAX_TOKENS
+from sandcat.ops.activations import ACTIVATIONS
+from sandcat.ops.checks import MAX_TOKENS
 from sandcat.ops.int8_linear import reference
-from sandcat.ops.sparse_mlp import ACTIVATIONS
 
 SHAPES = [(1, 1), (63, 1), (1, 63), (576, 1536), (4097, 65), (65, 4097)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sandcat.ops import drop_up, mask
+from sandcat.ops.activations import ACTIVATIONS
 from sandcat.ops.masks import gate_bounds, masked, without_dropped
-from sandcat.ops.sparse_mlp import ACTIVATIONS
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 TOKENS = pytest.mark.parametrize("tokens", [0, 1, 3, 200])

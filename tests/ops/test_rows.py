@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from sandcat.ops.numba.vectors import add_rows, dot_rows
+from sandcat.ops.numba.primitives.rows import add_rows, dot_rows
 
 MOST = 50
 

@@ -8,8 +8,8 @@ from conftest import DEVICES, assert_close
 
 from sandcat.methods.int8 import quantised
 from sandcat.ops import kernel_name
-from sandcat.ops.arguments import MAX_TOKENS
-from sandcat.ops.shared import (
+from sandcat.ops.checks import MAX_TOKENS
+from sandcat.ops.shared_units import (
     GROUP,
     reference_linear,
     reference_up_down,

@@ -7,7 +7,7 @@ import torch
 from conftest import DEVICES, assert_close
 
 from sandcat.ops import kernel_name
-from sandcat.ops.arguments import MAX_TOKENS
+from sandcat.ops.checks import MAX_TOKENS
 from sandcat.ops.sparse_linear import reference, sparse_linear
 
 SHAPES = [(1, 1), (63, 1), (1, 63), (576, 1536), (4097, 65), (65, 4097)]

@@ -7,8 +7,9 @@ import torch
 from conftest import DEVICES, assert_close
 
 from sandcat.ops import kernel_name
-from sandcat.ops.arguments import MAX_TOKENS
-from sandcat.ops.sparse_mlp import ACTIVATIONS, reference, reference_up_down, sparse_mlp, sparse_up_down
+from sandcat.ops.activations import ACTIVATIONS
+from sandcat.ops.checks import MAX_TOKENS
+from sandcat.ops.sparse_mlp import reference, reference_up_down, sparse_mlp, sparse_up_down
 
 SHAPES = [(1, 1), (63, 1), (1, 63), (576, 1536), (63, 4097), (4097, 65), (256, 100)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -157,7 +158,7 @@ def test_without_openmp(monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
 
     from sandcat.ops.numba import sparse_mlp as kernel
-    from sandcat.ops.numba import threads
+    from sandcat.ops.numba.primitives import threads
 
     monkeypatch.setattr(threads, "_openmp", None)
     kernel._kernel.cache_clear()

@@ -7,7 +7,7 @@ import torch
 from conftest import DEVICES, assert_close
 
 from sandcat.ops import kernel_name
-from sandcat.ops.arguments import MAX_TOKENS
+from sandcat.ops.checks import MAX_TOKENS
 from sandcat.ops.sparse_up import reference, sparse_up
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -8,9 +8,9 @@ import torch
 from conftest import assert_close
 from numba import njit
 
-from sandcat.ops.numba.amx import HAS_TILES, release_tiles
-from sandcat.ops.numba.tiles import add_rows_tiled, dot_rows_tiled, pack_columns, room_of
-from sandcat.ops.numba.vectors import add_rows, dot_rows
+from sandcat.ops.numba.primitives.amx import HAS_TILES, release_tiles
+from sandcat.ops.numba.primitives.rows import add_rows, dot_rows
+from sandcat.ops.numba.primitives.rows_amx import add_rows_tiled, dot_rows_tiled, pack_columns, room_of
 
 
 @njit

@@ -27,7 +27,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from sandcat.machine import versions
+        from sandcat.measuring.machine import versions
 
         for name, version in versions().items():
             print(f"{name} {version}")
@@ -57,7 +57,7 @@ def main() -> None:
     """Runs the command line. Exit codes: 0 done, 2 a mistake that the message explains, 130 interrupted."""
     try:
         if "WORLD_SIZE" in os.environ:  # a launcher's; else nothing here needs torch
-            from sandcat.processes import together
+            from sandcat.support.processes import together
 
             with together():
                 app()

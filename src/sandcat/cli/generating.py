@@ -31,14 +31,14 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Write on from a prompt, or chat."""
-    from sandcat import hub
-    from sandcat.generate import generate
-    from sandcat.progress import shown
+    from sandcat.checkpoints.load import load
+    from sandcat.decoding.generate import generate
+    from sandcat.support.progress import shown
 
     if prompt is None and as_json:
         raise BadRecipe("--json needs a prompt: a chat is for people.")
     with shown(not as_json):
-        net, tokenizer = hub.load(model, dense=dense, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        net, tokenizer = load(model, dense=dense, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
         "chat": chat, "compile": "default" if compile else "fused",

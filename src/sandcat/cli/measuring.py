@@ -79,8 +79,8 @@ def bench(
 
 def _measure(folder: str, dense: str | None, report: Path | None, as_json: bool, **options) -> None:
     """Measures, prints, and writes the report where it is wanted."""
-    from sandcat import processes
-    from sandcat.progress import shown
+    from sandcat.support import processes
+    from sandcat.support.progress import shown
 
     with shown(not as_json):
         found = measured_saved(folder, folder, dense, **options)
@@ -90,7 +90,7 @@ def _measure(folder: str, dense: str | None, report: Path | None, as_json: bool,
 
 
 def measured_saved(*args, **options):
-    """`sandcat.measure.measure_saved`, which is told the command that it prints again."""
-    from sandcat.measure import measure_saved
+    """`sandcat.reports.measure.measure_saved`, which is told the command that it prints again."""
+    from sandcat.reports.measure import measure_saved
 
     return measure_saved(*args, command=shlex.join(["sandcat", *sys.argv[1:]]), **options)

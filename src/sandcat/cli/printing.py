@@ -26,7 +26,7 @@ def plain(text: str) -> Text:
 
 
 def print_plan(plan) -> None:
-    from sandcat import wording
+    from sandcat.reports import wording
 
     for step in plan.steps:
         out.print(f"[bold]{step.method}[/bold]: {summary(type(step.method))}")

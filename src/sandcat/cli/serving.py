@@ -30,11 +30,12 @@ def serve(
     trust_remote_code: Trust = False,
 ) -> None:
     """Serve a model to OpenAI clients: chat, completions, streaming. Other options go to vLLM as they are."""
-    from sandcat import hub
-    from sandcat.serve import Service, choose, serve
+    from sandcat.checkpoints.embedded import resolve
+    from sandcat.checkpoints.load import read_plan
+    from sandcat.serving.engines import Service, choose, serve
 
-    folder = hub.resolve(model)
-    chosen, reason = choose(engine, folder, hub.read_plan(folder) if Path(folder).is_dir() else None)
+    folder = resolve(model)
+    chosen, reason = choose(engine, folder, read_plan(folder) if Path(folder).is_dir() else None)
     err.print(f"engine: {chosen} ({reason})", style="dim", markup=False, soft_wrap=True)
     service = Service(
         folder, name or Path(folder).name, host, port, api_key, max_context, max_new_tokens, device, dtype,

@@ -10,10 +10,11 @@ from sandcat.cli.printing import out, print_json, print_plan, summary
 
 def show(folder: Folder, as_json: Json = False) -> None:
     """The plan of a sparse model, in words."""
-    from sandcat import hub
+    from sandcat.checkpoints.embedded import resolve
+    from sandcat.checkpoints.load import read_plan
     from sandcat.errors import PlanError
 
-    plan = hub.read_plan(hub.resolve(folder))
+    plan = read_plan(resolve(folder))
     if plan is None:
         raise PlanError(f"{folder!r} is a dense model: no plan in its config.json. Make one with sandcat sparsify.")
     print_json(plan.to_json()) if as_json else print_plan(plan)

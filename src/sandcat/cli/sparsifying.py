@@ -76,18 +76,22 @@ def sparsify(
     as_json: Json = False,
 ) -> None:
     """Make a model sparse, save it, reload it, measure it beside the dense one, and report."""
-    from sandcat import hub, processes
-    from sandcat.architectures import ModelView
+    from sandcat.checkpoints.card import model_card
+    from sandcat.checkpoints.load import load, verify
+    from sandcat.checkpoints.save import check_free, save
     from sandcat.data import load_text
+    from sandcat.decoding.generate import encode
     from sandcat.errors import DeviceError
-    from sandcat.generate import encode
-    from sandcat.measure import at_sparsities, load_texts
-    from sandcat.plan import check
-    from sandcat.progress import shown
-    from sandcat.saving import check_free, model_card, replace_text, save
-    from sandcat.sparsifying import asked, sparsify
-    from sandcat.target import the_one
-    from sandcat.tasks import load_tasks
+    from sandcat.measuring.tasks import load_tasks
+    from sandcat.models.view import ModelView
+    from sandcat.pipeline import asked, sparsify
+    from sandcat.plans.recipe import check
+    from sandcat.plans.target import the_one
+    from sandcat.reports.measure import at_sparsities, load_texts
+    from sandcat.support import processes
+    from sandcat.support.devices import pick_device
+    from sandcat.support.progress import shown
+    from sandcat.support.write import replace_text
 
     methods, goal, how = asked(recipe, the_one(sparsity=sparsity, bytes=bytes, quality=quality), allocate)
     if goal is not None and curve:
@@ -100,12 +104,12 @@ def sparsify(
     measured = measure and not dry_run
     place = None
     if offload:
-        place, device = hub.pick_device(device), "cpu"  # where it is loaded, saved, compared and measured
+        place, device = pick_device(device), "cpu"  # where it is loaded, saved, compared and measured
         if str(place) == "cpu":
             raise DeviceError("--offload brings layers from the host to a GPU, and --device is cpu here: leave it out.")
     with shown(not as_json):
         questions = load_tasks(listed(tasks)) if tasks and measured else {}
-        dense, tokenizer = hub.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        dense, tokenizer = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         check(methods, ModelView(dense), overlap=how == "search")
         for line in prompt if measured else []:
             encode(tokenizer, line)
@@ -125,7 +129,7 @@ def sparsify(
         if processes.first():
             save(
                 dense, tokenizer, output, overwrite=overwrite, card=model_card(plan, model),
-                finish=partial(hub.verify, dense, trust_remote_code=trust_remote_code),
+                finish=partial(verify, dense, trust_remote_code=trust_remote_code),
             )  # fmt: skip
         processes.wait()
         dense = None  # measured from the saved files, so that only what was saved counts

@@ -13,7 +13,7 @@ from sandcat.cli.printing import out, print_json
 from sandcat.defaults import BUDGETS, CALIBRATION_TOKENS, EVALUATION_TEXT, EVALUATION_TOKENS, SWEPT
 
 if TYPE_CHECKING:
-    from sandcat.points import Sweep
+    from sandcat.sweeps.results import Sweep
 
 
 def sweep(
@@ -44,8 +44,8 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Try recipes at budgets, and show which are worth having: the front of quality against bytes and speed."""
-    from sandcat.progress import shown
-    from sandcat.sweeping import sweep
+    from sandcat.support.progress import shown
+    from sandcat.sweeps.sweep import sweep
 
     given = {"bytes": bytes, "sparsity": sparsity, "quality": quality}
     budgets = [f"{kind}={value}" for kind, values in given.items() for value in listed(values)]

@@ -17,14 +17,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sandcat.architectures import Site
 from sandcat.errors import BadRecipe
-from sandcat.layers.int8 import float_weight
-from sandcat.layers.mlp import SparseMLP
-from sandcat.method import Method, Spec, Tensors, option
-from sandcat.ops.int8_linear import product
-from sandcat.processes import everyones, total
+from sandcat.layers.sparse_mlp import SparseMLP
+from sandcat.layers.weights import float_weight
+from sandcat.method import Method, Spec, Tensors
+from sandcat.models.view import Site
+from sandcat.ops.weights import product
 from sandcat.quantile import thresholds
+from sandcat.support.options import option
+from sandcat.support.processes import everyones, total
 
 
 @dataclass(frozen=True, kw_only=True)

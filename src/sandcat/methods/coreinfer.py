@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sandcat.architectures import ModelView, Site
 from sandcat.errors import BadRecipe
-from sandcat.layers.core import CoreMLP
-from sandcat.method import Method, Spec, Tensors, option
-from sandcat.processes import in_order
+from sandcat.layers.core_mlp import CoreMLP
+from sandcat.method import Method, Spec, Tensors
+from sandcat.models.view import ModelView, Site
+from sandcat.support.options import option
+from sandcat.support.processes import in_order
 
 SENTENCE = 64
 """Tokens of calibration text that make a sentence to be clustered."""

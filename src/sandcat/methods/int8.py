@@ -17,10 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sandcat.architectures import ModelView, Site
-from sandcat.layers.int8 import Int8Linear
-from sandcat.method import Method, Spec, Tensors, check_sites, option, pick_kinds
-from sandcat.processes import total
+from sandcat.layers.stored_linear import Int8Linear
+from sandcat.method import Method, Spec, Tensors, check_sites, pick_kinds
+from sandcat.models.view import ModelView, Site
+from sandcat.support.options import option
+from sandcat.support.processes import total
 
 CLIPS = tuple(1 - 0.02 * step for step in range(11))
 """Shares of a row's largest weight that the largest code may stand for."""

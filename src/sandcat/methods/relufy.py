@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sandcat.architectures import Site
-from sandcat.layers.mlp import SparseMLP
+from sandcat.layers.sparse_mlp import SparseMLP
 from sandcat.method import Method, Spec, Tensors
+from sandcat.models.view import Site
 
 
 @dataclass(frozen=True, kw_only=True)

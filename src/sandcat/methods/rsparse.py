@@ -17,14 +17,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sandcat.architectures import ModelView, Site
 from sandcat.errors import BadRecipe
-from sandcat.layers.int8 import float_weight
-from sandcat.layers.linear import SparseLinear
-from sandcat.layers.low_rank import LowRankLinear
-from sandcat.method import Method, Spec, Tensors, check_sites, option, pick_kinds
-from sandcat.processes import alone, in_order
+from sandcat.layers.low_rank_linear import LowRankLinear
+from sandcat.layers.sparse_linear import SparseLinear
+from sandcat.layers.weights import float_weight
+from sandcat.method import Method, Spec, Tensors, check_sites, pick_kinds
+from sandcat.models.view import ModelView, Site
 from sandcat.quantile import thresholds
+from sandcat.support.options import option
+from sandcat.support.processes import alone, in_order
 
 ALPHAS = (1.0, 0.95, 0.9, 0.8, 0.6)
 SEARCH_TOKENS = 2048

@@ -17,12 +17,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sandcat.architectures import ModelView, Site
 from sandcat.errors import BadRecipe
-from sandcat.layers.int8 import float_weight
-from sandcat.layers.linear import SparseLinear
-from sandcat.method import Method, Spec, Tensors, check_sites, option, pick_kinds
+from sandcat.layers.sparse_linear import SparseLinear
+from sandcat.layers.weights import float_weight
+from sandcat.method import Method, Spec, Tensors, check_sites, pick_kinds
+from sandcat.models.view import ModelView, Site
 from sandcat.quantile import thresholds
+from sandcat.support.options import option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sandcat.ops.arguments import check_tensors
-from sandcat.ops.gradient import differentiable
-from sandcat.ops.int8_linear import product
-from sandcat.ops.sparse_mlp import ACTIVATIONS
+from sandcat.ops.activations import ACTIVATIONS
+from sandcat.ops.checks import check_tensors
+from sandcat.ops.gradients import differentiable
+from sandcat.ops.weights import product
 
 
 def reference(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sandcat.ops.sparse_mlp import ACTIVATIONS
+from sandcat.ops.activations import ACTIVATIONS
 
 BITS = {2: torch.int16, 4: torch.int32}
 """Integers of a float's width, in bytes."""

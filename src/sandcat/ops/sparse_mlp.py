@@ -9,22 +9,13 @@ projection). A matrix with a scale is int8 (see int8_linear.py): `gate_scale_I` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sandcat.ops.arguments import check_tensors
-from sandcat.ops.gradient import differentiable
-from sandcat.ops.int8_linear import product
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
+from sandcat.ops.activations import ACTIVATIONS
+from sandcat.ops.checks import check_tensors
+from sandcat.ops.gradients import differentiable
+from sandcat.ops.weights import product
 
 
 def reference(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sandcat.ops.arguments import check_tensors
-from sandcat.ops.int8_linear import product
+from sandcat.ops.checks import check_tensors
+from sandcat.ops.weights import product
 
 
 def reference(

@@ -15,10 +15,10 @@ from numba import carray
 from torch import Tensor
 
 from sandcat.ops.core_mlp import check_arguments, core_mlp
-from sandcat.ops.numba.floats import STORAGE, rounded, widen
-from sandcat.ops.numba.sparse_mlp import BLOCK, CODES, activate
-from sandcat.ops.numba.threads import VERSION, on_all_threads, pointer, threads_of
-from sandcat.ops.numba.vectors import add_rows, dot_rows
+from sandcat.ops.numba.primitives.activations import CODES, activate
+from sandcat.ops.numba.primitives.dtypes import STORAGE, rounded, widen
+from sandcat.ops.numba.primitives.rows import BLOCK, add_rows, dot_rows
+from sandcat.ops.numba.primitives.threads import VERSION, on_all_threads, pointer, threads_of
 
 
 @cache

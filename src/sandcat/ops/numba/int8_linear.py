@@ -13,9 +13,9 @@ from numba import carray
 from torch import Tensor
 
 from sandcat.ops.int8_linear import check_arguments, int8_linear
-from sandcat.ops.numba.floats import STORAGE, widen
-from sandcat.ops.numba.threads import VERSION, on_all_threads, pointer, threads_of
-from sandcat.ops.numba.vectors import dot_rows
+from sandcat.ops.numba.primitives.dtypes import STORAGE, widen
+from sandcat.ops.numba.primitives.rows import dot_rows
+from sandcat.ops.numba.primitives.threads import VERSION, on_all_threads, pointer, threads_of
 
 
 @cache

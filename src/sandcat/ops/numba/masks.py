@@ -14,7 +14,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from sandcat.ops.numba.threads import VERSION, on_all_threads, pointer, threads_of
+from sandcat.ops.numba.primitives.threads import VERSION, on_all_threads, pointer, threads_of
 
 PARALLEL = 2**14
 """Numbers of a mask from which more than one thread pays."""

@@ -13,9 +13,9 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from sandcat.ops.numba.floats import STORAGE, widen
-from sandcat.ops.numba.threads import VERSION, on_all_threads, pointer, threads_of
-from sandcat.ops.numba.vectors import dot_rows
+from sandcat.ops.numba.primitives.dtypes import STORAGE, widen
+from sandcat.ops.numba.primitives.rows import dot_rows
+from sandcat.ops.numba.primitives.threads import VERSION, on_all_threads, pointer, threads_of
 from sandcat.ops.sparse_up import check_arguments, sparse_up
 
 BLOCK = 64

@@ -16,9 +16,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sandcat.ops.int8_linear import check_arguments, int8_linear
-from sandcat.ops.triton.fixed_point import digits, scale_of_all
-from sandcat.ops.triton.launch import dependent_launch, multiprocessors, shared_memory
-from sandcat.ops.triton.pieces import ask_for, clear, clear_share, gated, which_of_three
+from sandcat.ops.triton.primitives.blocks import ask_for, clear, clear_share, gated, which_of_three
+from sandcat.ops.triton.primitives.fixed_point import digits, scale_of_all
+from sandcat.ops.triton.primitives.launch import dependent_launch, multiprocessors, shared_memory
 
 OPS, INT8_OPS = (), ("int8_linear",)
 DIGITS = tl.constexpr(4)

@@ -5,7 +5,7 @@ sixteen at a time, so that busy regions of x are shared. A program compares its 
 the list of what it keeps, and reads the rows of that list: a thread sixteen bytes of each, so that its sums never
 leave it. Sums are float32; of int8 weights they are exact, of fixed-point digits (fixed_point.py). Programs add theirs
 to y as they end, so two runs may differ in the last bits; under `torch.use_deterministic_algorithms` the last of a
-tile's programs adds them up in a fixed order. Several tokens: channels.py.
+tile's programs adds them up in a fixed order. Several tokens: sparse_linear_batch.py.
 """
 
 from __future__ import annotations
@@ -17,10 +17,18 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sandcat.ops.sparse_linear import check_arguments, reference, sparse_linear
-from sandcat.ops.triton.channels import add_channels
-from sandcat.ops.triton.fixed_point import add_four_rows, digits, scale_of_all
-from sandcat.ops.triton.launch import dependent_launch, multiprocessors
-from sandcat.ops.triton.pieces import activated, clear, clear_share, finish, gated, keep_neurons, which_of_three
+from sandcat.ops.triton.primitives.blocks import (
+    activated,
+    clear,
+    clear_share,
+    finish,
+    gated,
+    keep_neurons,
+    which_of_three,
+)
+from sandcat.ops.triton.primitives.fixed_point import add_four_rows, digits, scale_of_all
+from sandcat.ops.triton.primitives.launch import dependent_launch, multiprocessors
+from sandcat.ops.triton.sparse_linear_batch import add_channels
 
 OPS = INT8_OPS = ("sparse_linear",)
 

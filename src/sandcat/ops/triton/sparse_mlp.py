@@ -1,5 +1,5 @@
 """CUDA kernels of `sandcat::sparse_mlp` and `sandcat::sparse_up_down`. Shapes: see ops/sparse_mlp.py. Of several tokens
-the gate is a dense product; the rest is in tokens.py.
+the gate is a dense product; the rest is in sparse_mlp_batch.py.
 
 `clear` zeroes the sums and the counter. `gate_kernel` computes a = act(gate(x)) for all neurons and appends the kept
 ones to a list (`_list_kernel`: those of a given a); `up_down_kernel` walks the list, a few neurons at a time: up row .
@@ -24,11 +24,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sandcat.ops.sparse_mlp import ACTIVATIONS, check_arguments, reference_up_down, sparse_mlp, sparse_up_down
+from sandcat.ops.activations import ACTIVATIONS
+from sandcat.ops.sparse_mlp import check_arguments, reference_up_down, sparse_mlp, sparse_up_down
 from sandcat.ops.triton import int8_linear
-from sandcat.ops.triton.launch import dependent_launch, multiprocessors
-from sandcat.ops.triton.pieces import CODES, activated, clear, finish, keep_neurons, load_rows, widen
-from sandcat.ops.triton.tokens import add_tokens
+from sandcat.ops.triton.primitives.blocks import CODES, activated, clear, finish, keep_neurons, load_rows, widen
+from sandcat.ops.triton.primitives.launch import dependent_launch, multiprocessors
+from sandcat.ops.triton.sparse_mlp_batch import add_tokens
 
 OPS = INT8_OPS = ("sparse_mlp", "sparse_up_down")
 

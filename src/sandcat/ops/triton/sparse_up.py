@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sandcat.ops.sparse_up import check_arguments, reference, sparse_up
-from sandcat.ops.triton.pieces import finish, widen
+from sandcat.ops.triton.primitives.blocks import finish, widen
 
 OPS = INT8_OPS = ("sparse_up",)
 

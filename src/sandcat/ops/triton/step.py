@@ -1,4 +1,4 @@
-"""CUDA kernels of a whole decode step; `sandcat.step` strings them together. `embed`, `normalize`,
+"""CUDA kernels of a whole decode step; `sandcat.decoding.step` strings them together. `embed`, `normalize`,
 `gate_times_up` and `attend` take any number of sequences, the others one.
 
 Shapes: H hidden size, I intermediate size, D size of a head, G query heads a key-value head, L positions of the cache.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sandcat.ops.triton.pieces import clear_share, finish, gated, load_rows, which_of_three
+from sandcat.ops.triton.primitives.blocks import clear_share, finish, gated, load_rows, which_of_three
 
 
 @triton.jit

@@ -1,0 +1,138 @@
+"""Loading models, from folders and from the hub; and reloading one to verify what was saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.distributed import DistributedConfig
+
+from sandcat.checkpoints.embedded import EMBEDDED, resolve
+from sandcat.checkpoints.files import COUNTS, check_counts, check_size, fetch, read_json, sizes
+from sandcat.checkpoints.save import quiet
+from sandcat.errors import CheckpointError, ParityError, PlanError, SandcatError
+from sandcat.layers.packing import align
+from sandcat.models.host_memory import FilePages
+from sandcat.plans.plan import Plan
+from sandcat.support.devices import pick_device, pick_dtype
+
+PACKED = 16
+"""Weights that a number of a model quantised by others can hold: two bits each of an int32."""
+
+
+def read_plan(folder: str | Path) -> Plan | None:
+    """The plan in a folder's config.json; None if it holds a dense model.
+
+    Raises:
+        CheckpointError: no folder, or no config.json in it. PlanError: a plan that cannot be read.
+    """
+    return plan_in(read_json(Path(folder) / "config.json"))
+
+
+def plan_in(config: dict) -> Plan | None:
+    """The plan in the content of a config.json; None if there is none."""
+    return Plan.from_config(config.get("quantization_config"))
+
+
+def load(
+    name: str | Path,
+    *,
+    dense: bool = False,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    require_plan: bool = False,
+    tensor_parallel: int = 1,
+):
+    """Loads a model and its tokenizer, ready to run.
+
+    Args:
+        name: a folder, a hub id, or `EMBEDDED`.
+        dense: ignore what the plan skips: the model that lies in the same files (with int8 weights if they are).
+        device: "cpu", "cuda", "cuda:N"; default a GPU if there is one.
+        dtype: a torch dtype or its name; default the checkpoint's.
+        trust_remote_code: run Python code from the checkpoint.
+        require_plan: raise unless the model was saved by sandcat.
+        tensor_parallel: split the weights over so many processes, which torchrun has started, each on its own device
+            (then `device` has no say).
+
+    Returns:
+        (model, tokenizer)
+
+    Raises:
+        CheckpointError: not a model, damaged, not to be had, or it needs code that is not trusted.
+        PlanError: a plan that cannot be read or does not fit. DeviceError, UnsupportedModel.
+    """
+    place, kind = pick_device(device), pick_dtype(dtype)
+    source = resolve(str(name))
+    local = Path(source).is_dir()
+    if not local and (Path(source).exists() or source.startswith((".", "/", "~"))):
+        raise CheckpointError(
+            f"{source!r} is no model folder. Give a folder with a config.json, a hub id, or {EMBEDDED}."
+        )
+    try:
+        folder = Path(source) if local else fetch(source)
+        data = read_json(folder / "config.json")
+        plan = plan_in(data)
+        if data.get("auto_map") and data.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
+            raise CheckpointError(
+                f"{source!r} brings its own Python code (auto_map in config.json), which would run on this machine. "
+                "Read it first; then allow it with --trust-remote-code."
+            )
+        if require_plan and plan is None:
+            raise PlanError(f"{source!r} is a dense model: no plan in its config.json. Make one with sandcat sparsify.")
+        numbers = sizes(folder)
+        check_counts(data, max(COUNTS, len(numbers)))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        packed = 1 if plan is not None or data.get("quantization_config") is None else PACKED
+        check_size(config, sum(numbers.values()) * packed, trust_remote_code=trust_remote_code)
+        if plan is not None:
+            config.quantization_config = (plan.stored if dense else plan).to_json()
+            if dense and not plan.stored.steps:
+                del config.quantization_config
+        where = {"device_map": {"": place}}
+        if tensor_parallel > 1:
+            where = {"distributed_config": DistributedConfig(tp_size=tensor_parallel)}
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=kind, trust_remote_code=trust_remote_code, use_safetensors=True, **where
+            )
+        align(model, FilePages(model))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except SandcatError:
+        raise
+    except Exception as error:
+        reason = (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+        )
+        if local:
+            raise CheckpointError(
+                f"{source!r} cannot be loaded as a causal language model ({reason}). If a file was cut off or changed, "
+                "fetch or save it again."
+            ) from error
+        raise CheckpointError(
+            f"{source!r} is no folder here, and cannot be had from the hub ({reason}). Without network, give a folder "
+            f"or {EMBEDDED}."
+        ) from error
+    return model.eval(), tokenizer
+
+
+@torch.inference_mode()
+def verify(model: nn.Module, folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Reloads a saved model and compares it with the one in memory, logit for logit.
+
+    Raises:
+        ParityError: they differ.
+    """
+    again, _ = load(folder, device=str(model.device), dtype=model.dtype, trust_remote_code=trust_remote_code)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(16).mul(7919).remainder(vocabulary)[None].to(model.device)
+    found = []
+    for net in (model, again):
+        prompt = net(ids, use_cache=True)
+        step = net(ids[:, :1], past_key_values=prompt.past_key_values)
+        found.append(torch.cat([prompt.logits, step.logits], 1))
+    if not torch.equal(*found):
+        raise ParityError(f"the model saved in {str(folder)!r} gives other logits when it is loaded again.")

@@ -1,0 +1,112 @@
+"""A model with a cache of fixed size and a step that is fused, compiled or captured in a CUDA graph."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, StaticLayer
+
+from sandcat.decoding.step import Step, fused_step
+from sandcat.errors import DataError
+
+
+class Decoder:
+    """A model with a cache of fixed size and one step for one more token a sequence.
+
+    Args:
+        model: a causal language model.
+        max_length: prompt and new tokens together, at most.
+        batch: sequences, all of one length and without padding.
+        compile: "fused" runs the step by `decoding.step` where it applies, None eagerly, and anything else is the mode
+            for `torch.compile` without its own graphs, such as "default" or "max-autotune-no-cudagraphs".
+        capture: on CUDA the step is captured in a CUDA graph, which pays from the first few steps on.
+    """
+
+    def __init__(
+        self, model: nn.Module, max_length: int, *, batch: int = 1, compile: str | None = "fused", capture: bool = True
+    ):
+        self.model, self.max_length, self.batch = model, max_length, batch
+        # Full-length layers for sliding windows too: their masks look at positions, so a graph can be replayed.
+        count = model.config.get_text_config().num_hidden_layers
+        self.cache = Cache(layers=[StaticLayer(max_cache_len=max_length) for _ in range(count)])
+        self.forward: Callable[[Tensor], Tensor] | Step = self._forward
+        self.compile = compile
+        self.prepared = False
+        self.fused: Step | None = None
+        if compile not in (None, "fused"):
+            self.forward = torch.compile(self._forward, mode=None if compile == "default" else compile, fullgraph=True)
+        self.capture = capture and model.device.type == "cuda"
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.length = 0
+
+    def _forward(self, ids_B1: Tensor) -> Tensor:
+        return self.model(ids_B1, past_key_values=self.cache, use_cache=True).logits[:, -1]
+
+    @torch.inference_mode()
+    def prefill(self, ids_BT: Tensor) -> Tensor:
+        """Reads a prompt into the empty cache; the logits [B, vocabulary] of its last token."""
+        if ids_BT.shape[1] > self.max_length:
+            raise DataError(
+                f"the prompt has {ids_BT.shape[1]} tokens, more than the {self.max_length} that were set aside."
+            )
+        if self.length:
+            self.cache.reset()
+        ids_BT = ids_BT.to(self.model.device)
+        out = self.model(ids_BT, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.rewind(ids_BT.shape[1])
+        return out.logits[:, -1]
+
+    @torch.inference_mode()
+    def step(self, ids_B1: Tensor) -> Tensor:
+        """Adds one token to each sequence; the logits [B, vocabulary] that follow (overwritten by the next step)."""
+        if self.length >= self.max_length:
+            raise DataError(f"the cache of {self.max_length} tokens is full.")
+        if self.compile == "fused" and not self.prepared:
+            self._fuse()
+        if self.capture:
+            if self.graph is None:
+                self.graph = self._capture(ids_B1)
+            self.ids_B1.copy_(ids_B1)
+            self.graph.replay()
+            logits = self.logits
+        else:
+            logits = self.forward(ids_B1.to(self.model.device))
+        self.length += 1
+        return logits
+
+    def _fuse(self) -> None:
+        """Takes the fused step where it applies; the cache must hold a prompt."""
+        self.prepared = True
+        self.fused = fused_step(self.model, self.cache)
+        self.forward = self.fused or self.forward
+        self.rewind(self.length)
+
+    def _capture(self, ids_B1: Tensor) -> torch.cuda.CUDAGraph:
+        """Compiles and warms the step up, captures it, and sets the cache back to where it was."""
+        self.ids_B1 = ids_B1.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.forward(self.ids_B1)
+                self.rewind(self.length)
+        torch.cuda.current_stream().wait_stream(stream)
+        gc.collect()  # a graph of before that is freed while this one is captured would spoil it
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.logits = self.forward(self.ids_B1)
+        self.held = [weight.detach() for weight in self.model.parameters()]  # a weight may be stored anew (`pack`)
+        self.rewind(self.length)
+        return graph
+
+    @torch.inference_mode()
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens."""
+        self.length = length
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(length)
+        if self.fused is not None:
+            self.fused.position.fill_(length)

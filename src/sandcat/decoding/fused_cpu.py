@@ -1,0 +1,185 @@
+"""The fused step on a CPU: tables of addresses and sizes, made once, from which one compiled call runs all layers for
+all sequences."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from sandcat.layers.sparse_linear import SparseLinear
+from sandcat.layers.sparse_mlp import SparseMLP
+from sandcat.layers.sparse_module import Sparse, sparse_modules
+from sandcat.layers.stored_linear import Int8Linear
+from sandcat.layers.weights import scale_of
+from sandcat.models.host_memory import use_large_pages
+from sandcat.models.view import Block, ModelView
+from sandcat.ops import MAX_TOKENS
+from sandcat.ops.numba.primitives.activations import CODES
+from sandcat.ops.numba.primitives.amx import HAS_TILES
+from sandcat.ops.numba.primitives.dtypes import STORAGE
+from sandcat.ops.numba.primitives.registers import LANES
+from sandcat.ops.numba.primitives.rows_amx import room_of
+from sandcat.ops.numba.primitives.rows_streamed import ONE_BY_ONE, SHORT_ROW
+from sandcat.ops.numba.primitives.threads import HAS_BARRIER, VERSION, threads_of
+from sandcat.ops.numba.step import step
+from sandcat.ops.numba.step.attention import parts_of
+from sandcat.ops.numba.step.linears import is_summed
+
+
+def applies(view: ModelView, blocks: list[Block], batch: int) -> bool:
+    """Whether the kernel can run this model: all matrices are stored as it reads them."""
+    table, head = view.model.get_input_embeddings().weight, view.model.get_output_embeddings()
+    linears = [(linear, _rows(block, name)) for block in blocks for name, linear in _linears(block).items()]
+    linears.append((head, _rows_of(head)))
+    return (
+        HAS_BARRIER
+        and batch <= MAX_TOKENS
+        and table.dtype in STORAGE
+        and all(
+            type(linear) in (nn.Linear, Int8Linear, SparseLinear) and rows.is_contiguous() for linear, rows in linears
+        )
+    )
+
+
+def _linears(block: Block) -> dict[str, nn.Module]:
+    row, mlp = block.mlp.architecture, block.mlp.module
+    names = {"gate": row.gate, "up": row.up, "down": row.down}
+    return {"q": block.q, "k": block.k, "v": block.v, "o": block.o} | {k: getattr(mlp, n) for k, n in names.items()}
+
+
+def _by_inputs(block: Block, name: str) -> bool:
+    """Whether a layer's weight is stored [I, O]: where inputs can be skipped."""
+    mlp = block.mlp.module
+    return mlp.packed if name == "down" and isinstance(mlp, SparseMLP) else _packed(_linears(block)[name])
+
+
+def _packed(linear: nn.Module) -> bool:
+    return isinstance(linear, Sparse) and linear.packed
+
+
+def _rows(block: Block, name: str) -> Tensor:
+    """The weight as it lies in memory."""
+    weight = _linears(block)[name].weight
+    return weight.t() if _by_inputs(block, name) else weight
+
+
+def _rows_of(head: nn.Module) -> Tensor:
+    return head.weight.t() if _packed(head) else head.weight
+
+
+def _odd_lines(size: int) -> int:
+    """At least so many float32, an odd number of cache lines: rows of them do not fall on each other in the cache."""
+    return (-(-size // LANES) | 1) * LANES
+
+
+class CpuStep:
+    """The step on a CPU; see `step.Step`. Weights of modules that skip nothing in a step of so many sequences,
+    or whose rows are too short to skip, are stored as those of dense ones from then on, until one needs them otherwise.
+    """
+
+    def __init__(self, view: ModelView, blocks: list[Block], cache: Cache):
+        model, decoder = view.model, view.decoder
+        table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+        self.dtype, self.vocabulary = table.dtype, len(table)
+        batch, groups, length, size = cache.layers[0].keys.shape
+        rows = batch if batch == 1 or ONE_BY_ONE else -(-batch // 4) * 4
+        self.x_B1H = torch.empty(batch, 1, 0, dtype=self.dtype)
+        for module in sparse_modules(model).values():
+            module.pack() if self._skips(module) and not self._masks(module) else module.unpack()
+        self.held = [table.detach()]  # by its address, as it need not be contiguous
+        heads, hidden = blocks[0].q.out_features // size, table.shape[1]
+        neurons = max(_linears(block)["down"].in_features for block in blocks)
+        most = _odd_lines(max(heads * size, hidden, neurons))
+        stride = _odd_lines(max((heads + 2 * groups) * size, 2 * neurons, hidden, head.out_features))
+        self.threads = threads_of()
+        parts = parts_of(self.threads, batch * groups)
+        tiles = HAS_TILES and batch > 1 and self.dtype == torch.bfloat16
+        positions = torch.arange(length)[None]
+        cos, sin = decoder.rotary_emb(torch.zeros(1, 1, hidden, dtype=self.dtype), position_ids=positions)
+        self.position = torch.zeros(1, dtype=torch.int32)
+        self.tokens = torch.zeros(batch, dtype=torch.int64)
+        self.logits = torch.zeros(batch, head.out_features, dtype=self.dtype)
+
+        def rooms(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(self.threads, *shape, dtype=dtype)
+
+        self.model = np.zeros(1, step.MODEL)
+        self._fill(
+            self.model[0], sequences=batch, rows=rows, tokens=self.tokens, position=self.position,
+            table=table.data_ptr(), table_row=table.stride(0), table_column=table.stride(1), vocabulary=len(table),
+            cos=cos[0], sin=sin[0],
+            h=torch.zeros(batch, hidden), qkv=torch.zeros(rows, (heads + 2 * groups) * size),
+            partial=torch.zeros(batch, heads, parts, size + 2), parts=parts, hidden=torch.zeros(rows, most),
+            scores=torch.zeros(rows, head.out_features), logits=self.logits, norm=decoder.norm.weight,
+            eps=decoder.norm.variance_epsilon, layers=len(blocks), heads=heads, groups=groups, D=size, H=hidden,
+            L=length, x=rooms(rows, most), y=rooms(rows, most), values=rooms(rows, most),
+            kept=rooms(most, dtype=torch.int64), wanted=rooms(most, dtype=torch.bool), most=most,
+            sums=rooms(rows, stride), stride=stride, room=rooms(room_of(most), dtype=torch.int32) if tiles else None,
+            tiles=room_of(most),
+        )  # fmt: skip
+        by_inputs, skips = _packed(head), self._skips(head)
+        self._fill_linear(self.model[0]["head"], head, _rows_of(head), by_inputs=by_inputs, skips=skips)
+        self.layers = np.zeros(len(blocks), step.LAYER)
+        for entry, block, cached in zip(self.layers, blocks, cache.layers, strict=True):
+            self._fill_layer(entry, block, cached.keys, cached.values)
+        use_large_pages(self.held)
+        self.kernel = step.kernel(self.dtype, tiles)
+        self.arguments = [self.model.ctypes.data, self.layers.ctypes.data, VERSION]
+
+    def _fill(self, entry: np.void, **fields: Tensor | float | None) -> None:
+        """Writes numbers as they are, tensors as their addresses (and keeps them), None as 0."""
+        for name, value in fields.items():
+            if isinstance(value, Tensor):
+                value = value.detach().contiguous()  # a weight may be stored anew while this memory is still read
+                self.held.append(value)
+                value = value.data_ptr()
+            entry[name] = 0 if value is None else value
+
+    def _skips(self, module: nn.Module) -> bool:
+        """Whether it drops something in a step of these sequences."""
+        return isinstance(module, Sparse) and not module.runs_dense(self.x_B1H)
+
+    def _masks(self, module: Sparse) -> bool:
+        """Whether it reads what it drops, and counts it as 0."""
+        weight = module.skipped
+        return len(self.x_B1H) == 1 and self._skips(module) and weight.shape[0] * weight.itemsize < SHORT_ROW
+
+    def _fill_linear(self, entry: np.void, linear: nn.Module, rows: Tensor, *, by_inputs: bool, skips: bool) -> None:
+        has_thresholds = skips and isinstance(linear, Sparse)
+        self._fill(
+            entry, weight=rows, scale=scale_of(linear), bias=linear.bias, by_inputs=by_inputs, skips=skips,
+            summed=is_summed(by_inputs, skips, linear.out_features * rows.itemsize, self.threads),
+            threshold=linear.threshold if has_thresholds else None,
+            shared=has_thresholds and linear.shares(self.x_B1H),
+            outputs=linear.out_features, inputs=linear.in_features,
+        )  # fmt: skip
+
+    def _fill_layer(self, entry: np.void, block: Block, keys: Tensor, values: Tensor) -> None:
+        mlp = block.mlp.module
+        thresholds = self._skips(mlp)
+        masks = thresholds and self._masks(mlp)
+        skips = thresholds and not masks
+        linears = _linears(block)
+        for name, linear in linears.items():
+            by_inputs, skipping = _by_inputs(block, name), self._skips(linear) or (name == "down" and skips)
+            self._fill_linear(entry[name], linear, _rows(block, name), by_inputs=by_inputs, skips=skipping)
+        q_norm, k_norm = (None if norm is None else norm.weight for norm in (block.q_norm, block.k_norm))
+        self._fill(
+            entry, input_norm=block.input_norm.weight, q_norm=q_norm, k_norm=k_norm, mlp_norm=block.mlp_norm.weight,
+            keys=keys, values=values, window=block.window or keys.shape[2], skips=skips,
+            masks=masks, shared=skips and mlp.shares(self.x_B1H), neurons=linears["down"].in_features,
+            activation=CODES[mlp.activation if isinstance(mlp, SparseMLP) else block.mlp.activation],
+            neuron_threshold=mlp.threshold if thresholds else None, input_eps=block.input_norm.variance_epsilon,
+            head_eps=0 if block.q_norm is None else block.q_norm.variance_epsilon,
+            mlp_eps=block.mlp_norm.variance_epsilon, scaling=block.scaling,
+        )  # fmt: skip
+
+    def __call__(self, ids_B1: Tensor) -> Tensor:
+        self.tokens.copy_(ids_B1[:, 0])
+        least, most = self.tokens.aminmax()
+        if not 0 <= least <= most < self.vocabulary:
+            raise IndexError(f"tokens {self.tokens.tolist()}: one is outside the vocabulary of {self.vocabulary}.")
+        self.kernel(self.arguments, self.threads)
+        return self.logits

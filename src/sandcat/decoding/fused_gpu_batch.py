@@ -1,0 +1,167 @@
+"""The fused step of 2 to 16 sequences on CUDA. Layers that skip, and int8 ones, run by kernels that read a weight once
+for all sequences and add to the residual state themselves; dense ones by PyTorch's products, which the next norm adds
+to it. The kernels are in ops/triton; see step.py.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from sandcat.decoding.fused_gpu_common import Parts, projections, share_of, sizes, three, tiles
+from sandcat.layers.sparse_linear import SparseLinear
+from sandcat.layers.sparse_mlp import SparseMLP
+from sandcat.layers.stored_linear import Int8Linear
+from sandcat.layers.weights import scale_of
+from sandcat.models.view import Block, ModelView
+from sandcat.ops.checks import MAX_TOKENS
+from sandcat.ops.triton import int8_linear, sparse_linear_batch, step
+from sandcat.ops.triton.primitives import blocks
+
+
+def applies(batch: int) -> bool:
+    """Whether `GpuBatchStep` runs so many sequences: it adds up in any order."""
+    return 1 < batch <= MAX_TOKENS and not torch.are_deterministic_algorithms_enabled()
+
+
+class GpuBatchStep(Parts):
+    """The step of B sequences on CUDA; see `Step`."""
+
+    def __init__(self, view: ModelView, blocks: list[Block], cache: Cache):
+        super().__init__(view, blocks, cache)
+        self.x = self.buffer(self.B, 1, self.H)
+        self.qkv, self.gate_up = self.floats(self.B, self.Q + 2 * self.K), self.floats(self.B, 2 * self.neurons)
+        self.digits = self.buffer(self.B, int8_linear.DIGITS.value, max(self.neurons, self.H, self.Q), dtype=torch.int8)
+        self.back = self.floats(self.B)
+        self.due: Tensor | None = None  # [B, H], a product that is still to be added to h
+
+    def __call__(self, ids_B1: Tensor) -> Tensor:
+        self.embed(ids_B1)
+        for block, cached in self.layers:
+            attention = [block.q, block.k, block.v]
+            self._normalize(block.input_norm, self.qkv if any(map(self._kind, attention)) else None)
+            q, k, v = self._project(attention)
+            self.attend(block, cached.keys, cached.values, q, k, v, self.attended)
+            self._add(self.attended, block.o)
+            self._mlp(block)
+        self._normalize(self.norm, position=self.position)
+        return self.head(self.x)[:, 0]
+
+    def _kind(self, linear: nn.Module) -> tuple | None:
+        """What runs a layer here, the kernels of "own" or "shared" lists or of "int8" rows, and what else layers of one
+        launch have in common; None: the layer itself."""
+        if not isinstance(linear, SparseLinear | Int8Linear) or not linear.pays(self.x):
+            return None
+        if isinstance(linear, SparseLinear) and linear.runs_dense(self.x):
+            return None
+        lists = "shared" if isinstance(linear, SparseLinear) and linear.shares(self.x) else "own"
+        return "int8" if isinstance(linear, Int8Linear) else lists, linear.weight.dtype, linear.bias is None
+
+    def _normalize(self, norm: nn.Module, zeros: Tensor | None = None, position: Tensor | None = None) -> None:
+        """h += what is due; x = h after the norm; and zeros = 0."""
+        step.normalize[(self.B,)](
+            self.h, self.due, norm.weight, norm.variance_epsilon, self.x, zeros, 0 if zeros is None else zeros.numel(),
+            position, self.H, ZEROS=share_of(zeros, self.B), **step.normalize_config(self.H), **self.dependent,
+        )  # fmt: skip
+        self.due = None
+
+    def _project(self, linears: list[nn.Module]) -> list[Tensor]:
+        """The products of q, k and v with x, [B, ...] each; neighbours of one kind at once."""
+        found, start = [], 0
+        for kind, group in groupby(linears, self._kind):
+            alike = list(group)
+            out = self.qkv[:, start:]
+            start += sum(linear.out_features for linear in alike)
+            if kind is None:
+                found += [linear(self.x)[:, 0] for linear in alike]
+            else:
+                self._rows(kind, self.x[:, 0], alike, out)
+                found += out[:, : sum(sizes(alike))].split([linear.out_features for linear in alike], 1)
+        return found
+
+    def _add(self, x: Tensor, linear: nn.Module, gate: Tensor | None = None, code: int = 0) -> None:
+        """h += the layer's product with x, or, where a kernel runs it, with act(gate) * x."""
+        if (kind := self._kind(linear)) is None:
+            self.due = linear(x[:, None])[:, 0]
+        else:
+            self._rows(kind, x, [linear], self.h, gate=gate, code=code, add=True)
+
+    def _mlp(self, block: Block) -> None:
+        gate, up, down = projections(block)
+        kind = self._kind(gate)
+        if isinstance(block.mlp.module, SparseMLP):
+            self._normalize(block.mlp_norm)
+            self.due = block.mlp.module(self.x)[:, 0]
+            return
+        code = blocks.CODES[block.mlp.activation]
+        if kind is None or kind != self._kind(up):
+            self._normalize(block.mlp_norm)
+            self._add(self._gate_times_up(gate(self.x)[:, 0], up(self.x)[:, 0], code), down)
+            return
+        gate_up = self.gate_up[:, : 2 * gate.out_features]
+        self._normalize(block.mlp_norm, self.gate_up)
+        self._rows(kind, self.x[:, 0], [gate, up], gate_up)
+        g, u = gate_up.chunk(2, 1)
+        if self._kind(down):
+            self._add(u, down, gate=g, code=code)
+        else:
+            self._add(self._gate_times_up(g, u, code), down)
+
+    def _gate_times_up(self, g: Tensor, u: Tensor, code: int) -> Tensor:
+        """act(g) * u, [B, I]."""
+        y = torch.empty(g.shape, dtype=self.dtype, device=self.device)
+        step.gate_times_up[(tiles(g.shape[1], 1024), self.B)](
+            g, u, y, g.stride(0), u.stride(0), g.shape[1], CODE=code, BLOCK=1024, **self.dependent
+        )  # fmt: skip
+        return y
+
+    def _rows(
+        self, kind: tuple, x: Tensor, linears: list[nn.Module], y: Tensor,
+        *, gate: Tensor | None = None, code: int = 0, add: bool = False,
+    ) -> None:  # fmt: skip
+        """y += the products, one after another, with x, or with act(gate) * x; y is zero where it is not `add`."""
+        if kind[0] == "int8":
+            self._int8_rows(x, linears, y, gate, code, add=add)
+        else:
+            self._listed_rows(x, linears, y, gate, code, shared=kind[0] == "shared")
+
+    def _listed_rows(
+        self, x: Tensor, linears: list[nn.Module], y: Tensor, gate: Tensor | None, code: int, *, shared: bool
+    ) -> None:
+        for linear in linears:
+            if not linear.packed:
+                linear.pack()
+        K = linears[0].in_features
+        config, (across, splits) = sparse_linear_batch.listed_rows_config(
+            [linear.out_features for linear in linears], K, self.dtype.itemsize, self.multiprocessors
+        )
+        room = len(linears) * splits * config["CHANNELS"]
+        list_n, count = (self.room(name, size, torch.int32) for name, size in (("list", room), ("count", room)))
+        x_tn = self.room("x_tn", sparse_linear_batch.TOKENS * room, self.dtype)
+        sparse_linear_batch.list_channels[(splits, len(linears))](
+            x, x.stride(0), gate, *three(m.threshold for m in linears), list_n, x_tn, count, room, None, 0, self.B, K,
+            CODE=code, SHARED=shared, ZEROS=1, **sparse_linear_batch.list_channels_config(config["CHANNELS"], self.B),
+            **self.dependent,
+        )  # fmt: skip
+        sparse_linear_batch.listed_rows[(across, splits)](
+            list_n, x_tn, count, room, *three(m.weight.t() for m in linears), *three(m.bias for m in linears),
+            *three(map(scale_of, linears)), y, y.stride(0), self.B, *sizes(linears), **config, **self.dependent,
+        )  # fmt: skip
+
+    def _int8_rows(
+        self, x: Tensor, linears: list[nn.Module], y: Tensor, gate: Tensor | None, code: int, *, add: bool
+    ) -> None:
+        K = linears[0].in_features
+        config, grid = int8_linear.int8_rows_config(sizes(linears), K, self.device, K, self.B)
+        int8_linear.write_digits[(self.B,)](
+            x, x.stride(0), gate, None, 0.0, self.digits, self.back, None, 0, K, CODE=code, DTYPE=self.tl_dtype,
+            ZEROS=1, **int8_linear.write_digits_config(K), **self.dependent,
+        )  # fmt: skip
+        int8_linear.int8_rows[grid](
+            x, None, None, 0.0, *three(m.weight for m in linears), *three(m.bias for m in linears),
+            *three(map(scale_of, linears)), y, y.stride(0), None, 0, None, self.digits, self.back, *sizes(linears), K,
+            self.B, CODE=0, DTYPE=self.tl_dtype, ADD=add, SHARED=grid[1] > 1, ZEROS=1, **config, **self.dependent,
+        )  # fmt: skip

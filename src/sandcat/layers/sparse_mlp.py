@@ -1,0 +1,162 @@
+"""The gated MLPs of a sparsified model. Shapes: see ops/sparse_mlp.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sandcat.layers.op_module import Kernel
+from sandcat.layers.sparse_module import Batch, Sparse, Thresholded
+from sandcat.layers.stored_linear import Int8Linear
+from sandcat.layers.weights import dtype_like, scale_of
+from sandcat.models.view import Site
+from sandcat.ops.activations import ACTIVATIONS
+from sandcat.ops.shared_units import reference_up_down as reference_shared
+from sandcat.ops.shared_units import shared_units, shared_up_down
+from sandcat.ops.sparse_mlp import reference, reference_up_down, sparse_mlp, sparse_up_down
+from sandcat.ops.weights import product
+
+
+class GatedMLP(Sparse):
+    """Takes over the projections of a dense gated MLP, under their checkpoint names.
+
+    Args:
+        site: the dense MLP. Its linear layers are shared, not copied; on the meta device too. They may be
+            `Int8Linear`s.
+        activation: a name of `ops.sparse_mlp.ACTIVATIONS`; default the model's own.
+        options: of `Sparse`.
+    """
+
+    def __init__(self, site: Site, *, activation: str | None = None, **options):
+        super().__init__(**options)
+        row = site.architecture
+        self.gate_name, self.up_name, self.down_name = row.gate, row.up, row.down
+        for name in dict.fromkeys((row.gate, row.up, row.down)):
+            self.add_module(name, getattr(site.module, name))
+        self.activation = activation or site.activation
+
+    @property
+    def down(self) -> nn.Linear | Int8Linear:
+        return self.get_submodule(self.down_name)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether a projection has to be called: an adapter is around it, or a hook brings its weights (accelerate)."""
+        return any(
+            hasattr(linear, "_hf_hook") or not (type(linear) is nn.Linear or isinstance(linear, Kernel))
+            for linear in self.children()
+        )
+
+    def _half(self, name: str, half: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        linear = self.get_submodule(name)
+        weight, bias, scale = linear.weight, linear.bias, scale_of(linear)
+        if self.gate_name == self.up_name:  # one fused matrix: gate rows, then up rows
+            weight, bias, scale = (t if t is None else t.chunk(2)[half] for t in (weight, bias, scale))
+        return weight, bias, scale
+
+    def gate(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weight [I, H], bias [I] and scales [I] (if int8) of the gate projection, views where it is fused."""
+        return self._half(self.gate_name, 0)
+
+    def up(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weight [I, H], bias [I] and scales [I] (if int8) of the up projection."""
+        return self._half(self.up_name, 1)
+
+    @property
+    def int8(self) -> bool:
+        return any(scale_of(linear) is not None for linear in self.children())
+
+    @property
+    def size(self) -> int:
+        return self.down.weight.numel()
+
+    def dense(self, x: Tensor) -> Tensor:
+        """With all neurons; a gate that is itself sparse decides for itself."""
+        if self.gate_name == self.up_name:
+            gate, up = self.get_submodule(self.gate_name)(x).chunk(2, -1)
+        else:
+            gate, up = self.get_submodule(self.gate_name)(x), self.get_submodule(self.up_name)(x)
+        down = self.down
+        return product(ACTIVATIONS[self.activation](gate) * up, down.weight, down.bias, scale_of(down))
+
+    @property
+    def skipped(self) -> nn.Parameter:
+        return self.down.weight
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, {super().extra_repr()}"
+
+
+class SparseMLP(GatedMLP, Thresholded):
+    """Has one threshold a neuron, for what its gate gives. The gate projection may be a `SparseLinear`.
+
+    Args: see `GatedMLP` and `Thresholded`.
+    """
+
+    shared_op = "shared_up_down"
+
+    def __init__(self, site: Site, *, activation: str | None = None, dense_prompt: bool = False, batch: Batch = "own"):
+        super().__init__(site, activation=activation, dense_prompt=dense_prompt, batch=batch)
+        self.set_threshold(self.down.in_features, dtype_like(self.down))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by_parts(x) if self.adapted else super().forward(x)
+
+    def by_parts(self, x: Tensor) -> Tensor:
+        """The same by calling each projection, with whatever stands around it: masked, and nothing is skipped."""
+        if self.gate_name == self.up_name:
+            gate, up = self.get_submodule(self.gate_name)(x).chunk(2, -1)
+        else:
+            gate, up = self.get_submodule(self.gate_name)(x), self.get_submodule(self.up_name)(x)
+        a = ACTIVATIONS[self.activation](gate)
+        if not (self.runs_dense(x) or (self.dense_prompt and x.shape[-2] > 1)):
+            dropped = ~shared_units(a.abs(), self.threshold) if self.shares(x) else a.abs() <= self.threshold
+            a = torch.where(dropped, 0, a)
+        return self.down(a * up)
+
+    @property
+    def op(self) -> str:  # type: ignore[override]  # of the others it is known without looking at the gate
+        return "sparse_up_down" if self._gate_skips() else "sparse_mlp"
+
+    def _gate_skips(self) -> bool:
+        """Whether the gate projection is itself sparse, and so runs by its own op."""
+        return isinstance(self.get_submodule(self.gate_name), Sparse)
+
+    def by_kernel(self, x: Tensor) -> Tensor:
+        if not self.packed:
+            self.pack()
+        return self._run(x, sparse_mlp, sparse_up_down, shared_up_down, flat=True)
+
+    def by_definition(self, x: Tensor) -> Tensor:
+        return self._run(x, reference, reference_up_down, reference_shared)
+
+    def _run(self, x: Tensor, whole: Callable, own: Callable, shared: Callable, *, flat: bool = False) -> Tensor:
+        shares, given = self.shares(x), None
+        if shares or self._gate_skips():
+            given = self.activations(x)
+        if flat:
+            x, given = x.flatten(0, -2), None if given is None else given.flatten(0, -2)
+        (up, up_bias, up_scale), down_HI, down_bias = self.up(), self.down.weight, self.down.bias
+        biases, scales = (up_bias, down_bias), (up_scale, scale_of(self.down))
+        if given is not None:
+            return (shared if shares else own)(x, given, up, down_HI.t(), self.threshold, *biases, *scales)
+        gate, gate_bias, gate_scale = self.gate()
+        return whole(x, gate, up, down_HI.t(), self.threshold, self.activation, gate_bias, *biases, gate_scale, *scales)
+
+    def activations(self, x: Tensor) -> Tensor:
+        """a = activation(gate(x)), [..., I]."""
+        fused = self.gate_name == self.up_name
+        g = product(x, *self.gate()) if fused else self.get_submodule(self.gate_name)(x)
+        return ACTIVATIONS[self.activation](g)
+
+    def scores(self, x: Tensor) -> Tensor:
+        return self.activations(x).abs()
+
+    def weight_bytes(self, kept: float = 1.0) -> int:
+        (up, *up_small), down = self.up(), self.down
+        always = [self.threshold, *up_small, down.bias, scale_of(down)]
+        if not self._gate_skips():  # else it counts its own
+            always += self.gate()
+        return sum(t.nbytes for t in always if t is not None) + round(kept * (up.nbytes + down.weight.nbytes))

@@ -1,0 +1,73 @@
+"""Which library has an op's kernel for a device: registered here, so that a report can say it and a missing kernel
+cannot hide."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sandcat.ops.core_mlp import core_mlp
+from sandcat.ops.int8_linear import int8_linear
+from sandcat.ops.shared_units import shared_linear, shared_up_down
+from sandcat.ops.sparse_linear import sparse_linear
+from sandcat.ops.sparse_mlp import sparse_mlp, sparse_up_down
+from sandcat.ops.sparse_up import sparse_up
+
+_OPS = {
+    "core_mlp": core_mlp, "int8_linear": int8_linear, "shared_linear": shared_linear, "shared_up_down": shared_up_down,
+    "sparse_linear": sparse_linear, "sparse_mlp": sparse_mlp, "sparse_up": sparse_up, "sparse_up_down": sparse_up_down,
+}  # fmt: skip
+
+_KERNELS: dict[tuple[str, str, bool], str] = {}
+"""(op, device, whether the weights are int8) -> the library that has the kernel."""
+
+
+_FILES = {
+    "core_mlp": "core_mlp", "int8_linear": "int8_linear", "shared_linear": "shared", "shared_up_down": "shared",
+    "sparse_linear": "sparse_linear", "sparse_mlp": "sparse_mlp", "sparse_up": "sparse_up",
+    "sparse_up_down": "sparse_mlp",
+}  # fmt: skip
+"""The file that has an op's kernel, in the folder of each library that has one."""
+
+
+def _register_numba() -> None:
+    """Has each CPU kernel imported when it is first called: Numba takes a while to import, and vLLM stumbles over it
+    where it comes early."""
+    if importlib.util.find_spec("numba") is None:
+        return
+    for name, file in _FILES.items():
+        op = _OPS[name]
+        _KERNELS.update({(name, "cpu", int8): "numba" for int8 in ({True} if op is int8_linear else {True, False})})
+        op.register_kernel("cpu")(_importing(op, f"sandcat.ops.numba.{file}"))
+
+
+def _importing(op: torch.library.CustomOpDef, module: str) -> Callable[..., Tensor]:
+    def kernel(*args) -> Tensor:
+        importlib.import_module(module)  # registers the kernel in place of this one
+        return op(*args)
+
+    return kernel
+
+
+def _register_triton() -> None:
+    """Imports the CUDA kernels, where Triton is installed and has them; else the references run."""
+    for file in dict.fromkeys(_FILES.values()):
+        try:
+            kernels = importlib.import_module(f"sandcat.ops.triton.{file}")
+        except ImportError:
+            continue
+        _KERNELS.update({(op, "cuda", False): "triton" for op in kernels.OPS})
+        _KERNELS.update({(op, "cuda", True): "triton" for op in kernels.INT8_OPS})
+
+
+_register_numba()
+if torch.cuda.is_available():
+    _register_triton()
+
+
+def kernel_name(op: str, device: torch.device | str, int8: bool = False) -> str:
+    """Which implementation runs an op on this device: "numba", "triton" or "reference"."""
+    return _KERNELS.get((op, torch.device(device).type, int8), "reference")

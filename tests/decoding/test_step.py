@@ -1,0 +1,346 @@
+"""The fused decode step. What it computes on a GPU is checked without one by ops/test_triton_interpreted.py."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import DEVICES, TOLERANCE, assert_close, relative_error
+from tiny import VOCABULARY, text, tiny
+
+import sandcat
+from sandcat.decoding import fused_cpu
+from sandcat.decoding.decoder import Decoder
+from sandcat.layers.sparse_module import sparse_modules
+
+SIZES = {"hidden_size": 320, "intermediate_size": 711, "tie_word_embeddings": False}
+
+
+@pytest.fixture(autouse=True)
+def short_rows_skip(monkeypatch) -> None:
+    """Whatever pays on this processor."""
+    monkeypatch.setattr(fused_cpu, "SHORT_ROW", 0)
+
+
+@torch.inference_mode()
+def pair(model, batch=1, length=70, steps=4):
+    """Logits of a few steps as transformers runs them, and as the fused step does; and the fused step."""
+    ids = torch.randint(4, VOCABULARY, (batch, length + steps))
+    found = []
+    for mode in (None, "fused"):
+        decoder = Decoder(model, length + steps, batch=batch, compile=mode)
+        decoder.prefill(ids[:, :length])
+        found.append([decoder.step(ids[:, length + i :][:, :1].to(model.device)).clone() for i in range(steps)])
+    return *found, decoder.fused
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("heads", [(4, 4, 16), (10, 2, 40), (8, 1, 64)], ids=str)
+@pytest.mark.parametrize(
+    "recipe", [None, "cats", "cats:layers=1:", "teal", "teal:sites=[k,o,up]", "teal:sites=[q,k,v,o,gate] cats"]
+)
+def test_equals_transformers(device, family, heads, recipe):
+    query, groups, size = heads
+    options = {"mlp_bias": False} if family == "llama" else {}
+    heads = {"num_attention_heads": query, "num_key_value_heads": groups, "head_dim": size}
+    model = tiny(family, **SIZES, **options, **heads).to(device)
+    if recipe:
+        sandcat.sparsify(model, None, recipe, calibration=text())
+    want, found, fused = pair(model)
+    assert fused is not None
+    for a, b in zip(found, want, strict=True):
+        assert_close(a, b.cpu(), torch.float32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "int8", "int8 teal", "int8 cats", "int8 teal:sites=[q,k,v,o,gate] cats", "int8:sites=[up,v,head] cats",
+        "int8:sites=[k,gate,o] teal:sites=[q,down,head]", "int8 teal:sites=all+head", "teal:sites=all+head",
+    ],
+)  # fmt: skip
+def test_int8_at_some_sites_and_a_head_that_skips(device, tied, recipe):
+    model = tiny("llama", mlp_bias=False, **{**SIZES, "tie_word_embeddings": tied}).to(device)
+    sandcat.sparsify(model, None, recipe, calibration=text())
+    want, found, fused = pair(model)
+    assert fused is not None
+    for a, b in zip(found, want, strict=True):
+        assert_close(a, b.cpu(), torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["cats", "int8 teal:sites=[q,k,v,o,gate] cats"])
+def test_two_runs_give_the_same_bits(monkeypatch, recipe):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    model = tiny("llama", torch.bfloat16, mlp_bias=False, hidden_size=1024, intermediate_size=4097).cuda()
+    sandcat.sparsify(model, None, recipe, calibration=text())
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.manual_seed(0)
+        first = pair(model, steps=20)[1]
+        torch.manual_seed(0)
+        assert torch.equal(torch.stack(pair(model, steps=20)[1]), torch.stack(first))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("recipe", [None, "teal:sparsity=0.2"])
+def test_half_precision(device, dtype, recipe):
+    """As near to the float32 model with the same weights as transformers is: it rounds at other places."""
+    model = tiny("llama", dtype, mlp_bias=False, **SIZES).to(device)
+    if recipe:
+        sandcat.sparsify(model, None, recipe, calibration=text())
+    torch.manual_seed(1)
+    want, found, fused = pair(model)
+    assert fused is not None
+    torch.manual_seed(1)
+    exact = pair(model.float())[0]
+    for a, b, c in zip(found, want, exact, strict=True):
+        assert (a - c).norm() <= 1.5 * (b - c).norm()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "family, options, batch",
+    [("gemma2", {}, 1), ("gemma2", {}, 2), ("llama", {"mlp_bias": True}, 1), ("llama", {}, 17)],
+)
+def test_where_it_does_not_apply(device, family, options, batch):
+    if device == "cpu" and options.get("mlp_bias"):
+        pytest.skip("on a CPU it does")
+    want, found, fused = pair(tiny(family, **options).to(device), batch=batch)
+    assert fused is None
+    assert torch.equal(torch.stack(found), torch.stack(want))
+
+
+@pytest.mark.parametrize("recipe", ["coreinfer", "rsparse:alpha=[0.8]"])
+def test_not_where_it_lacks_a_module(recipe):
+    model = tiny("qwen2", **SIZES)
+    sandcat.sparsify(model, None, recipe, calibration=text())
+    want, found, fused = pair(model)
+    assert fused is None
+    assert torch.equal(torch.stack(found), torch.stack(want))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("recipe", [None, "cats", "teal", "int8", "int8 teal", "int8 cats", "int8:sites=[q,up,head]"])
+def test_threads_and_biases_on_a_cpu(threads, recipe):
+    model = tiny("llama", mlp_bias=True, attention_bias=True, **SIZES)
+    if recipe:
+        sandcat.sparsify(model, None, recipe, calibration=text())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        want, found, fused = pair(model, length=300)  # past what attention looks at in one go
+    finally:
+        torch.set_num_threads(before)
+    assert fused is not None
+    for a, b in zip(found, want, strict=True):
+        assert_close(a, b, torch.float32)
+
+
+SEVERAL = [
+    None, "cats", "teal", "int8", "int8 teal:sites=all+head", "teal:sites=[q,k,v,o,gate] cats", "int8 cats",
+    "teal:batch=shared", "int8 cats:batch=shared", "teal:sites=[k,o,gate],batch=shared cats:batch=shared",
+]  # fmt: skip
+
+
+def several(recipe, dtype=torch.float32, device="cpu"):
+    model = tiny("llama", mlp_bias=True, attention_bias=True, num_attention_heads=10, head_dim=40, **SIZES).to(device)
+    if recipe:
+        sandcat.sparsify(model, None, recipe, calibration=text())
+    return model.to(dtype)
+
+
+@pytest.fixture
+def all_skip(monkeypatch):
+    """Nothing runs dense, whatever pays."""
+    from sandcat.ops import pays
+
+    cases = itertools.product(pays._ALL, ["cpu", "cuda"], pays._FLOATS, [False, True])
+    monkeypatch.setattr(pays, "_MOST_TOKENS", dict.fromkeys(cases, (16, 16)))
+
+
+@pytest.mark.usefixtures("all_skip")
+@pytest.mark.parametrize("recipe", SEVERAL)
+@pytest.mark.parametrize("device", DEVICES)
+def test_several_sequences(recipe, device):
+    model = several(recipe, device=device)
+    for batch in (2, 3, 4, 7, 16):
+        errors = []
+        for seed in range(3):  # where a value lies at its threshold two right steps differ: not with every text
+            torch.manual_seed(100 * seed + batch)
+            want, found, fused = pair(model, batch=batch, length=20, steps=2)
+            assert fused is not None
+            errors.append(max(relative_error(a, b) for a, b in zip(found, want, strict=True)))
+            if errors[-1] <= TOLERANCE[torch.float32]:
+                break
+        assert min(errors) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("all_skip")
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("recipe", [None, "int8 teal:batch=shared"])
+def test_several_sequences_of_other_families_on_a_gpu(family, recipe):
+    model = tiny(family, **SIZES).cuda()
+    if recipe:
+        sandcat.sparsify(model, None, recipe, calibration=text())
+    want, found, fused = pair(model, batch=5)
+    assert fused is not None
+    for a, b in zip(found, want, strict=True):
+        assert_close(a, b.cpu(), torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("all_skip")
+@pytest.mark.parametrize("recipe", [None, "teal:sparsity=0.2", "teal:sparsity=0.2,batch=shared", "int8"])
+def test_several_sequences_in_half_precision_on_a_gpu(recipe):
+    """As near to the float32 model as transformers is."""
+    model = several(recipe, torch.bfloat16, "cuda")
+    torch.manual_seed(1)
+    want, found, fused = pair(model, batch=4)
+    assert fused is not None
+    torch.manual_seed(1)
+    exact = pair(model.float(), batch=4)[0]
+    ours, theirs = (sum((a - b).norm() for a, b in zip(logits, exact, strict=True)) for logits in (found, want))
+    assert ours <= 1.5 * theirs
+
+
+@pytest.mark.parametrize("recipe", ["teal:sites=all+head", "cats", "teal:sites=[q,k,v,o,gate] cats"])
+def test_weights_are_stored_as_the_step_reads_them(recipe):
+    """As a dense model's where nothing is skipped, which is as fast; and by inputs again for who skips."""
+    model = several(recipe)
+    modules = sparse_modules(model).values()
+    for batch, by_inputs in [(16, False), (1, True), (16, False), (-1, True), (-16, False)]:
+        if batch < 0:
+            model(torch.full((-batch, 1), 5))  # by modules
+        else:
+            torch.manual_seed(batch)
+            want, found, fused = pair(model, batch=batch, length=20, steps=2)
+            assert fused is not None
+            for a, b in zip(found, want, strict=True):
+                assert_close(a, b, torch.float32)
+        assert {module.packed for module in modules} == {by_inputs}
+        assert all((module.skipped.t() if by_inputs else module.skipped).is_contiguous() for module in modules)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "recipe",
+    ["cats", "teal:sites=all+head", "int8 teal", "int8 cats", "teal:sites=[q,k,v,o,gate] cats", "teal:sites=[k,down]"],
+)
+def test_rows_too_short_to_skip_are_read_and_count_as_zero(monkeypatch, recipe, dtype):
+    """The same as if they were skipped, from weights that are stored as a dense model's."""
+    torch.manual_seed(0)
+    model = several(recipe, dtype)
+    ids = torch.randint(4, VOCABULARY, (1, 24))
+    found = []
+    for row in (0, 2**20):
+        monkeypatch.setattr(fused_cpu, "SHORT_ROW", row)
+        decoder = Decoder(model, 24)
+        decoder.prefill(ids[:, :20])
+        found.append(torch.cat([decoder.step(ids[:, i : i + 1]).clone() for i in range(20, 24)]))
+        assert {module.packed for module in sparse_modules(model).values()} == {row == 0}
+    assert_close(*found, dtype)
+    if dtype == torch.float32:
+        want, found, _ = pair(model)
+        for a, b in zip(found, want, strict=True):
+            assert_close(a, b, dtype)
+
+
+def test_a_step_outlives_that_weights_are_stored_anew(monkeypatch):
+    monkeypatch.setattr(fused_cpu, "SHORT_ROW", 2**20)
+    model = several("teal:sites=all+head")
+    ids = torch.randint(4, VOCABULARY, (1, 24))
+    decoder = Decoder(model, 24)
+    decoder.prefill(ids[:, :20])
+    want = decoder.step(ids[:, 20:21]).clone()
+    decoder.rewind(20)
+    model(torch.tensor([[5]]))  # by modules
+    assert all(module.packed for module in sparse_modules(model).values())
+    others = [torch.full((2**20,), 7.0) for _ in range(8)]  # where weights were, if nothing holds them
+    assert_close(decoder.step(ids[:, 20:21]), want, torch.float32)
+    assert len(others) == 8
+
+
+@pytest.mark.usefixtures("all_skip")
+@pytest.mark.parametrize("recipe", [r for r in SEVERAL if not r or "shared" not in r])
+@torch.inference_mode()
+def test_each_of_several_sequences_is_as_alone(recipe):
+    """In bfloat16, where another order of sums rounds to other numbers; shared lists are compared in float32."""
+    model = several(recipe, torch.bfloat16)
+    ids = torch.randint(4, VOCABULARY, (5, 32))
+    together, alone = Decoder(model, 32, batch=5), Decoder(model, 32)
+    alone.prefill(ids[:1, :31])
+    alone.step(ids[:1, 31:])
+    together.prefill(ids[:, :31])
+    found = together.step(ids[:, 31:]).clone()
+    assert alone.fused is not None and together.fused is not None
+    for b in range(5):
+        alone.rewind(31)
+        for mine, other in zip(alone.cache.layers, together.cache.layers, strict=True):
+            mine.keys.copy_(other.keys[b : b + 1])
+            mine.values.copy_(other.values[b : b + 1])
+        assert_close(found[b], alone.step(ids[b : b + 1, 31:])[0], torch.bfloat16)
+
+
+@pytest.mark.parametrize("words", [["teal"], ["cats"], ["teal:batch=shared"], ["teal:sites=[q,k,v,o,gate]", "cats"]])
+def test_above_the_batch_that_pays_it_is_the_dense_model(words):
+    recipe = " ".join(f"{word}{',' if ':' in word else ':'}dense_prompt=true" for word in words)
+    models = several(None), several(recipe)
+    torch.manual_seed(0)
+    dense, *_ = pair(models[0], batch=16, length=20)
+    torch.manual_seed(0)
+    _, found, fused = pair(models[1], batch=16, length=20)
+    assert fused is not None
+    for a, b in zip(found, dense, strict=True):
+        assert_close(a, b, torch.float32)
+
+
+@pytest.mark.usefixtures("all_skip")
+@pytest.mark.parametrize("recipe", [None, "cats", "teal:batch=shared"])
+@torch.inference_mode()
+def test_three_sequences_are_written_as_transformers_writes_them(recipe):
+    model = several(recipe)
+    ids = torch.randint(4, VOCABULARY, (3, 9))
+    want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=-1)
+    decoder = Decoder(model, 21, batch=3)
+    tokens = [decoder.prefill(ids).argmax(-1, keepdim=True)]
+    while len(tokens) < 12:
+        tokens.append(decoder.step(tokens[-1]).argmax(-1, keepdim=True))
+    assert decoder.fused is not None
+    assert torch.equal(torch.cat(tokens, 1), want[:, 9:])
+
+
+@torch.inference_mode()
+def test_a_token_outside_the_vocabulary():
+    decoder = Decoder(tiny("llama"), 8)
+    decoder.prefill(torch.tensor([[5, 6]]))
+    with pytest.raises(IndexError, match=f"{VOCABULARY}"):
+        decoder.step(torch.tensor([[VOCABULARY]]))
+    decoder = Decoder(decoder.model, 8, batch=2)
+    decoder.prefill(torch.tensor([[5, 6], [7, 8]]))
+    with pytest.raises(IndexError, match=f"{VOCABULARY}"):
+        decoder.step(torch.tensor([[3], [-1]]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.inference_mode()
+def test_rewinds(device):
+    model = tiny("llama", mlp_bias=False, **SIZES).to(device)
+    ids = torch.randint(4, VOCABULARY, (1, 20)).to(device)
+    decoder = Decoder(model, 20)
+    decoder.prefill(ids[:, :10])
+    want = [decoder.step(ids[:, i : i + 1]).clone() for i in range(10, 20)]
+    for start in (10, 15):
+        decoder.rewind(start)
+        for i in range(start, 20):
+            assert_close(decoder.step(ids[:, i : i + 1]), want[i - 10].cpu(), torch.float32)
+    decoder.prefill(ids[:, :10])
+    assert_close(decoder.step(ids[:, 10:11]), want[0].cpu(), torch.float32)
