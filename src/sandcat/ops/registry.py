@@ -26,9 +26,9 @@ _KERNELS: dict[tuple[str, str, bool], str] = {}
 
 
 _FILES = {
-    "core_mlp": "core_mlp", "int8_linear": "int8_linear", "shared_linear": "shared", "shared_up_down": "shared",
-    "sparse_linear": "sparse_linear", "sparse_mlp": "sparse_mlp", "sparse_up": "sparse_up",
-    "sparse_up_down": "sparse_mlp",
+    "core_mlp": "core_mlp", "int8_linear": "int8_linear", "shared_linear": "shared_units",
+    "shared_up_down": "shared_units", "sparse_linear": "sparse_linear", "sparse_mlp": "sparse_mlp",
+    "sparse_up": "sparse_up", "sparse_up_down": "sparse_mlp",
 }  # fmt: skip
 """The file that has an op's kernel, in the folder of each library that has one."""
 
@@ -54,11 +54,13 @@ def _importing(op: torch.library.CustomOpDef, module: str) -> Callable[..., Tens
 
 def _register_triton() -> None:
     """Imports the CUDA kernels, where Triton is installed and has them; else the references run."""
+    if importlib.util.find_spec("triton") is None:
+        return
     for file in dict.fromkeys(_FILES.values()):
-        try:
-            kernels = importlib.import_module(f"sandcat.ops.triton.{file}")
-        except ImportError:
+        name = f"sandcat.ops.triton.{file}"
+        if importlib.util.find_spec(name) is None:  # and only then: a kernel that cannot be imported is an error
             continue
+        kernels = importlib.import_module(name)
         _KERNELS.update({(op, "cuda", False): "triton" for op in kernels.OPS})
         _KERNELS.update({(op, "cuda", True): "triton" for op in kernels.INT8_OPS})
 
