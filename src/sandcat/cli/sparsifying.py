@@ -78,7 +78,7 @@ def sparsify(
     """Make a model sparse, save it, reload it, measure it beside the dense one, and report."""
     from sandcat.checkpoints.card import model_card
     from sandcat.checkpoints.load import load, verify
-    from sandcat.checkpoints.save import check_free, save
+    from sandcat.checkpoints.save import save
     from sandcat.data import load_text
     from sandcat.decoding.generate import encode
     from sandcat.errors import DeviceError
@@ -91,6 +91,7 @@ def sparsify(
     from sandcat.support import processes
     from sandcat.support.devices import pick_device
     from sandcat.support.progress import shown
+    from sandcat.support.whole_folder import check_free
     from sandcat.support.write import replace_text
 
     methods, goal, how = asked(recipe, the_one(sparsity=sparsity, bytes=bytes, quality=quality), allocate)
