@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sandcat.errors import DataError
-from sandcat.quantile import quantile
+from sandcat.quantile import LARGEST, quantile, thresholds
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -35,3 +35,19 @@ def test_ties_drop_what_comes_nearest():
 def test_infinities_are_an_error():
     with pytest.raises(DataError, match="overflows"):
         quantile([torch.tensor([[1.0, float("inf")]])], torch.ones(2), 0.5)
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_thresholds_are_numbers_in_every_dtype(dtype, sparsity):
+    """A unit that counts for nothing, or next to nothing, is dropped whatever it gives; at sparsity 0 none is."""
+    weight = torch.tensor([1.0, 1e-7, 0, 1, 1])
+    scores = torch.rand(50, 5).to(dtype)
+    for columns, dead in ((scores, slice(1, 3)), (torch.where(torch.arange(5) < 3, scores, 0), 2)):  # common one: 0
+        _, share, threshold = thresholds([columns], weight, sparsity)
+        assert threshold.dtype == dtype and threshold.abs().max() <= LARGEST
+        for other in (torch.bfloat16, torch.float16):
+            assert threshold.to(other).to(torch.float16).isfinite().all()
+        dropped = columns <= threshold
+        assert share == pytest.approx(float(dropped.float().mean()))
+        assert bool(dropped[:, dead].all()) == (sparsity > 0)

@@ -12,6 +12,10 @@ from torch import Tensor
 from sandcat.errors import DataError
 from sandcat.support.processes import everyones
 
+LARGEST = 65280.0
+"""The largest number that float16 and bfloat16 both have. Thresholds end there, in every dtype, so that a model keeps
+them when it is loaded in another one; a unit that adds nothing is dropped up to there."""
+
 
 def quantile(a_TI: Sequence[Tensor], weight_I: Tensor, q: float) -> float:
     """The smallest score t for which a share q of all scores is <= t (or the score below it, if that is nearer q).
@@ -69,11 +73,13 @@ def thresholds(scores_TU: Sequence[Tensor], weight_U: Tensor, sparsity: float) -
         sparsity: the share, in [0, 1); at 0 nothing is dropped.
 
     Returns:
-        The common threshold, the share that is dropped, and the thresholds [U] in the dtype of the scores.
+        The common threshold, the share that is dropped, and the thresholds [U] in the dtype of the scores, none of
+        them beyond `LARGEST`.
     """
     if sparsity == 0:
         return -1.0, 0.0, torch.full_like(weight_U, -1, dtype=scores_TU[0].dtype)
     common = quantile(scores_TU, weight_U, sparsity)
-    threshold_U = (common / weight_U).to(scores_TU[0].dtype)
+    # A unit of weight 0 has scores of 0, which are dropped: where the common threshold is 0 too, that is 0 / 0.
+    threshold_U = (common / weight_U).nan_to_num(LARGEST).clamp(-LARGEST, LARGEST).to(scores_TU[0].dtype)
     dropped = sum(everyones(sum(int((s <= threshold_U).sum()) for s in scores_TU)))
     return common, dropped / sum(everyones(sum(s.numel() for s in scores_TU))), threshold_U

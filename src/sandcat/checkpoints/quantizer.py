@@ -9,7 +9,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sandcat.checkpoints import tensor_parallel
 from sandcat.errors import PlanError, UnsupportedModel
-from sandcat.layers.fingerprint import fingerprint
+from sandcat.layers.fingerprint import agrees, own_tensors
 from sandcat.layers.op_module import Kernel
 from sandcat.layers.packing import pack
 from sandcat.models.host_memory import FilePages
@@ -93,9 +93,9 @@ def check_loaded(name: str, module: nn.Module, expected: dict[str, float]) -> No
             "the sparse model onto devices that hold it whole, as with device_map='cuda'."
         )
     flagged = any(_was_read(parameter) for parameter in module.parameters())
-    for key, mean in fingerprint(module).items():
+    for key, tensor in own_tensors(module).items():
         missing = key not in expected or (flagged and not _was_read(getattr(module, key)))
-        if missing or not abs(mean - expected[key]) <= 0.02 * abs(expected[key]) + 1e-6:
+        if missing or not agrees(tensor, expected[key]):
             raise PlanError(
                 f"the tensor {name}.{key} is missing from the checkpoint, or not the one that its plan was made with. "
                 "Sparsify again; a folder that was saved without sandcat keeps the plan but loses such tensors."

@@ -17,10 +17,23 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(module: nn.Module) -> dict[str, float]:
-    """Mean magnitude of each such tensor (mean of codes), infinities left out: tells it from memory left over."""
-    return {
-        name: float(t[t.isfinite()].double().abs().mean().nan_to_num())
-        if t.is_floating_point()
-        else sum(int(part.sum()) for part in t.flatten().split(2**20)) / t.numel()  # a sum widens all that it is given
-        for name, t in own_tensors(module).items()
-    }
+    """`magnitude` of each such tensor, by which `agrees` tells it from memory left over."""
+    return {name: magnitude(tensor) for name, tensor in own_tensors(module).items()}
+
+
+def magnitude(tensor: Tensor) -> float:
+    """Mean magnitude of what is finite in a tensor of floats; mean of codes."""
+    if tensor.is_floating_point():
+        return float(tensor[tensor.isfinite()].double().abs().mean().nan_to_num())
+    # In parts, as a sum widens all that it is given.
+    return sum(int(part.sum()) for part in tensor.flatten().split(2**20)) / tensor.numel()
+
+
+def agrees(tensor: Tensor, expected: float) -> bool:
+    """Whether a tensor can be the one that had the magnitude `expected`, in this dtype or a wider one."""
+    found = magnitude(tensor)
+    if abs(found - expected) <= 0.02 * abs(expected) + 1e-6:
+        return True
+    # What a narrower dtype cannot hold has become infinite there, and is missing from the sum.
+    beyond = float(tensor.isinf().double().mean()) if tensor.is_floating_point() else 0
+    return beyond > 0 and found * (1 - beyond) <= 1.02 * expected
