@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sandcat.errors import DataError
+from sandcat.models.rotary import context, steady_length
 from sandcat.support.processes import agreed
 from sandcat.support.progress import track
 
@@ -54,14 +55,15 @@ def load_text(source: str, model: nn.Module, tokenizer, *, tokens: int, window: 
         source: "self" (text that the model writes from `seed`), "python-docs" (the language reference that comes with
             Python), a text file, a .jsonl file with a "text" field, or a dataset id of the hub (train split).
         tokens: at most so many; a shorter text gives what it has.
-        window: tokens a window, at most the model's context.
+        window: tokens a window; at most the model's context, and as many as give the same whole or token by token
+            (`models.rotary`).
 
     Raises:
         DataError: missing, empty, too short, or not readable as text.
     """
     if tokens < MIN_TOKENS:
         raise DataError(f"{tokens} tokens are too few: ask for at least {MIN_TOKENS}.")
-    window = min(window, getattr(model.config.get_text_config(), "max_position_embeddings", window))
+    window = min(window, context(model.config) or window, steady_length(model.config) or window)
     if source == "self":
         ids_NL = agreed(_write(model, tokenizer, tokens, window, seed))
         source = f"self (seed {seed})"

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
 from sandcat.decoding.step import Step, fused_step
-from sandcat.errors import DataError
+from sandcat.errors import DataError, UnsupportedModel
+from sandcat.models.rotary import forget_length, grows, length_to_read_again
 
 
 class Decoder:
     """A model with a cache of fixed size and one step for one more token a sequence.
+
+    It computes in the model's own dtype, as cache and fused steps have one: `torch.autocast` does not reach it.
 
     Args:
         model: a causal language model.
@@ -23,6 +27,9 @@ class Decoder:
         compile: "fused" runs the step by `decoding.step` where it applies, None eagerly, and anything else is the mode
             for `torch.compile` without its own graphs, such as "default" or "max-autotune-no-cudagraphs".
         capture: on CUDA the step is captured in a CUDA graph, which pays from the first few steps on.
+
+    Raises:
+        UnsupportedModel: `compile` is a mode of `torch.compile`, and the model's rotary factors grow with the text.
     """
 
     def __init__(
@@ -35,10 +42,19 @@ class Decoder:
         self.forward: Callable[[Tensor], Tensor] | Step = self._forward
         self.compile = compile
         self.prepared = False
+        self.grows = grows(model.config)
+        self.again = length_to_read_again(model.config)
+        self.read_BN = torch.empty(batch, 0, dtype=torch.long)
+        """What was read, for a model that reads it again."""
         self.fused: Step | None = None
         if compile not in (None, "fused"):
+            if self.grows:
+                raise UnsupportedModel(
+                    f"compile={compile}: the rotary embedding of this model is dynamic, another with each token, and "
+                    "a compiled step is the same for all. Leave out --compile (compile='fused')."
+                )
             self.forward = torch.compile(self._forward, mode=None if compile == "default" else compile, fullgraph=True)
-        self.capture = capture and model.device.type == "cuda"
+        self.capture = capture and model.device.type == "cuda" and not self.grows
         self.graph: torch.cuda.CUDAGraph | None = None
         self.length = 0
 
@@ -54,9 +70,14 @@ class Decoder:
             )
         if self.length:
             self.cache.reset()
+        if self.grows:
+            forget_length(self.model)
         ids_BT = ids_BT.to(self.model.device)
-        out = self.model(ids_BT, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.rewind(ids_BT.shape[1])
+        if self.again is not None:
+            self.read_BN = ids_BT
+        with self._own_dtype():
+            out = self.model(ids_BT, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self._set_length(ids_BT.shape[1])
         return out.logits[:, -1]
 
     @torch.inference_mode()
@@ -64,6 +85,18 @@ class Decoder:
         """Adds one token to each sequence; the logits [B, vocabulary] that follow (overwritten by the next step)."""
         if self.length >= self.max_length:
             raise DataError(f"the cache of {self.max_length} tokens is full.")
+        if self.again is not None:
+            self.read_BN = torch.cat([self.read_BN[:, : self.length], ids_B1.to(self.model.device)], 1)
+            if self.length == self.again:
+                return self.prefill(self.read_BN)
+        with self._own_dtype():
+            return self._step(ids_B1)
+
+    def _own_dtype(self) -> AbstractContextManager:
+        device = self.model.device.type
+        return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+    def _step(self, ids_B1: Tensor) -> Tensor:
         if self.compile == "fused" and not self.prepared:
             self._fuse()
         if self.capture:
@@ -82,7 +115,7 @@ class Decoder:
         self.prepared = True
         self.fused = fused_step(self.model, self.cache)
         self.forward = self.fused or self.forward
-        self.rewind(self.length)
+        self._set_length(self.length)
 
     def _capture(self, ids_B1: Tensor) -> torch.cuda.CUDAGraph:
         """Compiles and warms the step up, captures it, and sets the cache back to where it was."""
@@ -92,19 +125,27 @@ class Decoder:
         with torch.cuda.stream(stream):
             for _ in range(3):
                 self.forward(self.ids_B1)
-                self.rewind(self.length)
+                self._set_length(self.length)
         torch.cuda.current_stream().wait_stream(stream)
         gc.collect()  # a graph of before that is freed while this one is captured would spoil it
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.logits = self.forward(self.ids_B1)
         self.held = [weight.detach() for weight in self.model.parameters()]  # a weight may be stored anew (`pack`)
-        self.rewind(self.length)
+        self._set_length(self.length)
         return graph
 
     @torch.inference_mode()
     def rewind(self, length: int) -> None:
         """Forgets all but the first `length` tokens."""
+        if self.again is not None and length <= self.again < self.length:  # these keys were turned by other factors
+            self.prefill(self.read_BN[:, :length])
+            return
+        if self.grows:
+            forget_length(self.model)
+        self._set_length(length)
+
+    def _set_length(self, length: int) -> None:
         self.length = length
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(length)

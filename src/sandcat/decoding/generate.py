@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sandcat.data import stop_tokens
 from sandcat.decoding.decoder import Decoder
 from sandcat.errors import DataError
+from sandcat.models.rotary import context
 
 
 def sample(
@@ -91,10 +92,11 @@ def generate(
             "and top_k must be at least 0, top_p in (0, 1], max_new_tokens at least 1."
         )
     ids_BT = encode(tokenizer, prompt, chat=chat)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", ids_BT.shape[1] + max_new_tokens)
-    if ids_BT.shape[1] >= context:
-        raise DataError(f"the prompt has {ids_BT.shape[1]} tokens, and the model's context holds {context}.")
-    decoder = Decoder(model, min(context, ids_BT.shape[1] + max_new_tokens), compile=compile)
+    length = ids_BT.shape[1] + max_new_tokens
+    holds = context(model.config) or length
+    if ids_BT.shape[1] >= holds:
+        raise DataError(f"the prompt has {ids_BT.shape[1]} tokens, and the model's context holds {holds}.")
+    decoder = Decoder(model, min(holds, length), compile=compile)
     stop = stop_tokens(model, tokenizer)
     generator = torch.Generator(model.device).manual_seed(seed)
     logits = decoder.prefill(ids_BT)

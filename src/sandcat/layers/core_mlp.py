@@ -42,7 +42,7 @@ class CoreMLP(GatedMLP):
         if clusters:
             self.register_buffer("centres", dtype_like(self.down).detach().new_zeros(clusters, self.down.in_features))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         if self.adapted:
             raise UnsupportedModel(
                 "coreinfer reads the weights of gate, up and down itself, and passes over what stands around them. Put "

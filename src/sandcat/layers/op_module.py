@@ -29,6 +29,11 @@ class Kernel(nn.Module, ABC):
 
     @property
     @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """What it computes in: the dtype of its weights, or of their scales."""
+
+    @property
+    @abstractmethod
     def size(self) -> int:
         """Numbers in one of its weight matrices."""
 
@@ -49,6 +54,19 @@ class Kernel(nn.Module, ABC):
         return self.weight_bytes()
 
     def forward(self, x: Tensor) -> Tensor:
+        """`run`, under `torch.autocast` too, which gives a layer inputs of any dtype and wants its own back.
+
+        A kernel takes one dtype, that of the weights. Dense products are autocast's, as those of dense layers are.
+        """
+        device = x.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return self.run(x)
+        wanted, x = torch.get_autocast_dtype(device), x.to(self.dtype)
+        with torch.autocast(device, enabled=not self.pays(x)):
+            return self.run(x).to(wanted)
+
+    def run(self, x: Tensor) -> Tensor:
+        """What it computes of inputs in its own dtype, [..., outputs]."""
         if self.pays(x) and not self.by_reference:
             return self.by_kernel(x).to(x.dtype).view(*x.shape[:-1], -1)
         if x.shape[-2] == 1:

@@ -40,6 +40,10 @@ class SparseLinear(Thresholded, nn.Linear):
         return self.weight_scale is not None
 
     @property
+    def dtype(self) -> torch.dtype:
+        return dtype_like(self).dtype
+
+    @property
     def size(self) -> int:
         return self.weight.numel()
 

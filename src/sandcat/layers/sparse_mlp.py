@@ -69,6 +69,10 @@ class GatedMLP(Sparse):
         return any(scale_of(linear) is not None for linear in self.children())
 
     @property
+    def dtype(self) -> torch.dtype:
+        return dtype_like(self.down).dtype
+
+    @property
     def size(self) -> int:
         return self.down.weight.numel()
 
@@ -101,8 +105,8 @@ class SparseMLP(GatedMLP, Thresholded):
         super().__init__(site, activation=activation, dense_prompt=dense_prompt, batch=batch)
         self.set_threshold(self.down.in_features, dtype_like(self.down))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.by_parts(x) if self.adapted else super().forward(x)
+    def run(self, x: Tensor) -> Tensor:
+        return self.by_parts(x) if self.adapted else super().run(x)
 
     def by_parts(self, x: Tensor) -> Tensor:
         """The same by calling each projection, with whatever stands around it: masked, and nothing is skipped."""

@@ -107,14 +107,14 @@ class Thresholded(Sparse):
     def scores(self, x: Tensor) -> Tensor:
         """What the thresholds are compared with, at least 0, [..., U]."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         if self.lockstep and self.shares(x):
             return self.by_definition(x).to(x.dtype)
         if self.runs_dense(x):
             return self.dense_step(x)
         if self.dense_prompt and x.shape[-2] > 1:
             return self.dense(x)
-        return super().forward(x)
+        return super().run(x)
 
     def shares(self, x: Tensor) -> bool:
         """Whether the sequences of this forward use one list."""

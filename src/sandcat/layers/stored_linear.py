@@ -28,6 +28,10 @@ class Int8Linear(Kernel):
         self.bias = linear.bias
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.weight_scale.dtype
+
+    @property
     def size(self) -> int:
         return self.weight.numel()
 

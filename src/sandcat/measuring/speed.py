@@ -15,6 +15,7 @@ from sandcat.layers.op_module import kernel_modules
 from sandcat.layers.sparse_module import sparse_modules
 from sandcat.measuring.bytes_read import step_bytes
 from sandcat.measuring.parity import check_step, parity_error
+from sandcat.models.rotary import grows
 from sandcat.support.progress import track
 
 
@@ -115,8 +116,9 @@ def benchmark(
     Args:
         ids_BT: the prompt, and after its last `steps` tokens are taken off, what the steps are fed.
         runs: interleaved runs of `steps` steps; the median counts.
-        compile: also time steps under `torch.compile`; the best variant of each model counts. The fused step of
-            `sandcat.decoding.step` is a variant where it applies. On a GPU every step is captured in a CUDA graph.
+        compile: also time steps under `torch.compile`, where one program can be every step (`models.rotary.grows`); the
+            best variant of each model counts. The fused step of `sandcat.decoding.step` is a variant where it applies.
+            On a GPU every step is captured in a CUDA graph, where it can be.
         int8_dense: the model that has the int8 weights of the sparse one and skips nothing, as a second baseline.
 
     Raises:
@@ -125,7 +127,7 @@ def benchmark(
     x_B1H = torch.empty(len(ids_BT), 1, 0, dtype=sparse.dtype, device=sparse.device)
     kernel = ", ".join(sorted({module.step_kernel(x_B1H) for module in kernel_modules(sparse).values()}))
     error = parity_error(sparse, ids_BT)
-    modes = step_modes(sparse.device, compile)
+    modes = step_modes(sparse.device, compile and not grows(sparse.config))
     decoders: dict[str, Decoder] = {}
     models = {"dense": dense, "sparse": sparse} | ({} if int8_dense is None else {"int8-dense": int8_dense})
     for which, model in models.items():

@@ -33,6 +33,9 @@ class Architecture:
     fused_step: bool = False
     """Whether `decoding.step` can run its layers: RMSNorm before attention and before the MLP and nowhere else (but for
     heads), rotary embedding of whole heads, and nothing scaled but the scores."""
+    reads_again_past: str | None = None
+    """Config entry with the length past which transformers' `generate` drops the cache, once, and reads the text again,
+    for rotary factors that are others from there on; None: it never does."""
     served: str = "all"
     """What of it vLLM can run sparse: "all", the "layers" alone, where vLLM has no head of its own, or nothing ("")."""
 
@@ -45,7 +48,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma2": Architecture(activation="hidden_activation", served="layers"),
     "gemma3_text": Architecture(activation="hidden_activation"),
     "gemma3": Architecture(layers="model.language_model.layers", activation="hidden_activation"),
-    "phi3": Architecture(gate="gate_up_proj", up="gate_up_proj", q="qkv_proj", k="qkv_proj", v="qkv_proj"),
+    "phi3": Architecture(
+        gate="gate_up_proj",
+        up="gate_up_proj",
+        q="qkv_proj",
+        k="qkv_proj",
+        v="qkv_proj",
+        reads_again_past="original_max_position_embeddings",
+    ),
     "olmo2": Architecture(served=""),
     "granite": Architecture(),
 }

@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from sandcat.errors import BadRecipe, SandcatError
+from sandcat.models.rotary import context
 from sandcat.plans.plan import Plan
 from sandcat.serving.engine_plan import sites_of
 from sandcat.support.devices import pick_device
@@ -155,8 +156,8 @@ def transformers_app(service: Service):
     }
     wanted = inspect.signature(build_server).parameters.values()  # later versions have more handlers: not needed here
     app = build_server(**{p.name: made.get(p.name) for p in wanted if p.name in made or p.default is p.empty})
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", 2**20)
-    limits = Limits(min(service.context or context, context), service.new_tokens)
+    holds = context(model.config) or 2**20
+    limits = Limits(min(service.context or holds, holds), service.new_tokens)
 
     def count(prompt) -> int:
         return encode(tokenizer, prompt, chat=not isinstance(prompt, str)).shape[1]
