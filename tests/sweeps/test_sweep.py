@@ -75,12 +75,12 @@ def test_it_goes_on(swept, asked, monkeypatch):
     model, options = asked
     calls = []
 
-    def made(name, recipe, target, *rest):
-        calls.append((recipe, target))
-        return original(name, recipe, target, *rest)
+    def make(name, order, *rest, **options):
+        calls.append((order.recipe, order.target))
+        return original(name, order, *rest, **options)
 
-    original = sweeping._made
-    monkeypatch.setattr(sweeping, "_made", made)
+    original = sweeping.make
+    monkeypatch.setattr(sweeping, "make", make)
     recipes = ["teal", "cats:sparsity=0.3", "int8"]
     again = sandcat.sweep(model, recipes, folder=folder, budgets=["bytes=0.8", "bytes=0.05"], **options)
     assert again == found and calls == []
@@ -90,14 +90,14 @@ def test_it_goes_on(swept, asked, monkeypatch):
 
 KILLED = """
 import os, sys, sandcat
-from sandcat import sweeping
-original = sweeping._made
-def made(name, recipe, target, *rest):
-    if recipe == "int8":
-        original(name, recipe, target, *rest)
+from sandcat.sweeps import sweep as sweeping
+original = sweeping.make
+def make(name, order, *rest, **options):
+    report = original(name, order, *rest, **options)
+    if order.recipe == "int8":
         os.kill(os.getpid(), 9)
-    return original(name, recipe, target, *rest)
-sweeping._made = made
+    return report
+sweeping.make = make
 sandcat.sweep(*{args!r}, **{options!r})
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,11 +48,12 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Quality beside the dense model: perplexity, KL, agreement, tasks, realised sparsity."""
-    _measure(
-        folder, dense, report, as_json, texts=text, tokens=tokens, tasks=listed(tasks), limit=limit, speed=False,
-        batches=whole_numbers(batch, "--batch"), device=device, dtype=dtype, seed=seed,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    wanted = {
+        "texts": text, "tokens": tokens, "tasks": listed(tasks), "limit": limit, "speed": False,
+        "batches": whole_numbers(batch, "--batch"), "seed": seed,
+    }  # fmt: skip
+    where = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    _measure(folder, dense, report, as_json, wanted, where)
 
 
 def bench(
@@ -71,26 +72,30 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Speed beside the dense model: time and bytes of a decode step, interleaved, on real text."""
-    _measure(
-        folder, dense, report, as_json, texts=(), batches=whole_numbers(batch, "--batch"), context=context, steps=steps,
-        runs=runs, compile=compile, device=device, dtype=dtype, seed=seed, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    wanted = {
+        "texts": (), "batches": whole_numbers(batch, "--batch"), "context": context, "steps": steps, "runs": runs,
+        "compile": compile, "seed": seed,
+    }  # fmt: skip
+    where = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    _measure(folder, dense, report, as_json, wanted, where)
 
 
-def _measure(folder: str, dense: str | None, report: Path | None, as_json: bool, **options) -> None:
+def _measure(
+    folder: str, dense: str | None, report: Path | None, as_json: bool, wanted: dict[str, Any], where: dict[str, Any]
+) -> None:
     """Measures, prints, and writes the report where it is wanted."""
+    from sandcat.reports.measure import measure_saved
+    from sandcat.reports.wanted import Wanted
     from sandcat.support import processes
     from sandcat.support.progress import shown
 
     with shown(not as_json):
-        found = measured_saved(folder, folder, dense, **options)
+        found = measure_saved(folder, folder, dense, Wanted(command=this_command(), **wanted), **where)
     if report is not None and processes.first():
         found.write(report)
     print_report(found, as_json)
 
 
-def measured_saved(*args, **options):
-    """`sandcat.reports.measure.measure_saved`, which is told the command that it prints again."""
-    from sandcat.reports.measure import measure_saved
-
-    return measure_saved(*args, command=shlex.join(["sandcat", *sys.argv[1:]]), **options)
+def this_command() -> str:
+    """What was typed, to be typed again."""
+    return shlex.join(["sandcat", *sys.argv[1:]])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sandcat.cli.measuring import measured_saved
+from sandcat.cli.measuring import this_command
 from sandcat.cli.options import (
     Compile,
     Device,
@@ -76,75 +75,44 @@ def sparsify(
     as_json: Json = False,
 ) -> None:
     """Make a model sparse, save it, reload it, measure it beside the dense one, and report."""
-    from sandcat.checkpoints.card import model_card
-    from sandcat.checkpoints.load import load, verify
-    from sandcat.checkpoints.save import save
-    from sandcat.data import load_text
-    from sandcat.decoding.generate import encode
-    from sandcat.errors import DeviceError
-    from sandcat.measuring.tasks import load_tasks
-    from sandcat.models.view import ModelView
-    from sandcat.pipeline import asked, sparsify
-    from sandcat.plans.recipe import check
+    from sandcat.checkpoints.load import load, read_plan
+    from sandcat.pipeline import Order, calibration_device, make, sparsify
     from sandcat.plans.target import the_one
-    from sandcat.reports.measure import at_sparsities, load_texts
-    from sandcat.support import processes
-    from sandcat.support.devices import pick_device
+    from sandcat.reports.wanted import Wanted, at_sparsities
     from sandcat.support.progress import shown
-    from sandcat.support.whole_folder import check_free
-    from sandcat.support.write import replace_text
 
-    methods, goal, how = asked(recipe, the_one(sparsity=sparsity, bytes=bytes, quality=quality), allocate)
-    if goal is not None and curve:
-        raise BadRecipe(f"--curve sweeps the recipe's own sparsity, and here the target {goal} sets it: leave out one.")
-    others = at_sparsities(methods, numbers(curve, "--curve"))
-    if not dry_run and output is None:
+    goal = the_one(sparsity=sparsity, bytes=bytes, quality=quality)
+    order = Order(
+        recipe=recipe, target=goal, allocate=allocate, calibration=calibration, calibration_tokens=calibration_tokens,
+        sequential=sequential, seed=seed,
+    )  # fmt: skip
+    if order.goal is not None and curve:
+        raise BadRecipe(f"--curve sweeps the recipe's own sparsity, and here {order.goal} sets it: leave out one.")
+    others = at_sparsities(order.methods, numbers(curve, "--curve"))
+    if dry_run:
+        with shown(not as_json):
+            place, device = calibration_device(device, offload)
+            dense, tokenizer = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            plan = sparsify(dense, tokenizer, **vars(order), device=place, dry_run=True)
+        print_json(plan.to_json()) if as_json else print_plan(plan)
+        return
+    if output is None:
         raise BadRecipe("give the folder for the sparse model with -o, or only look at the plan with --dry-run.")
-    if output is not None and not dry_run:
-        check_free(output, overwrite)
-    measured = measure and not dry_run
-    place = None
-    if offload:
-        place, device = pick_device(device), "cpu"  # where it is loaded, saved, compared and measured
-        if str(place) == "cpu":
-            raise DeviceError("--offload brings layers from the host to a GPU, and --device is cpu here: leave it out.")
+    wanted = Wanted(
+        texts=text, tokens=tokens, tasks=listed(tasks), limit=limit, runs=runs, compile=compile, curve=others,
+        prompts=prompt, seed=seed, command=this_command(),
+    )  # fmt: skip
     with shown(not as_json):
-        questions = load_tasks(listed(tasks)) if tasks and measured else {}
-        dense, tokenizer = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        check(methods, ModelView(dense), overlap=how == "search")
-        for line in prompt if measured else []:
-            encode(tokenizer, line)
-        texts = load_texts(text, dense, tokenizer, tokens=tokens, seed=seed, calibration=None) if measured else []
-        words = None
-        if goal is not None or any(method.calibrated for method in methods):
-            words = load_text(calibration, dense, tokenizer, tokens=calibration_tokens, seed=seed)
-            load_texts(texts, dense, tokenizer, tokens=tokens, seed=seed, calibration=words)
-        plan = sparsify(
-            dense, tokenizer, methods, target=goal, allocate=how, calibration=words or "self", sequential=sequential,
-            device=place, dry_run=dry_run,
+        report = make(
+            model, order, output, wanted=wanted if measure else None, offload=offload, overwrite=overwrite,
+            device=device, dtype=dtype, trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        if dry_run:
-            print_json(plan.to_json()) if as_json else print_plan(plan)
-            return
-        assert output is not None  # see above
-        if processes.first():
-            save(
-                dense, tokenizer, output, overwrite=overwrite, card=model_card(plan, model),
-                finish=partial(verify, dense, trust_remote_code=trust_remote_code),
-            )  # fmt: skip
-        processes.wait()
-        dense = None  # measured from the saved files, so that only what was saved counts
-        if not measure:
-            print_json(plan.to_json()) if as_json else out.print(f"saved to {output}", soft_wrap=True)
-            return
-        report = measured_saved(
-            str(output), model, model if plan.stored.steps else None, texts=texts, tokens=tokens, tasks=questions,
-            limit=limit, curve=others, curve_text=words, prompts=prompt, runs=runs, compile=compile, device=device,
-            dtype=dtype, seed=seed, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-    if processes.first():
-        report.write(output)
-        replace_text(output / "README.md", model_card(plan, model, report.markdown()))
-    print_report(report, as_json)
+    if report is not None:
+        print_report(report, as_json)
     if not as_json:
-        out.print(f"\nsaved to {output}; the whole report: {output / 'report.html'}", soft_wrap=True)
+        rest = f"; the whole report: {output / 'report.html'}" if report else ""
+        out.print(f"\nsaved to {output}{rest}", soft_wrap=True)
+    elif report is None:
+        saved = read_plan(output)
+        assert saved is not None
+        print_json(saved.to_json())

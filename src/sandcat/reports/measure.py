@@ -14,87 +14,107 @@ from torch import nn
 from sandcat.calibration import calibrate
 from sandcat.checkpoints.load import load
 from sandcat.checkpoints.quantizer import planned
-from sandcat.data import Text, load_text, same_source
+from sandcat.data import Text, load_text
 from sandcat.decoding.generate import generate
-from sandcat.defaults import EVALUATION_TEXT, EVALUATION_TOKENS
-from sandcat.errors import BadRecipe, DataError, PlanError
+from sandcat.defaults import EVALUATION_TEXT
+from sandcat.errors import DataError, PlanError
 from sandcat.layers.op_module import kernel_modules, kernels_of
 from sandcat.layers.sparse_module import Thresholded
 from sandcat.measuring.bytes_read import bytes_share
 from sandcat.measuring.machine import machine
 from sandcat.measuring.quality import WINDOW, TextResult, evaluate_text
-from sandcat.measuring.sparsity import histograms, layer_sparsity
+from sandcat.measuring.sparsity import Histogram, histograms, layer_sparsity
 from sandcat.measuring.speed import SpeedResult, benchmark
-from sandcat.measuring.tasks import load_tasks, run_tasks
+from sandcat.measuring.tasks import run_tasks
 from sandcat.method import Method
 from sandcat.models.view import ModelView
-from sandcat.plans.plan import Calibration, Plan
+from sandcat.plans.plan import Plan
 from sandcat.reports.report import Report
 from sandcat.reports.rows import CurvePoint, Sample
+from sandcat.reports.wanted import Wanted
 from sandcat.support.processes import first
 
 
 def measure(
-    dense: nn.Module,
-    sparse: nn.Module,
-    tokenizer,
-    *,
-    name: str,
-    int8_dense: nn.Module | None = None,
-    texts: Sequence[str | Text] = (EVALUATION_TEXT,),
-    tokens: int = EVALUATION_TOKENS,
-    tasks: Sequence[str] | dict[str, dict] = (),
-    limit: int | None = None,
-    speed: bool = True,
-    batches: Sequence[int] = (1,),
-    context: int = 128,
-    steps: int = 20,
-    runs: int = 7,
-    compile: bool = True,
-    curve: Sequence[Method] = (),
-    curve_text: Text | None = None,
-    prompts: Sequence[str] = (),
-    seed: int = 0,
-    command: str | None = None,
+    dense: nn.Module, sparse: nn.Module, tokenizer, wanted: Wanted, *, name: str, int8_dense: nn.Module | None = None
 ) -> Report:
-    """A report of pairs; what is not asked for is left out of it.
+    """A report of pairs.
 
     Args:
         dense, sparse: the two models.
         name: the model's name in the report.
-        int8_dense: as in `benchmark`.
-        texts: sources as in `data.load_text`; calibration text must not be among them.
-        tokens: of each text.
-        tasks, limit: names, or what `tasks.load_tasks` gave; as in `tasks.run_tasks`.
-        batches: sequences at once: of a decode step that is timed, and of an evaluation as in `evaluate_text`.
-        speed: time decode steps, in the first of several processes, at `context`, `steps`, `runs`, `compile` as in
-            `benchmark`.
-        curve: the plan's method with other options, to measure the quality of, each calibrated on `curve_text`; see
-            `at_sparsities`.
-        prompts: written on by both models.
+        int8_dense: as in `speed.benchmark`.
 
     Raises:
         DataError, ParityError
     """
     plan = planned(sparse)
-    loaded = load_texts(texts, dense, tokenizer, tokens=tokens, seed=seed, calibration=plan.calibration)
-    questions = tasks if isinstance(tasks, dict) else load_tasks(tasks) if tasks else {}
-    speeds: list[SpeedResult] = []
-    if speed and first():
-        sample = loaded[0] if loaded else load_text(EVALUATION_TEXT, dense, tokenizer, tokens=8192, window=WINDOW)
-        flat = sample.ids_NL.flatten()
-        for batch in batches:
-            if flat.numel() < batch * (context + steps):
-                raise DataError(f"a batch of {batch} needs {batch * (context + steps)} tokens of text: ask for more.")
-            ids_BT = flat[: batch * (context + steps)].view(batch, -1)
-            speeds.append(
-                benchmark(dense, sparse, ids_BT, steps=steps, runs=runs, compile=compile, int8_dense=int8_dense)
+    wanted = wanted.loaded(dense, tokenizer)
+    wanted.check_apart(plan.calibration)
+    questions = wanted.questions()
+    speeds = _speeds(dense, sparse, tokenizer, wanted, int8_dense) if wanted.speed and first() else []
+    results, realised, points = _quality(dense, sparse, plan, wanted)
+    options: dict[str, Any] = {"limit": wanted.limit, "seed": wanted.seed}
+    tasks = run_tasks(dense, [sparse], tokenizer, questions, **options)[0] if questions else []
+    return Report(
+        model=_described(sparse, name),
+        recipe=plan.recipe,
+        plan=plan.summary(),
+        calibration=None if plan.calibration is None else dataclasses.asdict(plan.calibration),
+        text=results,
+        tasks=tasks,
+        sparsity=layer_sparsity(plan, realised) if realised else [],
+        histograms=_histograms(sparse, wanted),
+        speed=speeds,
+        curve=points,
+        samples=[write(dense, sparse, tokenizer, prompt) for prompt in wanted.prompts],
+        kernels={f"sandcat::{op}": text for op, text in kernels_of(sparse).items()},
+        machine=machine(sparse.device),
+        commands=[wanted.command] if wanted.command else [],
+    )
+
+
+def _described(sparse: nn.Module, name: str) -> dict[str, Any]:
+    """A report's facts about the model."""
+    return {
+        "name": name,
+        "family": sparse.config.model_type,
+        "parameters": sum(p.numel() for p in sparse.parameters()),
+        "dtype": str(sparse.dtype).removeprefix("torch."),
+        "layers": len(ModelView(sparse).layers),
+    }
+
+
+def _speeds(
+    dense: nn.Module, sparse: nn.Module, tokenizer, wanted: Wanted, int8_dense: nn.Module | None
+) -> list[SpeedResult]:
+    """Decode steps at each batch, on real text."""
+    texts = [text for text in wanted.texts if isinstance(text, Text)]
+    sample = texts[0] if texts else load_text(EVALUATION_TEXT, dense, tokenizer, tokens=8192, window=WINDOW)
+    flat, found = sample.ids_NL.flatten(), []
+    for batch in wanted.batches:
+        needed = batch * (wanted.context + wanted.steps)
+        if flat.numel() < needed:
+            raise DataError(f"a batch of {batch} needs {needed} tokens of text: ask for more.")
+        found.append(
+            benchmark(
+                dense, sparse, flat[:needed].view(batch, -1), steps=wanted.steps, runs=wanted.runs,
+                compile=wanted.compile, int8_dense=int8_dense,
             )
+        )  # fmt: skip
+    return found
+
+
+def _quality(
+    dense: nn.Module, sparse: nn.Module, plan: Plan, wanted: Wanted
+) -> tuple[list[TextResult], dict[str, float], list[CurvePoint]]:
+    """Each text at each batch; and of the first text, what each site dropped, and the curve."""
     results: list[TextResult] = []
     realised: dict[str, float] = {}
     points: list[CurvePoint] = []
-    for text, batch in product(loaded, batches):
-        others = [] if results else _others(dense, sparse, plan, curve, curve_text)
+    for text, batch in product(wanted.texts, wanted.batches):
+        assert isinstance(text, Text)  # they are loaded
+        others = [] if results else _others(dense, sparse, plan, wanted.curve, wanted.curve_text)
         models = [sparse, *(model for _, model in others)]
         (result, realised_here), *curve_results = evaluate_text(dense, models, text, batch=batch)
         results.append(result)
@@ -102,48 +122,31 @@ def measure(
         own = [(plan.steps[0].method, sparse, result, realised_here)] if others else []
         swept = [(*other, *found) for other, found in zip(others, curve_results, strict=True)]
         points += sorted((_point(*row) for row in own + swept), key=lambda point: point.sparsity)
-    modules = kernel_modules(sparse)
-    sites = [name for name, module in modules.items() if isinstance(module, Thresholded)]
+    return results, realised, points
+
+
+def _histograms(sparse: nn.Module, wanted: Wanted) -> list[Histogram]:
+    """Of the first, the middle and the last site, on a little of the first text."""
+    sites = [name for name, module in kernel_modules(sparse).items() if isinstance(module, Thresholded)]
     chosen = list(dict.fromkeys([sites[0], sites[len(sites) // 2], sites[-1]] if sites else []))
-    return Report(
-        model={
-            "name": name,
-            "family": sparse.config.model_type,
-            "parameters": sum(p.numel() for p in sparse.parameters()),
-            "dtype": str(sparse.dtype).removeprefix("torch."),
-            "layers": len(ModelView(sparse).layers),
-        },
-        recipe=plan.recipe,
-        plan=plan.summary(),
-        calibration=None if plan.calibration is None else dataclasses.asdict(plan.calibration),
-        text=results,
-        tasks=run_tasks(dense, [sparse], tokenizer, questions, limit=limit, seed=seed)[0] if questions else [],
-        sparsity=layer_sparsity(plan, realised) if realised else [],
-        histograms=histograms(sparse, loaded[0].ids_NL[:2], chosen) if loaded and chosen else [],
-        speed=speeds,
-        curve=points,
-        samples=[write(dense, sparse, tokenizer, prompt) for prompt in prompts],
-        kernels={f"sandcat::{op}": text for op, text in kernels_of(sparse).items()},
-        machine=machine(sparse.device),
-        commands=[command] if command else [],
-    )
+    texts = [text for text in wanted.texts if isinstance(text, Text)]
+    return histograms(sparse, texts[0].ids_NL[:2], chosen) if texts and chosen else []
 
 
 def measure_saved(
     folder: str,
     name: str,
     twin: str | None,
+    wanted: Wanted,
     *,
     device: str,
     dtype: str,
     trust_remote_code: bool = False,
-    **options: Any,
 ) -> Report:
     """Measures the model in a folder beside its dense twin, which the same files hold unless their weights are int8.
 
     Args:
         twin: the dense model to compare with, a folder or a name.
-        options: of `measure`.
 
     Raises:
         PlanError: the folder holds a dense model, or int8 weights and no twin is given; and as `load`, `measure`.
@@ -159,44 +162,7 @@ def measure_saved(
     where["dtype"] = sparse.dtype
     dense, _ = load(twin or folder, dense=True, **where)
     int8_dense = load(folder, dense=True, **where)[0] if plan.stored.steps and plan.stored != plan else None
-    return measure(dense, sparse, tokenizer, name=name, int8_dense=int8_dense, **options)
-
-
-def load_texts(
-    texts: Sequence[str | Text],
-    model: nn.Module,
-    tokenizer,
-    *,
-    tokens: int,
-    seed: int,
-    calibration: Calibration | Text | None,
-) -> list[Text]:
-    """Texts to measure on, from their sources.
-
-    Raises:
-        DataError: as `data.load_text`; or one of them is the calibration text.
-    """
-    loaded = []
-    for text in texts:
-        if isinstance(text, str):  # what the model writes to be measured on is not what it wrote for calibration
-            text = load_text(text, model, tokenizer, tokens=tokens, window=WINDOW, seed=seed + 1)
-        if calibration is not None and same_source(text.source, calibration.source):
-            raise DataError(f"{text.source!r} is the text that the plan was calibrated on: measure on another one.")
-        loaded.append(text)
-    return loaded
-
-
-def at_sparsities(methods: Sequence[Method], sparsities: Sequence[float]) -> list[Method]:
-    """The recipe's only method at other sparsities, for `measure(curve=...)`.
-
-    Raises:
-        BadRecipe: several methods, one without the option `sparsity`, or a sparsity outside its range.
-    """
-    if sparsities and (len(methods) != 1 or "sparsity" not in methods[0].options()):
-        raise BadRecipe(
-            f"--curve needs a recipe of one method with the option sparsity, not {' '.join(map(str, methods))}."
-        )
-    return [methods[0].at(sparsity) for sparsity in sparsities]
+    return measure(dense, sparse, tokenizer, wanted, name=name, int8_dense=int8_dense)
 
 
 def _others(

@@ -12,22 +12,20 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sandcat.checkpoints.load import load, verify
-from sandcat.checkpoints.save import save
-from sandcat.data import Text, load_text
+from sandcat.checkpoints.load import load
+from sandcat.data import load_text
 from sandcat.defaults import BUDGETS, CALIBRATION_TOKENS, EVALUATION_TEXT, EVALUATION_TOKENS, SWEPT
 from sandcat.errors import BadRecipe, BudgetError, CheckpointError, ParityError
 from sandcat.measuring.machine import machine
-from sandcat.method import Method
 from sandcat.models.view import ModelView
-from sandcat.pipeline import asked, sparsify
-from sandcat.plans.recipe import RECIPES, check, parse_recipe
+from sandcat.pipeline import Order, make
+from sandcat.plans.recipe import RECIPES, parse_recipe
 from sandcat.plans.target import Target
-from sandcat.reports.measure import load_texts, measure_saved
+from sandcat.reports.report import Report
+from sandcat.reports.wanted import Wanted
 from sandcat.support.devices import pick_device
 from sandcat.support.progress import say
 from sandcat.sweeps.results import LINES, Figures, Point, Sweep
@@ -76,7 +74,7 @@ def sweep(
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,
     }
-    timing = {"context": context, "runs": runs, "compile": compile}
+    timing: dict[str, Any] = {"context": context, "runs": runs, "compile": compile}
     settings = {
         "sandcat": __version__, "model": name, "allocate": allocate, "calibration": calibration,
         "calibration_tokens": calibration_tokens, "text": text, "tokens": tokens, "seed": seed, **timing, **where,
@@ -99,17 +97,19 @@ def sweep(
         found.write(folder)
         return found
     dense, tokenizer = load(name, **where)
-    for _, target, methods in tries:
-        check(methods, ModelView(dense), overlap=target is not None and allocate in (None, "search"))
+    for _, _, order in tries:
+        order.check(ModelView(dense))
     words = load_text(calibration, dense, tokenizer, tokens=calibration_tokens, seed=seed)
-    texts = load_texts([text], dense, tokenizer, tokens=tokens, seed=seed, calibration=words)
+    wanted = Wanted(texts=[text], tokens=tokens, seed=seed, **timing).loaded(dense, tokenizer)
+    wanted.check_apart(words)
     del dense
-    for number, (recipe, target, _) in enumerate(missing, 1):
+    for number, (recipe, target, order) in enumerate(missing, 1):
         say(f"{number} of {len(missing)}: {' '.join(filter(None, (recipe, target)))}")
         start = time.perf_counter()
         try:
-            made = _made(name, recipe, target, allocate, words, folder / ".model", where)
-            figures, error = _measured(made, name, texts, timing, seed, where), None
+            order = replace(order, calibration=words)
+            report = make(name, order, folder / ".model", wanted=wanted, overwrite=True, **where)
+            figures, error = _figures(report), None
         except (BudgetError, ParityError) as failure:
             figures, error = None, str(failure)
         finally:
@@ -121,46 +121,35 @@ def sweep(
     return found
 
 
-def expand(
-    recipes: Sequence[str], budgets: Sequence[str], allocate: str | None
-) -> list[tuple[str, str | None, list[Method]]]:
-    """Every recipe with every target that applies to it, and its methods.
+def expand(recipes: Sequence[str], budgets: Sequence[str], allocate: str | None) -> list[tuple[str, str | None, Order]]:
+    """Every recipe with every target that applies to it, and what is to be made.
 
     Raises:
         BadRecipe: a recipe, a target or a way of spreading it that does not exist, or nothing to sweep.
     """
     targets = [str(Target.parse(budget)) for budget in budgets]
-    found: dict[tuple[str, str | None], list[Method]] = {}
+    found: dict[tuple[str, str | None], Order] = {}
     for recipe in recipes:
-        methods = parse_recipe(recipe)
-        spread = [method for method in methods if method.has_sparsity]
+        spread = [method for method in parse_recipe(recipe) if method.has_sparsity]
         own = [method for method in spread if method != method.at(type(method)().options()["sparsity"])]
         if targets and spread and not own:
             for target in targets:
-                asked(recipe, target, allocate)
-                found[recipe, target] = methods
+                found[recipe, target] = Order(recipe=recipe, target=target, allocate=allocate)
         elif any(word in RECIPES for word in recipe.split()):
             raise BadRecipe(f"{recipe!r} has no sparsity of its own: give budgets, such as bytes=0.8.")
         else:
-            found[recipe, None] = methods
+            found[recipe, None] = Order(recipe=recipe)
     if not found:
         raise BadRecipe("there is nothing to sweep: give at least one recipe.")
-    return [(recipe, target, methods) for (recipe, target), methods in found.items()]
+    return [(recipe, target, order) for (recipe, target), order in found.items()]
 
 
-def _made(
-    model: str, recipe: str, target: str | None, allocate: str | None, words: Text, folder: Path, where: dict[str, Any]
-) -> Path:
-    net, tokenizer = load(model, **where)
-    sparsify(net, tokenizer, recipe, target=target, allocate=allocate if target else None, calibration=words)
-    check = partial(verify, net, trust_remote_code=where["trust_remote_code"])
-    return save(net, tokenizer, folder, overwrite=True, finish=check)
-
-
-def _measured(
-    folder: Path, model: str, texts: list[Text], timing: dict[str, Any], seed: int, where: dict[str, Any]
-) -> Figures:
-    report = measure_saved(str(folder), model, model, texts=texts, seed=seed, **timing, **where)
+def _figures(report: Report | None) -> Figures:
+    """
+    Raises:
+        ParityError: the sparse model writes no numbers.
+    """
+    assert report is not None  # as it was asked for
     quality, speed = report.text[0], report.speed[0]
     if not math.isfinite(quality.ratio + quality.ratio_error + quality.kl + quality.kl_error):
         raise ParityError("its perplexity is not a number.")
