@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -20,9 +20,32 @@ Tensors = dict[str, Tensor]
 """The buffers of one site that `Spec` is too small for, by their name in the built module."""
 
 
-SLOTS = ("weight", "input")
-"""What a method can claim of a linear layer, in the order in which methods apply: how its weight is stored, and which
-input channels or neurons are skipped, which is decided on the weights as stored."""
+SLOTS = ("weight", "input", "attention", "cache", "experts", "residual")
+"""What a method can claim of a site, in the order in which methods apply: how a weight is stored; which input channels
+or neurons are skipped, which is decided on the weights as stored; how attention computes; what a cache keeps and how;
+what is read of experts; what is added to the residual state."""
+
+NEEDS = ("inputs", "outputs", "gradients", "queries", "keys")
+"""What a method can ask calibration for; the fields of `Seen`."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What calibration saw at one site, batch by batch: what the method `needs`; the other fields are empty.
+
+    Rows of inputs, outputs and gradients are tokens, without the first positions of each window.
+    """
+
+    inputs: list[Tensor] = field(default_factory=list)
+    """[T, H] each."""
+    outputs: list[Tensor] = field(default_factory=list)
+    """[T, O] each."""
+    gradients: list[Tensor] = field(default_factory=list)
+    """Those of the log-likelihood of tokens that the model draws itself, at the outputs, [T, O] each."""
+    queries: list[Tensor] = field(default_factory=list)
+    """As attention multiplies them, of all positions, [windows, heads, L, D] each."""
+    keys: list[Tensor] = field(default_factory=list)
+    """[windows, key-value heads, L, D] each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +56,9 @@ class Method(ABC):
     """The word on the command line, in the plan, and of the file."""
     slot: ClassVar[str]
     """What it claims of its linear layers, one of `SLOTS`; two methods on one slot of one layer conflict."""
+    whole_model: ClassVar[bool] = False
+    """Whether all sites are decided together, by `settle`, as heads must be that share one budget. What `decide` gives
+    is then not in place while the layers after it are calibrated."""
     served: ClassVar[str | None] = None
     """What an engine with model code of its own (vLLM) has to do for it: "channels" have thresholds, or "neurons", or
     weights are int8 "codes"; None: it runs in transformers only."""
@@ -40,9 +66,14 @@ class Method(ABC):
     layers: str | tuple[int, ...] = option("all", 'decoder layers to change: "all", a slice "4:28", or a list [0,2,5]')
 
     @property
+    def needs(self) -> frozenset[str]:
+        """What `decide` looks at, of `NEEDS`; nothing, if it takes no calibration text."""
+        return frozenset({"inputs"})
+
+    @property
     def calibrated(self) -> bool:
-        """Whether `decide` looks at calibration text."""
-        return True
+        """Whether it takes calibration text."""
+        return bool(self.needs)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -95,8 +126,13 @@ class Method(ABC):
         return view.skipped_at(site)
 
     @abstractmethod
-    def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
-        """What to do at `site`, from the inputs that it sees in calibration (batches; empty if not `calibrated`)."""
+    def decide(self, site: Site, seen: Seen) -> tuple[Spec, Tensors]:
+        """What to do at `site`, from what it sees in calibration."""
+
+    def settle(self, view: ModelView, found: dict[str, tuple[Spec, Tensors]]) -> dict[str, tuple[Spec, Tensors]]:
+        """What to do in the model as a whole, from what `decide` found at each site, by the sites' names; a site that
+        is left out stays as it is. Called where `whole_model` is set."""
+        return found
 
     @abstractmethod
     def build(self, site: Site, spec: Spec) -> nn.Module:

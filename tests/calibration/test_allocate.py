@@ -72,7 +72,7 @@ def test_uniform_is_the_method_with_one_sparsity_and_computes_no_more(recipe):
     modules = sparse_modules(model).values()
     saved_by_all = sum(m.size * 4 for m in modules) if "cats" not in recipe else sum(2 * m.size * 4 for m in modules)
     wanted = 0.15 * read_bytes(tiny("llama")) + sum(m.threshold.nbytes for m in modules)
-    (method,) = sandcat.plans.plan.parse_recipe(recipe)
+    (method,) = sandcat.plans.recipe.parse_recipe(recipe)
     _, same, few = made(method.at(wanted / saved_by_all))
     assert tokens == few
     assert plan.steps[0].sites.keys() == same.steps[0].sites.keys()

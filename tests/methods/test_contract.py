@@ -17,6 +17,7 @@ import sandcat
 from sandcat.errors import BadRecipe, NothingMatched, PlanError, SandcatError, UnsupportedModel
 from sandcat.layers import op_module
 from sandcat.layers.sparse_module import sparse_modules
+from sandcat.method import Seen
 from sandcat.methods import METHODS, Cats, Coreinfer, Int8, Relufy, Rsparse, Teal
 from sandcat.models.view import ModelView
 from sandcat.ops import MAX_TOKENS, most_tokens
@@ -313,7 +314,7 @@ def test_what_a_score_weights_a_neuron_by(score):
     view = ModelView(tiny("llama"))
     site = next(site for site in view.sites() if site.kind == "mlp")
     x_TH = torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
-    spec, found = Cats(sparsity=0.4, score=score).decide(site, [x_TH[:90], x_TH[90:]])
+    spec, found = Cats(sparsity=0.4, score=score).decide(site, Seen(inputs=[x_TH[:90], x_TH[90:]]))
     weight_I = torch.ones(72)
     if score != "activation":
         weight_I = site.module.up_proj(x_TH).square().mean(0).sqrt()

@@ -11,6 +11,7 @@ from sandcat.errors import BadRecipe, NothingMatched
 from sandcat.layers.low_rank_linear import LowRankLinear
 from sandcat.layers.sparse_module import sparse_modules
 from sandcat.measuring.bytes_read import bytes_share, read_bytes
+from sandcat.method import Seen
 from sandcat.methods import Rsparse
 from sandcat.methods.rsparse import principal_directions
 from sandcat.models.view import ModelView
@@ -19,7 +20,7 @@ from sandcat.models.view import ModelView
 @torch.no_grad()
 def decide(method, x_TI):
     site = next(site for site in ModelView(tiny("llama")).sites() if site.kind == "up")
-    return site, *method.decide(site, [x_TI])
+    return site, *method.decide(site, Seen(inputs=[x_TI]))
 
 
 def inputs(tokens=512, rank=None):

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from sandcat.errors import BadRecipe
 from sandcat.layers.sparse_mlp import SparseMLP
 from sandcat.layers.weights import float_weight
-from sandcat.method import Method, Spec, Tensors
+from sandcat.method import Method, Seen, Spec, Tensors
 from sandcat.models.view import Site
 from sandcat.ops.weights import product
 from sandcat.quantile import thresholds
@@ -53,15 +52,15 @@ class Cats(Method):
         if not 0 <= self.sparsity < 1:
             raise BadRecipe(f"cats: sparsity={self.sparsity} is outside [0, 1): it is the fraction of neurons dropped.")
 
-    def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
+    def decide(self, site: Site, seen: Seen) -> tuple[Spec, Tensors]:
         mlp = SparseMLP(site)
         weight_I = torch.ones_like(mlp.threshold, dtype=torch.float32)
         if self.score != "activation":
-            square_I = total(lambda x: product(x, *mlp.up()).float().square().sum(0), x_TH)
-            weight_I = (square_I / sum(everyones(sum(len(x) for x in x_TH)))).sqrt()
+            square_I = total(lambda x: product(x, *mlp.up()).float().square().sum(0), seen.inputs)
+            weight_I = (square_I / sum(everyones(sum(len(x) for x in seen.inputs)))).sqrt()
         if self.score == "output":
             weight_I = weight_I * float_weight(mlp.down).norm(dim=0)
-        common, dropped, threshold_I = thresholds([mlp.scores(x) for x in x_TH], weight_I, self.sparsity)
+        common, dropped, threshold_I = thresholds([mlp.scores(x) for x in seen.inputs], weight_I, self.sparsity)
         return {"threshold": common, "sparsity": dropped}, {"threshold": threshold_I}
 
     def build(self, site: Site, spec: Spec) -> SparseMLP:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sandcat.errors import BadRecipe
 from sandcat.layers.core_mlp import CoreMLP
-from sandcat.method import Method, Spec, Tensors
+from sandcat.method import Method, Seen, Spec, Tensors
 from sandcat.models.view import ModelView, Site
 from sandcat.support.options import option
 from sandcat.support.processes import in_order
@@ -62,8 +62,8 @@ class Coreinfer(Method):
             raise BadRecipe(f"coreinfer: clusters={self.clusters}: give 1 to {CLUSTERS}.")
 
     @property
-    def calibrated(self) -> bool:
-        return self.rule == "similarity"
+    def needs(self) -> frozenset[str]:
+        return super().needs if self.rule == "similarity" else frozenset()
 
     def claims(self, view: ModelView, site: Site) -> list[str]:
         return list(view.linears_of(site))  # the gate too
@@ -77,12 +77,14 @@ class Coreinfer(Method):
         kept = max(1, round((1 - self.sparsity) * neurons))
         return {"kept_neurons": kept, "sparsity": 1 - kept / neurons}
 
-    def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
+    def decide(self, site: Site, seen: Seen) -> tuple[Spec, Tensors]:
         spec = self._spec(site)
         if not self.calibrated:
             return spec, {}
         module = self.build(site, spec)
-        votes_SI = torch.cat(in_order([_sentence_votes(module, x).cpu() for x in x_TH])).to(x_TH[0].device)
+        votes_SI = torch.cat(in_order([_sentence_votes(module, x).cpu() for x in seen.inputs])).to(
+            seen.inputs[0].device
+        )
         return spec, {"centres": centres_of(votes_SI, self.clusters)}
 
     def limits(self, site: Site) -> dict[str, tuple[int, int]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sandcat.layers.stored_linear import Int8Linear
-from sandcat.method import Method, Spec, Tensors, check_sites, pick_kinds
+from sandcat.method import Method, Seen, Spec, Tensors, check_sites, pick_kinds
 from sandcat.models.view import ModelView, Site
 from sandcat.support.options import option
 from sandcat.support.processes import total
@@ -49,15 +49,15 @@ class Int8(Method):
         check_sites(self.name, self.sites)
 
     @property
-    def calibrated(self) -> bool:
-        return self.clip == "search"
+    def needs(self) -> frozenset[str]:
+        return super().needs if self.clip == "search" else frozenset()
 
     def kinds(self, view: ModelView) -> Collection[str]:
         return pick_kinds(self.name, self.sites, [*view.linear_kinds, "head"], view.config.model_type)
 
-    def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
+    def decide(self, site: Site, seen: Seen) -> tuple[Spec, Tensors]:
         weight_OI = site.module.weight
-        moment_II = total(lambda x: x.float().t() @ x.float(), x_TH) if x_TH else None
+        moment_II = total(lambda x: x.float().t() @ x.float(), seen.inputs) if seen.inputs else None
         parts = [quantised(part, moment_II) for part in weight_OI.split(ROWS)]
         codes_OI, scale_O1 = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         clipped = scale_O1.float() * 127 < 0.99 * weight_OI.abs().amax(1, keepdim=True).float()

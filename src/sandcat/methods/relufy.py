@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from sandcat.layers.sparse_mlp import SparseMLP
-from sandcat.method import Method, Spec, Tensors
+from sandcat.method import Method, Seen, Spec, Tensors
 from sandcat.models.view import Site
 
 
@@ -24,10 +22,10 @@ class Relufy(Method):
     slot = "input"
 
     @property
-    def calibrated(self) -> bool:
-        return False
+    def needs(self) -> frozenset[str]:
+        return frozenset()
 
-    def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
+    def decide(self, site: Site, seen: Seen) -> tuple[Spec, Tensors]:
         return {}, {}
 
     def build(self, site: Site, spec: Spec) -> SparseMLP:

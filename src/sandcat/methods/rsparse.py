@@ -21,7 +21,7 @@ from sandcat.errors import BadRecipe
 from sandcat.layers.low_rank_linear import LowRankLinear
 from sandcat.layers.sparse_linear import SparseLinear
 from sandcat.layers.weights import float_weight
-from sandcat.method import Method, Spec, Tensors, check_sites, pick_kinds
+from sandcat.method import Method, Seen, Spec, Tensors, check_sites, pick_kinds
 from sandcat.models.view import ModelView, Site
 from sandcat.quantile import thresholds
 from sandcat.support.options import option
@@ -38,7 +38,6 @@ class Rsparse(Method):
 
     name = "rsparse"
     slot = "input"
-    calibrated = True
 
     sparsity: float = option(0.4, "fraction of each site's weight bytes not read on calibration text, in [0, 1)")
     alpha: str | tuple[float, ...] = option(
@@ -64,12 +63,12 @@ class Rsparse(Method):
     def kinds(self, view: ModelView) -> Collection[str]:
         return pick_kinds(self.name, self.sites, list(view.linear_kinds), view.config.model_type)
 
-    def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
+    def decide(self, site: Site, seen: Seen) -> tuple[Spec, Tensors]:
         weight_OI = float_weight(site.module)
         outputs, channels = weight_OI.shape
         ones_I, read = torch.ones(channels, device=weight_OI.device), 1 - self.sparsity
-        one_rank = (outputs + channels) * x_TH[0].itemsize
-        sample_TI = torch.cat([x.to(weight_OI.device) for x in in_order([x.cpu() for x in x_TH])])
+        one_rank = (outputs + channels) * seen.inputs[0].itemsize
+        sample_TI = torch.cat([x.to(weight_OI.device) for x in in_order([x.cpu() for x in seen.inputs])])
         sample_TI = sample_TI[:: -(-len(sample_TI) // SEARCH_TOKENS)]
         tried = []
         for alpha in ALPHAS if isinstance(self.alpha, str) else self.alpha:
@@ -84,7 +83,7 @@ class Rsparse(Method):
             error = float((lost_TO - lost_TO @ b_OR @ b_OR.t()).square().sum())
             tried.append((error, rank, target, b_OR))
         _, rank, target, b_OR = min(tried, key=lambda row: row[:2])
-        common, dropped, threshold_I = thresholds([x.abs() for x in x_TH], ones_I, target)
+        common, dropped, threshold_I = thresholds([x.abs() for x in seen.inputs], ones_I, target)
         factors = {"factor_a": b_OR.t() @ weight_OI, "factor_b": b_OR} if rank else {}
         spec = {"threshold": common, "target": target, "sparsity": dropped, "rank": rank}
         return spec, {"threshold": threshold_I, **factors}

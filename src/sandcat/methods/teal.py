@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from sandcat.errors import BadRecipe
 from sandcat.layers.sparse_linear import SparseLinear
 from sandcat.layers.weights import float_weight
-from sandcat.method import Method, Spec, Tensors, check_sites, pick_kinds
+from sandcat.method import Method, Seen, Spec, Tensors, check_sites, pick_kinds
 from sandcat.models.view import ModelView, Site
 from sandcat.quantile import thresholds
 from sandcat.support.options import option
@@ -61,12 +60,12 @@ class Teal(Method):
             return known if self.sites == "all+head" else known[:-1]
         return pick_kinds(self.name, self.sites, known, view.config.model_type)
 
-    def decide(self, site: Site, x_TH: list[Tensor]) -> tuple[Spec, Tensors]:
+    def decide(self, site: Site, seen: Seen) -> tuple[Spec, Tensors]:
         linear = site.module
         weight_I = torch.ones(linear.in_features, device=linear.weight.device)
         if self.score == "output":
             weight_I = float_weight(linear).norm(dim=0)
-        common, dropped, threshold_I = thresholds([x.abs() for x in x_TH], weight_I, self.sparsity)
+        common, dropped, threshold_I = thresholds([x.abs() for x in seen.inputs], weight_I, self.sparsity)
         return {"threshold": common, "sparsity": dropped}, {"threshold": threshold_I}
 
     def build(self, site: Site, spec: Spec) -> SparseLinear:

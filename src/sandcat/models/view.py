@@ -21,9 +21,9 @@ from sandcat.models.families import ACTIVATIONS, ARCHITECTURES, Architecture
 class Site:
     """One place in a model where a method can act.
 
-    `name` is the module path in the model, `kind` what it is ("mlp", the name of a linear layer in `linear_kinds`, or
-    "head"), `layer` its layer's index (of the head: one past the last), `module` what stands there now, `activation`
-    that of the MLP as `ops.sparse_mlp` names it, `architecture` the row of the family.
+    `name` is the module path in the model, `kind` what it is ("attention", "mlp", the name of a linear layer in
+    `linear_kinds`, or "head"), `layer` its layer's index (of the head: one past the last), `module` what stands there
+    now, `activation` that of the MLP as `ops.activations` names it, `architecture` the row of the family.
     """
 
     name: str
@@ -123,6 +123,8 @@ class ModelView:
                 replace(mlp, name=f"{name}.{path}", kind=kind, module=layer.get_submodule(path))
                 for kind, path in self.linear_kinds.items()
             ]
+            attention = f"{name}.{self.architecture.attention}"
+            yield replace(mlp, name=attention, kind="attention", module=self.model.get_submodule(attention))
             late = [site for site in linears if site.kind in ("up", "down", "gate_up")]
             yield from (site for site in linears if site not in late)
             yield mlp
@@ -159,14 +161,20 @@ class ModelView:
             yield Site(f"{self.layer_name(layer)}.{row.mlp}", "mlp", layer, mlp, ACTIVATIONS[name], row)
 
     def linears_of(self, site: Site) -> dict[str, nn.Module]:
-        """The linear layers at a site, by their names in the model: its own, or the three of an MLP."""
+        """The linear layers whose weights a method at a site reads, by their names in the model: the site's own, the
+        three of an MLP, and none of attention, which goes on calling them."""
+        if site.kind == "attention":
+            return {}
         if site.kind != "mlp":
             return {site.name: site.module}
         row = site.architecture
         return {f"{site.name}.{part}": getattr(site.module, part) for part in (row.gate, row.up, row.down)}
 
     def skipped_at(self, site: Site) -> list[str]:
-        """Names of the linear layers of which a site skips parts; of an MLP not the gate, unless it is fused."""
+        """Names of the linear layers of which a site skips parts; of an MLP not the gate, unless it is fused. Attention
+        stands for itself."""
+        if site.kind == "attention":
+            return [site.name]
         row = site.architecture
         dense = f"{site.name}.{row.gate}" if row.gate != row.up else None
         return [name for name in self.linears_of(site) if name != dense]

@@ -207,11 +207,17 @@ class Plan:
 def _sites(data: dict[str, Any]) -> dict[str, Spec]:
     """What a step decided, by site, in the order of the model: it is saved in alphabetical order."""
     for name, spec in data.items():
-        numbers = [value for key, value in spec.items() if key != "fingerprint"]
-        numbers += spec.get("fingerprint", {}).values()
-        if not all(isinstance(value, int | float) for value in numbers):
-            raise TypeError(f"what is said of {name!r:.80} is not made of numbers")
+        values = [value for key, value in spec.items() if key != "fingerprint"]
+        values += spec.get("fingerprint", {}).values()
+        if not all(_is_numbers(value) for value in values):
+            raise TypeError(f"what is said of {name!r:.80} is not made of numbers and lists of them")
     return dict(sorted(data.items(), key=lambda item: place_of(item[0])))
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, int | float) or (
+        isinstance(value, list) and all(isinstance(v, int | float) for v in value)
+    )
 
 
 def layer_of(site: str) -> int | None:
