@@ -44,6 +44,25 @@ class Text:
         return made(self.ids_NL[first:end], self.source)
 
 
+def check_ids(ids: Tensor, model: nn.Module, what: str) -> None:
+    """
+    Args:
+        ids: token ids, of any shape.
+        what: what they are of, as the error has it.
+
+    Raises:
+        DataError: the model has no embedding for one of them.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    wrong = ids[(ids < 0) | (ids >= rows)]
+    if len(wrong):
+        raise DataError(
+            f"{what} has the token id {int(wrong[0])}, and this model's vocabulary ends at {rows - 1}: the tokenizer "
+            "is another model's, or has tokens that the model was not resized for. Load the model's own tokenizer, or "
+            "call model.resize_token_embeddings(len(tokenizer)), train what that adds, and save both."
+        )
+
+
 def made(ids_NL: Tensor, source: str) -> Text:
     return Text(ids_NL, source, hashlib.sha256(ids_NL.to(torch.int64).numpy().tobytes()).hexdigest())
 
@@ -74,11 +93,13 @@ def load_text(source: str, model: nn.Module, tokenizer, *, tokens: int, window: 
             if len(ids) >= tokens:
                 break
         ids = ids[:tokens]
+        check_ids(torch.tensor(ids, dtype=torch.long), model, repr(source))
         if len(ids) < MIN_TOKENS:
             raise DataError(
                 f"{source!r} gives {len(ids)} tokens, and fewer than {MIN_TOKENS} measure nothing. Give a longer text."
             )
         first = _first_tokens(tokenizer)
+        check_ids(torch.tensor(first, dtype=torch.long), model, "what the tokenizer puts before every text")
         window = min(window, len(ids) + len(first))
         length = window - len(first)
         ids_NL = torch.tensor([first + ids[i : i + length] for i in range(0, len(ids) // length * length, length)])
@@ -166,6 +187,8 @@ def _write(model: nn.Module, tokenizer, tokens: int, window: int, seed: int) -> 
     if start is None:
         raise DataError("this tokenizer has no first token to write from: give a text with --calibration.")
     stop = torch.tensor(sorted(stop_tokens(model, tokenizer)), dtype=torch.long)
+    check_ids(torch.tensor([start]), model, "the tokenizer's first token")
+    check_ids(stop, model, "the end of a text (eos_token_id of the tokenizer and the generation config)")
     rows = max(1, min(SELF_SEQUENCES, tokens // SELF_SHORTEST))
     window = min(window, -(-tokens // rows))
     rounds = -(-tokens // (rows * window))

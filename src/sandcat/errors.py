@@ -8,7 +8,7 @@ class SandcatError(Exception):
 
 
 class UnsupportedModel(SandcatError, ValueError):
-    """The model's family has no row in `architectures.ARCHITECTURES`, or a part of it has an unknown form."""
+    """The model's family has no row in `families.ARCHITECTURES`, or a part of it has an unknown form."""
 
 
 class BadRecipe(SandcatError, ValueError):

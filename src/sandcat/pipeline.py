@@ -21,7 +21,7 @@ from sandcat.checkpoints.card import model_card
 from sandcat.checkpoints.load import load, verify
 from sandcat.checkpoints.quantizer import attach
 from sandcat.checkpoints.save import save
-from sandcat.data import Text, load_text
+from sandcat.data import Text, check_ids, load_text
 from sandcat.defaults import CALIBRATION_TOKENS
 from sandcat.errors import BadRecipe, DeviceError
 from sandcat.layers.packing import pack
@@ -103,6 +103,7 @@ class Order:
         if not self.calibrated:
             return None
         if isinstance(self.calibration, Text):
+            check_ids(self.calibration.ids_NL, model, self.calibration.source)
             return self.calibration
         return load_text(self.calibration, model, tokenizer, tokens=self.calibration_tokens, seed=self.seed)
 
@@ -208,7 +209,7 @@ def make(
     where: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if wanted is not None:
         wanted = replace(wanted, tasks=wanted.questions())
-    dense, tokenizer = load(model, **where)
+    dense, tokenizer = load(model, to_sparsify=True, **where)
     view = ModelView(dense, place)
     order.check(view)
     if wanted is not None:

@@ -30,10 +30,14 @@ BUFFERS = 2**24
 """Numbers that a model may hold beside those in its files, such as the frequencies of its positions."""
 
 
+def fetch_texts(name: str) -> Path:
+    """The folder with a model of the hub, without its weights."""
+    return Path(snapshot_download(name, allow_patterns=[*TEXTS], ignore_patterns=FOLDERS))
+
+
 def fetch(name: str) -> Path:
     """The folder with a model of the hub: its texts, and the weights that `shards` names."""
-    folder = Path(snapshot_download(name, allow_patterns=[*TEXTS], ignore_patterns=FOLDERS))
-    weights = [path.name for path in shards(folder)]
+    weights = [path.name for path in shards(fetch_texts(name))]
     return Path(snapshot_download(name, allow_patterns=[*TEXTS, *weights], ignore_patterns=FOLDERS))
 
 

@@ -10,10 +10,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 from transformers.distributed import DistributedConfig
 
 from sandcat.checkpoints.embedded import EMBEDDED, resolve
-from sandcat.checkpoints.files import COUNTS, check_counts, check_size, fetch, read_json, sizes
+from sandcat.checkpoints.files import COUNTS, check_counts, check_size, fetch, fetch_texts, read_json, sizes
 from sandcat.checkpoints.save import quiet
 from sandcat.errors import CheckpointError, ParityError, PlanError, SandcatError
 from sandcat.layers.packing import align
+from sandcat.models.families import check_config
 from sandcat.models.host_memory import FilePages
 from sandcat.plans.plan import Plan
 from sandcat.support.devices import pick_device, pick_dtype
@@ -44,6 +45,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     require_plan: bool = False,
+    to_sparsify: bool = False,
     tensor_parallel: int = 1,
 ):
     """Loads a model and its tokenizer, ready to run.
@@ -55,6 +57,7 @@ def load(
         dtype: a torch dtype or its name; default the checkpoint's.
         trust_remote_code: run Python code from the checkpoint.
         require_plan: raise unless the model was saved by sandcat.
+        to_sparsify: raise unless models of its family can be made sparse.
         tensor_parallel: split the weights over so many processes, which torchrun has started, each on its own device
             (then `device` has no say).
 
@@ -64,6 +67,7 @@ def load(
     Raises:
         CheckpointError: not a model, damaged, not to be had, or it needs code that is not trusted.
         PlanError: a plan that cannot be read or does not fit. DeviceError, UnsupportedModel.
+            What a config.json tells is found before weights are fetched.
     """
     place, kind = pick_device(device), pick_dtype(dtype)
     source = resolve(str(name))
@@ -73,7 +77,7 @@ def load(
             f"{source!r} is no model folder. Give a folder with a config.json, a hub id, or {EMBEDDED}."
         )
     try:
-        folder = Path(source) if local else fetch(source)
+        folder = Path(source) if local else fetch_texts(source)
         data = read_json(folder / "config.json")
         plan = plan_in(data)
         if data.get("auto_map") and data.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
@@ -83,6 +87,9 @@ def load(
             )
         if require_plan and plan is None:
             raise PlanError(f"{source!r} is a dense model: no plan in its config.json. Make one with sandcat sparsify.")
+        if to_sparsify:
+            check_config(data)
+        folder = folder if local else fetch(source)
         numbers = sizes(folder)
         check_counts(data, max(COUNTS, len(numbers)))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -92,7 +92,9 @@ def sparsify(
     if dry_run:
         with shown(not as_json):
             place, device = calibration_device(device, offload)
-            dense, tokenizer = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            dense, tokenizer = load(
+                model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, to_sparsify=True
+            )
             plan = sparsify(dense, tokenizer, **vars(order), device=place, dry_run=True)
         print_json(plan.to_json()) if as_json else print_plan(plan)
         return

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from sandcat.data import stop_tokens
+from sandcat.data import check_ids, stop_tokens
 from sandcat.decoding.decoder import Decoder
 from sandcat.errors import DataError
 from sandcat.models.rotary import context
@@ -66,6 +66,20 @@ def encode(tokenizer, prompt: str | list[dict[str, str]], *, chat: bool | None =
     return ids
 
 
+def prompt_ids(model: nn.Module, tokenizer, prompt: str | list[dict[str, str]], *, chat: bool | None = None) -> Tensor:
+    """A prompt as token ids [1, T] that the model can read, with room for an answer. Arguments as in `encode`.
+
+    Raises:
+        DataError: as `encode`; one as long as the model's context, or with ids beyond its vocabulary.
+    """
+    ids_1T = encode(tokenizer, prompt, chat=chat)
+    holds = context(model.config)
+    if holds is not None and ids_1T.shape[1] >= holds:
+        raise DataError(f"the prompt has {ids_1T.shape[1]} tokens, and the model's context holds {holds}.")
+    check_ids(ids_1T, model, "the prompt")
+    return ids_1T
+
+
 def generate(
     model: nn.Module,
     tokenizer,
@@ -84,19 +98,16 @@ def generate(
     Arguments as in `encode`, `sample` and `Decoder`; the same `seed` gives the same text on the same machine.
 
     Raises:
-        DataError: an empty prompt, one longer than the model's context, or an option outside its range.
+        DataError: as `prompt_ids`, or an option outside its range.
     """
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise DataError(
             f"temperature={temperature}, top_k={top_k}, top_p={top_p}, max_new_tokens={max_new_tokens}: temperature "
             "and top_k must be at least 0, top_p in (0, 1], max_new_tokens at least 1."
         )
-    ids_BT = encode(tokenizer, prompt, chat=chat)
+    ids_BT = prompt_ids(model, tokenizer, prompt, chat=chat)
     length = ids_BT.shape[1] + max_new_tokens
-    holds = context(model.config) or length
-    if ids_BT.shape[1] >= holds:
-        raise DataError(f"the prompt has {ids_BT.shape[1]} tokens, and the model's context holds {holds}.")
-    decoder = Decoder(model, min(holds, length), compile=compile)
+    decoder = Decoder(model, min(context(model.config) or length, length), compile=compile)
     stop = stop_tokens(model, tokenizer)
     generator = torch.Generator(model.device).manual_seed(seed)
     logits = decoder.prefill(ids_BT)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sandcat.data import Text
+from sandcat.data import Text, check_ids
 from sandcat.errors import DataError
 from sandcat.layers.modes import chooses_in_prompt, counting_dropped, every_token_sparse
 from sandcat.support.processes import everyones, in_order, mine
@@ -67,13 +67,15 @@ def evaluate_text(
             many sequences would run dense.
 
     Raises:
-        DataError: windows too short for a prompt, or fewer than `batch`.
+        DataError: windows too short for a prompt, or fewer than `batch`; or ids beyond a model's vocabulary.
     """
     if batch < 1 or batch > len(text.ids_NL):
         raise DataError(
             f"a batch of {batch} needs as many windows of {WINDOW} tokens, and {text.source} gives "
             f"{len(text.ids_NL)}: ask for more tokens."
         )
+    for model in (dense, *sparse):
+        check_ids(text.ids_NL, model, text.source)
     steps_NBL = text.ids_NL[: len(text.ids_NL) // batch * batch].unflatten(0, (batch, -1)).transpose(0, 1)
     length = text.ids_NL.shape[1]
     prompt = length // PROMPT_SHARE if any(map(chooses_in_prompt, sparse)) else 0

@@ -7,6 +7,9 @@ This is the only file that knows the module names of Hugging Face models. To sup
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from sandcat.errors import UnsupportedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,3 +73,83 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 """Activation names of Hugging Face configs -> those of `ops.sparse_mlp`."""
+
+
+def family(config: Any) -> Architecture:
+    """The row of a model's family.
+
+    Args:
+        config: the model's, or the content of its config.json.
+
+    Raises:
+        UnsupportedModel: there is none; the message says whether one would do.
+    """
+    model_type = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    if model_type in ARCHITECTURES:
+        return ARCHITECTURES[model_type]
+    data = config if isinstance(config, dict) else config.to_dict() if hasattr(config, "to_dict") else {}
+    raise UnsupportedModel(
+        f"model_type {model_type!r} is not supported. Known: {', '.join(sorted(ARCHITECTURES))}. "
+        f"{_what_to_do(model_type, data)}"
+    )
+
+
+def activation(name: str) -> str:
+    """The name in `ops.sparse_mlp` of an activation of Hugging Face's.
+
+    Raises:
+        UnsupportedModel: unknown.
+    """
+    if name not in ACTIVATIONS:
+        raise UnsupportedModel(
+            f"activation {name!r} is not known. Known: {', '.join(ACTIVATIONS)}. To add it, write its formula in "
+            "ops/activations.py and the kernels', and its name in ACTIVATIONS of sandcat/models/families.py."
+        )
+    return ACTIVATIONS[name]
+
+
+def check_config(data: dict[str, Any]) -> None:
+    """Whether models of such a config.json can be made sparse, as far as that can be seen from it.
+
+    Raises:
+        UnsupportedModel: they cannot.
+    """
+    row, text = family(data), data.get("text_config")
+    name = (text if isinstance(text, dict) else data).get(row.activation)
+    if name is not None:
+        activation(name)
+
+
+def _what_to_do(model_type: str | None, data: dict[str, Any]) -> str:
+    """Where there is no row: add one, or take another model."""
+    if model_type is None:
+        return "A config names its model_type."
+    data = _completed(model_type, data)
+    if _has_experts(data):
+        return (
+            "It is a mixture of experts, of which each token uses a few MLPs: those are not supported, and a row would "
+            "not do. Take a dense model."
+        )
+    if data.get("is_encoder_decoder"):
+        return "It is an encoder with a decoder, and only decoders alone are supported."
+    return (
+        f"If it has a gated MLP, act(gate(x)) * up(x) -> down, in each layer, add the row {model_type!r}: "
+        "Architecture(...) to ARCHITECTURES in sandcat/models/families.py (docs/extending.md)."
+    )
+
+
+def _completed(model_type: str, data: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults that a config.json may leave out, where the family is one of transformers'."""
+    from transformers import CONFIG_MAPPING  # here, as only an error needs it
+
+    try:
+        return {**CONFIG_MAPPING[model_type]().to_dict(), **data}
+    except Exception:  # no such family, or one without defaults
+        return data
+
+
+def _has_experts(data: dict[str, Any]) -> bool:
+    inner = [value for value in data.values() if isinstance(value, dict)]
+    named = [(str(key), value) for key, value in data.items() if type(value) is int]
+    counts = [value for key, value in named if "expert" in key or "moe_num" in key]
+    return max(counts, default=0) > 1 or any(map(_has_experts, inner))

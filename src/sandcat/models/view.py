@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sandcat.errors import UnsupportedModel
-from sandcat.models.families import ACTIVATIONS, ARCHITECTURES, Architecture
+from sandcat.models.families import Architecture, activation, family
 
 
 @dataclass(frozen=True)
@@ -59,30 +59,30 @@ class ModelView:
         device: where layers are computed, one at a time, if that is not where the weights lie; see `offload.py`.
 
     Raises:
-        UnsupportedModel: no row for `model.config.model_type`, or the row does not fit the model.
+        UnsupportedModel: no row for `model.config.model_type`, the row does not fit the model, or its head is none of a
+            language model's.
     """
 
     def __init__(self, model: nn.Module, device: torch.device | None = None):
         self.model = model
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if model_type not in ARCHITECTURES:
+        self.architecture = family(getattr(model, "config", None))
+        if model.get_output_embeddings() is None:
             raise UnsupportedModel(
-                f"model_type {model_type!r} is not supported. Known: {', '.join(sorted(ARCHITECTURES))}. If it has a "
-                f"gated MLP, act(gate(x)) * up(x) -> down, add the row {model_type!r}: Architecture(...) to "
-                "ARCHITECTURES in sandcat/models/families.py."
+                f"a {type(model).__name__} has no head that gives the next token, and what is made sparse is the "
+                "decoding of a language model. Load it with AutoModelForCausalLM. To put another head on the weights "
+                "of a sparse folder, take the dense model: sandcat.load(FOLDER, dense=True)[0].save_pretrained(DENSE)."
             )
         self.offloaded = device is not None
         self.device = device if self.offloaded else model.device
-        self.architecture = ARCHITECTURES[model_type]
         self.config = model.config
         self.text_config = self.config.get_text_config()
         try:
             self.layers: list[nn.Module] = list(model.get_submodule(self.architecture.layers))
         except AttributeError:
             raise UnsupportedModel(
-                f"a {type(model).__name__} of model_type {model_type!r} has no {self.architecture.layers!r}, where its "
-                "row in sandcat/models/families.py expects the decoder layers. Load it with AutoModelForCausalLM, or "
-                "correct the row."
+                f"a {type(model).__name__} of model_type {self.config.model_type!r} has no "
+                f"{self.architecture.layers!r}, where its row in sandcat/models/families.py expects the decoder "
+                "layers. Load it with AutoModelForCausalLM, or correct the row."
             ) from None
 
     @property
@@ -144,12 +144,7 @@ class ModelView:
     def mlps(self) -> Iterator[Site]:
         """The gated MLP of every layer, in order."""
         row = self.architecture
-        name = getattr(self.text_config, row.activation)
-        if name not in ACTIVATIONS:
-            raise UnsupportedModel(
-                f"activation {name!r} is not known. Known: {', '.join(ACTIVATIONS)}. To add it, write its formula in "
-                "ops/activations.py and the kernels', and its name in ACTIVATIONS of sandcat/models/families.py."
-            )
+        name = activation(getattr(self.text_config, row.activation))
         for layer, module in enumerate(self.layers):
             mlp = module.get_submodule(row.mlp)
             missing = [part for part in (row.gate, row.up, row.down) if not hasattr(mlp, part)]
@@ -158,7 +153,7 @@ class ModelView:
                     f"layer {layer} of this {self.config.model_type!r} model has no {', '.join(missing)} in its "
                     f"{type(mlp).__name__}: it is no plain gated MLP (a mixture of experts is not supported)."
                 )
-            yield Site(f"{self.layer_name(layer)}.{row.mlp}", "mlp", layer, mlp, ACTIVATIONS[name], row)
+            yield Site(f"{self.layer_name(layer)}.{row.mlp}", "mlp", layer, mlp, name, row)
 
     def linears_of(self, site: Site) -> dict[str, nn.Module]:
         """The linear layers whose weights a method at a site reads, by their names in the model: the site's own, the

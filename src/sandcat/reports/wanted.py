@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sandcat.data import Text, load_text, same_source
-from sandcat.decoding.generate import encode
+from sandcat.data import Text, check_ids, load_text, same_source
+from sandcat.decoding.generate import prompt_ids
 from sandcat.defaults import EVALUATION_TEXT, EVALUATION_TOKENS
 from sandcat.errors import BadRecipe, DataError
 from sandcat.measuring.quality import WINDOW
@@ -63,16 +63,18 @@ class Wanted:
         """The same with its texts loaded; what the model writes to be measured on is not what it wrote for calibration.
 
         Raises:
-            DataError: as `data.load_text`; or a prompt that cannot be encoded.
+            DataError: as `data.load_text`; or a prompt that cannot be read.
         """
         for prompt in self.prompts:
-            encode(tokenizer, prompt)
+            prompt_ids(model, tokenizer, prompt)
         texts = [
             text
             if isinstance(text, Text)
             else load_text(text, model, tokenizer, tokens=self.tokens, window=WINDOW, seed=self.seed + 1)
             for text in self.texts
         ]
+        for text in texts:
+            check_ids(text.ids_NL, model, text.source)
         return dataclasses.replace(self, texts=texts)
 
     def check_apart(self, calibration: Calibration | Text | None) -> None:

@@ -135,6 +135,7 @@ def transformers_app(service: Service):
     from transformers.cli.serving.transcription import TranscriptionHandler
     from transformers.cli.serving.utils import GenerationState
 
+    from sandcat.data import check_ids
     from sandcat.decoding.generate import encode
     from sandcat.serving.request_guard import Guard, Limits
 
@@ -160,6 +161,8 @@ def transformers_app(service: Service):
     limits = Limits(min(service.context or holds, holds), service.new_tokens)
 
     def count(prompt) -> int:
-        return encode(tokenizer, prompt, chat=not isinstance(prompt, str)).shape[1]
+        ids_1T = encode(tokenizer, prompt, chat=not isinstance(prompt, str))
+        check_ids(ids_1T, model, "the prompt")
+        return ids_1T.shape[1]
 
     return Guard(app, name=service.name, target=folder, count=count, limits=limits, key=service.key)

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sandcat.errors import SandcatError
+
 ROUTES = ("/v1/chat/completions", "/v1/completions")
 UNSUPPORTED = (
     "audio", "best_of", "echo", "function_call", "functions", "generation_config", "logit_bias", "logprobs",
@@ -50,7 +52,7 @@ class Guard:
     Args:
         name: what clients call the model.
         target: what the application calls it.
-        count: how many tokens a prompt has, a text or chat messages.
+        count: how many tokens a prompt has, a text or chat messages; raises a `SandcatError` if it cannot be read.
     """
 
     def __init__(self, app, *, name: str, target: str, count: Callable[[Any], int], limits: Limits, key: str | None):
@@ -106,7 +108,10 @@ class Guard:
             raise Refused(400, "stop is neither a text nor a list of texts.", "stop")
         prompt = asked.get("messages" if chat else "prompt")
         check_messages(prompt) if chat else check_prompt(prompt)
-        tokens, room = self.count(prompt), self.limits.context
+        try:
+            tokens, room = self.count(prompt), self.limits.context
+        except SandcatError as error:
+            raise Refused(400, str(error), "messages" if chat else "prompt") from None
         if tokens >= room:
             raise Refused(
                 400, f"the prompt has {tokens} tokens, and the context holds {room} with the answer.", "prompt"

@@ -96,7 +96,7 @@ def sweep(
     if not missing:
         found.write(folder)
         return found
-    dense, tokenizer = load(name, **where)
+    dense, tokenizer = load(name, to_sparsify=True, **where)
     for _, _, order in tries:
         order.check(ModelView(dense))
     words = load_text(calibration, dense, tokenizer, tokens=calibration_tokens, seed=seed)
