@@ -125,6 +125,18 @@ def run_python(found: list[tuple[int, str]], folders: dict[str, Path], script: P
     runpy.run_path(str(script), {**given, "model": load(folders["dense"], device="cpu")[0]}, run_name="page")
 
 
+OF = re.compile(r"((?:`[\w.]+`[^`.\[]*)+)\bof \[[^\]]*\]\(([^)#]+\.py)\)")
+"""Names that a page says a file has: `NAME` of [file](path)."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_are_in_the_files_that_pages_name(page):
+    for names, file in OF.findall(page.read_text(encoding="utf-8")):
+        code = (page.parent / file).read_text(encoding="utf-8")
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert re.search(rf"\b{re.escape(name)}\b", code), f"{name} is not in {file}"
+
+
 def commands(text: str) -> list[list[str]]:
     """The commands of a block, split; of a session ("$ ...") without what it prints."""
     lines = text.replace("\\\n", " ").splitlines()

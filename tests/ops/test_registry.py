@@ -9,6 +9,6 @@ from sandcat.ops import registry
 
 def test_every_file_of_kernels_is_there():
     for library in ("numba", "triton"):
-        for op, file in registry._FILES.items():
+        for op, (_, file) in registry.OPS.items():
             found = importlib.util.find_spec(f"sandcat.ops.{library}.{file}")
             assert found is not None or (library, op) == ("triton", "core_mlp"), (library, op)

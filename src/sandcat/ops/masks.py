@@ -82,7 +82,7 @@ def gate_bounds(threshold_I: Tensor, activation: str) -> Tensor:
 
 
 def _by_numba(name: str) -> Callable:
-    """A kernel that is imported when it is first called; see `ops._register_numba`."""
+    """A kernel that is imported when it is first called; see `ops.registry`."""
     kernel = None
 
     def run(*args):

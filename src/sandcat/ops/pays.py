@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from sandcat.ops.checks import LARGE
-from sandcat.ops.registry import kernel_name
+from sandcat.ops.registry import OPS, kernel_name
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MLP = ("sparse_mlp", "sparse_up_down", "sparse_up")
-_ALL = (*_MLP, "core_mlp", "sparse_linear", "int8_linear", "shared_linear", "shared_up_down")
+_ALL = tuple(OPS)
 _CUDA_INT8 = ("sparse_mlp", "sparse_up_down", "sparse_linear", "int8_linear", "shared_linear", "shared_up_down")
 _MOST_TOKENS = {
     **{(op, "cpu", torch.float32, False): (1, 8) for op in _MLP},

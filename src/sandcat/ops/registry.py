@@ -16,21 +16,20 @@ from sandcat.ops.sparse_linear import sparse_linear
 from sandcat.ops.sparse_mlp import sparse_mlp, sparse_up_down
 from sandcat.ops.sparse_up import sparse_up
 
-_OPS = {
-    "core_mlp": core_mlp, "int8_linear": int8_linear, "shared_linear": shared_linear, "shared_up_down": shared_up_down,
-    "sparse_linear": sparse_linear, "sparse_mlp": sparse_mlp, "sparse_up": sparse_up, "sparse_up_down": sparse_up_down,
-}  # fmt: skip
+OPS: dict[str, tuple[torch.library.CustomOpDef, str]] = {
+    "core_mlp": (core_mlp, "core_mlp"),
+    "int8_linear": (int8_linear, "int8_linear"),
+    "shared_linear": (shared_linear, "shared_units"),
+    "shared_up_down": (shared_up_down, "shared_units"),
+    "sparse_linear": (sparse_linear, "sparse_linear"),
+    "sparse_mlp": (sparse_mlp, "sparse_mlp"),
+    "sparse_up": (sparse_up, "sparse_up"),
+    "sparse_up_down": (sparse_up_down, "sparse_mlp"),
+}
+"""By its name each op, and the file that has its kernel, in the folder of each library that has one."""
 
 _KERNELS: dict[tuple[str, str, bool], str] = {}
 """(op, device, whether the weights are int8) -> the library that has the kernel."""
-
-
-_FILES = {
-    "core_mlp": "core_mlp", "int8_linear": "int8_linear", "shared_linear": "shared_units",
-    "shared_up_down": "shared_units", "sparse_linear": "sparse_linear", "sparse_mlp": "sparse_mlp",
-    "sparse_up": "sparse_up", "sparse_up_down": "sparse_mlp",
-}  # fmt: skip
-"""The file that has an op's kernel, in the folder of each library that has one."""
 
 
 def _register_numba() -> None:
@@ -38,8 +37,7 @@ def _register_numba() -> None:
     where it comes early."""
     if importlib.util.find_spec("numba") is None:
         return
-    for name, file in _FILES.items():
-        op = _OPS[name]
+    for name, (op, file) in OPS.items():
         _KERNELS.update({(name, "cpu", int8): "numba" for int8 in ({True} if op is int8_linear else {True, False})})
         op.register_kernel("cpu")(_importing(op, f"sandcat.ops.numba.{file}"))
 
@@ -56,7 +54,7 @@ def _register_triton() -> None:
     """Imports the CUDA kernels, where Triton is installed and has them; else the references run."""
     if importlib.util.find_spec("triton") is None:
         return
-    for file in dict.fromkeys(_FILES.values()):
+    for file in dict.fromkeys(file for _, file in OPS.values()):
         name = f"sandcat.ops.triton.{file}"
         if importlib.util.find_spec(name) is None:  # and only then: a kernel that cannot be imported is an error
             continue
