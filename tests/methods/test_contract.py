@@ -286,7 +286,7 @@ def test_dense_prompt(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_realised_sparsity_on_the_calibration_text(family):
     """Within 0.5 points of the target at every layer, for the sparse model as it runs."""
-    from sandcat.calibration.calibrate import FIRST_POSITIONS
+    from sandcat.calibration.seeing import FIRST_POSITIONS
 
     methods = [*(Cats(sparsity=0.4, score=score) for score in ("activation", "value", "output"))]
     methods += [Teal(), Teal(score="output")]
@@ -438,7 +438,7 @@ def test_wrapped_projections_are_refused():
 @torch.inference_mode()
 def test_the_output_score():
     """Its threshold is t over sqrt(E[u^2]) times the norm of the neuron's column of down, computed here by hook."""
-    from sandcat.calibration.calibrate import FIRST_POSITIONS
+    from sandcat.calibration.seeing import FIRST_POSITIONS
 
     dense, words = tiny("qwen2"), text()
     seen = {}
