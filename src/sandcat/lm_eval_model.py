@@ -9,18 +9,92 @@ import itself. In a script of your own: import this module, then `lm_eval.simple
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from sandcat.checkpoints.load import load
+from sandcat.data import check_ids
 from sandcat.layers.modes import chooses_in_prompt, every_token_sparse
+from sandcat.models.rotary import forget_length, grows, steady_length
 from sandcat.support import processes
 
 
-class AfterPrompts(HFLM):
+class Exact(HFLM):
+    """lm-eval's model of a transformers model, but for what it gets wrong: an answer does not change with the answers
+    that are asked for beside it, a text is read after one first token, and token ids exist."""
+
+    def tok_encode(self, *args, **kwargs):
+        ids = super().tok_encode(*args, **kwargs)
+        check_ids(torch.tensor(ids, dtype=torch.long), self.model, "a text of the task")
+        return ids
+
+    def tok_batch_encode(self, *args, **kwargs):
+        ids_BT, mask_BT = super().tok_batch_encode(*args, **kwargs)
+        check_ids(ids_BT, self.model, "a text of the task, or its padding,")
+        return ids_BT, mask_BT
+
+    def _loglikelihood_tokens(self, requests, *args, **kwargs):
+        def factors(request) -> int:
+            _, context, continuation = request
+            return self.rotary_factors(min(len(context) + len(continuation) - 1, self.max_length))
+
+        return grouped(requests, factors, lambda part: super(Exact, self)._loglikelihood_tokens(part, *args, **kwargs))
+
+    def _model_call(self, *args, **kwargs):
+        forget_length(self.model)
+        return super()._model_call(*args, **kwargs)
+
+    def _model_generate(self, *args, **kwargs):
+        forget_length(self.model)
+        return super()._model_generate(*args, **kwargs)
+
+    def loglikelihood_rolling(self, *args, **kwargs):
+        """lm-eval puts a first token before the text, where the tokenizer has put one too, and scores that as well."""
+        before = vars(self)["add_bos_token"]
+        self.add_bos_token = False
+        try:
+            return super().loglikelihood_rolling(*args, **kwargs)
+        finally:
+            self.add_bos_token = before
+
+    def generate_until(self, requests, *args, **kwargs):
+        def crosses(request) -> bool:
+            context, options = request.args
+            new = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
+            return self.rotary_factors(len(self.tok_encode(context)) + new) > 0
+
+        def ask(part):
+            each = [[request] for request in part] if crosses(part[0]) else [part]
+            return [answer for some in each for answer in super(Exact, self).generate_until(some, *args, **kwargs)]
+
+        return grouped(requests, crosses, ask)
+
+    def rotary_factors(self, length: int) -> int:
+        """A number for the rotary factors that texts of a length have; a batch has those of its longest text."""
+        steady = steady_length(self.model.config)
+        if steady is None or length <= steady:
+            return 0
+        return length if grows(self.model.config) else 1
+
+
+def grouped(requests: Sequence, key: Callable[..., int], ask: Callable[[list], list]) -> list:
+    """The answers to all requests, where only those with the same key are asked for at once."""
+    places = defaultdict(list)
+    for place, request in enumerate(requests):
+        places[key(request)].append(place)
+    answers = [None] * len(requests)
+    for _, here in sorted(places.items()):
+        for place, answer in zip(here, ask([requests[place] for place in here]), strict=True):
+            answers[place] = answer
+    return answers
+
+
+class AfterPrompts(Exact):
     """Computes a question as prompt and what is scored as decoding after it.
 
     The question's last token, whose logits score the first token of an answer, is decoded too, so that no scored figure
@@ -28,17 +102,16 @@ class AfterPrompts(HFLM):
     """
 
     def _loglikelihood_tokens(self, requests, *args, **kwargs):
-        by_length = defaultdict(list)
-        for place, (_, context, continuation) in enumerate(requests):
+        def length(request) -> int:
+            _, context, continuation = request
             cut = max(0, len(context) + len(continuation) - 1 - self.max_length)  # lm-eval drops these on the left
-            by_length[len(context) - cut].append(place)
-        answers = [None] * len(requests)
-        for length, places in sorted(by_length.items()):
-            with every_token_sparse(self.model, prompt=length - 1):
-                found = super()._loglikelihood_tokens([requests[place] for place in places], *args, **kwargs)
-            for place, answer in zip(places, found, strict=True):
-                answers[place] = answer
-        return answers
+            return len(context) - cut
+
+        def ask(part):
+            with every_token_sparse(self.model, prompt=length(part[0]) - 1):
+                return super(AfterPrompts, self)._loglikelihood_tokens(part, *args, **kwargs)
+
+        return grouped(requests, length, ask)
 
 
 @register_model("sandcat")
@@ -70,7 +143,7 @@ class SandcatLM(AfterPrompts):
         if chooses_in_prompt(self.model):
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
         with every_token_sparse(self.model):
-            return HFLM._loglikelihood_tokens(self, requests, *args, **kwargs)
+            return Exact._loglikelihood_tokens(self, requests, *args, **kwargs)
 
 
 def share(model: LM) -> None:

@@ -26,6 +26,7 @@ from sandcat.defaults import CALIBRATION_TOKENS
 from sandcat.errors import BadRecipe, DeviceError
 from sandcat.layers.packing import pack
 from sandcat.method import Decided, Method
+from sandcat.models.rotary import forget_length
 from sandcat.models.view import ModelView
 from sandcat.plans.plan import Plan
 from sandcat.plans.recipe import RECIPES, check, parse_recipe
@@ -113,6 +114,7 @@ class Order:
         Raises:
             BudgetError: the target cannot be met.
         """
+        forget_length(view.model)
         if self.goal is None:
             return calibrate.decide(view, self.methods, text, sequential=self.sequential)
         assert text is not None  # as a target is measured

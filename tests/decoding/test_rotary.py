@@ -10,6 +10,7 @@ import sandcat
 from sandcat.data import load_text
 from sandcat.decoding.decoder import Decoder
 from sandcat.errors import UnsupportedModel
+from sandcat.evaluate import evaluate_text
 from sandcat.generate import generate
 from sandcat.measuring.speed import benchmark
 from sandcat.models.rotary import context, steady_length
@@ -92,3 +93,18 @@ def test_lengths():
     assert context(tiny("llama").config) == 256 and steady_length(tiny("llama").config) is None
     for kind, holds in {"phi3 longrope": 256, "llama dynamic": 3 * EDGE, "gemma3 dynamic": 3 * EDGE}.items():
         assert context(made(kind).config) == holds and steady_length(made(kind).config) == EDGE
+
+
+@pytest.mark.parametrize("kind", ["llama dynamic", "gemma3 dynamic"])
+def test_what_was_read_before_changes_nothing(kind):
+    """A longer text leaves its factors behind; windows as long as the edge, where transformers does not look."""
+    words, dense = text(480, window=EDGE), made(kind)
+    fresh = made(kind)
+    plan = sandcat.sparsify(fresh, None, "teal", calibration=words)
+    want = evaluate_text(dense, [fresh], words)
+    used = made(kind)
+    for model in (dense, used):
+        model(torch.randint(4, 96, (1, 60)))
+    assert sandcat.sparsify(used, None, "teal", calibration=words).to_json() == plan.to_json()
+    used(torch.randint(4, 96, (1, 60)))
+    assert evaluate_text(dense, [used], words) == want

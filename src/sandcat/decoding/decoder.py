@@ -42,19 +42,18 @@ class Decoder:
         self.forward: Callable[[Tensor], Tensor] | Step = self._forward
         self.compile = compile
         self.prepared = False
-        self.grows = grows(model.config)
         self.again = length_to_read_again(model.config)
         self.read_BN = torch.empty(batch, 0, dtype=torch.long)
         """What was read, for a model that reads it again."""
         self.fused: Step | None = None
         if compile not in (None, "fused"):
-            if self.grows:
+            if grows(model.config):
                 raise UnsupportedModel(
                     f"compile={compile}: the rotary embedding of this model is dynamic, another with each token, and "
                     "a compiled step is the same for all. Leave out --compile (compile='fused')."
                 )
             self.forward = torch.compile(self._forward, mode=None if compile == "default" else compile, fullgraph=True)
-        self.capture = capture and model.device.type == "cuda" and not self.grows
+        self.capture = capture and model.device.type == "cuda" and not grows(model.config)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.length = 0
 
@@ -70,8 +69,7 @@ class Decoder:
             )
         if self.length:
             self.cache.reset()
-        if self.grows:
-            forget_length(self.model)
+        forget_length(self.model)
         ids_BT = ids_BT.to(self.model.device)
         if self.again is not None:
             self.read_BN = ids_BT
@@ -141,8 +139,7 @@ class Decoder:
         if self.again is not None and length <= self.again < self.length:  # these keys were turned by other factors
             self.prefill(self.read_BN[:, :length])
             return
-        if self.grows:
-            forget_length(self.model)
+        forget_length(self.model)
         self._set_length(length)
 
     def _set_length(self, length: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sandcat.data import Text, check_ids
 from sandcat.errors import DataError
 from sandcat.layers.modes import chooses_in_prompt, counting_dropped, every_token_sparse
+from sandcat.models.rotary import forget_length
 from sandcat.support.processes import everyones, in_order, mine
 from sandcat.support.progress import track
 
@@ -76,6 +77,7 @@ def evaluate_text(
         )
     for model in (dense, *sparse):
         check_ids(text.ids_NL, model, text.source)
+        forget_length(model)
     steps_NBL = text.ids_NL[: len(text.ids_NL) // batch * batch].unflatten(0, (batch, -1)).transpose(0, 1)
     length = text.ids_NL.shape[1]
     prompt = length // PROMPT_SHARE if any(map(chooses_in_prompt, sparse)) else 0

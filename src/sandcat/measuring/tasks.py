@@ -66,15 +66,14 @@ def run_tasks(
         seed: chooses the solved examples.
 
     Raises:
-        DataError: what `load_tasks` raises, and numbers below 1 (shots: 0).
+        DataError: what `load_tasks` raises, numbers below 1 (shots: 0), and token ids beyond the models' vocabulary.
     """
     if shots < 0 or batch_size < 1 or (limit is not None and limit < 1):
         raise DataError(f"limit={limit}, shots={shots}, batch_size={batch_size}: give at least 1 (shots: 0).")
     loaded = names if isinstance(names, dict) else load_tasks(names, shots=shots)
     from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
 
-    from sandcat.lm_eval_model import AfterPrompts, share
+    from sandcat.lm_eval_model import AfterPrompts, Exact, share
 
     results: list[list[TaskResult]] = [[] for _ in sparse]
     with ExitStack() as stack:
@@ -83,7 +82,7 @@ def run_tasks(
             stack.enter_context(every_token_sparse(model))
         # a copy of the tokenizer, since lm-eval sets padding in it
         settings = {"tokenizer": copy.deepcopy(tokenizer), "batch_size": batch_size, "softmax_dtype": "float32"}
-        makers = [AfterPrompts if chooses_in_prompt(model) else HFLM for model in (dense, *sparse)]
+        makers = [AfterPrompts if chooses_in_prompt(model) else Exact for model in (dense, *sparse)]
         models = [make(model, **settings) for make, model in zip(makers, (dense, *sparse), strict=True)]
         for name, found in loaded.items():
             tasks, figures = found["tasks"].values(), []

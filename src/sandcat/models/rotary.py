@@ -44,6 +44,8 @@ def length_to_read_again(config: PreTrainedConfig) -> int | None:
 
 def forget_length(model: nn.Module) -> None:
     """Takes growing factors back to those of a short text: else a text's depend on the longest one of before."""
+    if not grows(model.config):
+        return
     for module in model.modules():
         if not hasattr(module, "original_max_seq_len"):
             continue
