@@ -14,6 +14,7 @@ from sandcat.evaluate import evaluate_text
 from sandcat.generate import generate
 from sandcat.measuring.speed import benchmark
 from sandcat.models.rotary import context, steady_length
+from sandcat.ops import kernel_name
 
 EDGE = 24
 """Tokens past which the factors are others."""
@@ -57,6 +58,30 @@ def test_text_is_what_transformers_writes(kind, recipe):
         ids = tok(prompt, return_tensors="pt")["input_ids"]
         want = made(kind, recipe).generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
         assert "".join(generate(model, tok, prompt, max_new_tokens=24)) == tok.decode(want, skip_special_tokens=True)
+
+
+FIXED = {
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": EDGE, "attention_factor": 1.3},
+    "llama3": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": EDGE,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FIXED)
+def test_fused_steps_turn_by_any_factors_that_stay(kind):
+    model, tok = tiny("llama", rope_parameters={"rope_type": kind, "rope_theta": 1e4, **FIXED[kind]}), tokenizer()
+    model.generation_config.eos_token_id = tok.eos_token = None
+    ids = tok("Once upon a time", return_tensors="pt")["input_ids"]
+    want = model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+    assert "".join(generate(model, tok, "Once upon a time", max_new_tokens=24)) == tok.decode(
+        want, skip_special_tokens=True
+    )
+    decoder = Decoder(model, 20)
+    decoder.prefill(ids)
+    decoder.step(ids[:, :1])
+    assert decoder.fused is not None or kernel_name("sparse_mlp", "cpu") != "numba"
 
 
 @pytest.mark.parametrize("kind", KINDS)
