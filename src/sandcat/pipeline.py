@@ -27,6 +27,7 @@ from sandcat.errors import BadRecipe, DeviceError
 from sandcat.layers.packing import pack
 from sandcat.method import Decided, Method
 from sandcat.models.rotary import forget_length
+from sandcat.models.unwrapped import check_unwrapped
 from sandcat.models.view import ModelView
 from sandcat.plans.plan import Plan
 from sandcat.plans.recipe import RECIPES, check, parse_recipe
@@ -161,6 +162,7 @@ def sparsify(
         recipe=recipe, target=target, allocate=allocate, calibration=calibration,
         calibration_tokens=calibration_tokens, sequential=sequential, seed=seed,
     )  # fmt: skip
+    check_unwrapped(model)
     view = ModelView(model, None if device is None else torch.device(device))
     order.check(view)
     plan, tensors = order.decide(view, order.text(model, tokenizer))
@@ -171,6 +173,7 @@ def sparsify(
 
 def apply(view: ModelView, plan: Plan, tensors: Decided) -> None:
     """Puts a plan in place; until here the model is as it was."""
+    view.own_config()
     plan.place(view, tensors)
     pack(view.model)
     attach(view.model, plan)
@@ -212,6 +215,7 @@ def make(
     if wanted is not None:
         wanted = replace(wanted, tasks=wanted.questions())
     dense, tokenizer = load(model, to_sparsify=True, **where)
+    check_unwrapped(dense)
     view = ModelView(dense, place)
     order.check(view)
     if wanted is not None:

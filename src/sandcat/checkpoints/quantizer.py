@@ -8,7 +8,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sandcat.checkpoints import tensor_parallel
-from sandcat.errors import PlanError, UnsupportedModel
+from sandcat.checkpoints.pretrained import take_over_saving
+from sandcat.errors import PlanError
 from sandcat.layers.fingerprint import agrees, own_tensors
 from sandcat.layers.op_module import Kernel
 from sandcat.layers.packing import pack
@@ -45,27 +46,13 @@ class SandcatQuantizer(HfQuantizer):
     def is_serializable(self, *args, **kwargs) -> bool:
         return True
 
-    def get_state_dict_and_metadata(self, model):
-        """A tied matrix once: what transformers finds tied by its memory, it cannot save if stored by channels."""
-        if tensor_parallel.is_split(model):
-            raise UnsupportedModel("this model is split over devices: save the whole one, in one process.")
-        state, (*_, head) = model.state_dict(), ModelView(model).sites()
-        if head.module.weight is model.get_input_embeddings().weight:
-            state.pop(f"{head.name}.weight")
-        return state, {}
-
     def _process_model_before_weight_loading(self, model, **kwargs):
-        view = ModelView(model)
-        for method, site, spec in self.quantization_config.plan.match(view):
-            view.replace(site, method.build(view.current(site), spec))
+        self.quantization_config.plan.lay_out(ModelView(model))
         tensor_parallel.update_plan(model, model.tp_plan)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         view, pages = ModelView(model), FilePages(model)
-        marks: dict[str, dict[str, float]] = {}
-        for _, site, spec in self.quantization_config.plan.match(view):
-            marks.setdefault(site.name, {}).update(spec.get("fingerprint", {}))
-        for name, expected in marks.items():
+        for name, expected in self.quantization_config.plan.fingerprints.items():
             check_loaded(name, model.get_submodule(name), expected)
         *_, head = view.sites()
         table = model.get_input_embeddings()
@@ -76,6 +63,7 @@ class SandcatQuantizer(HfQuantizer):
         if tied and head.module.weight is not table.weight:
             tensor_parallel.share_table(table, head.module)
         model.is_quantized = False  # its weights are not: .float(), .half() and .to() work
+        take_over_saving(model)
         return model
 
 
@@ -110,8 +98,8 @@ def _was_read(tensor: Tensor) -> bool:
 def attach(model: nn.Module, plan: Plan) -> None:
     """Writes the plan into a model that was sparsified in place, so that `save_pretrained` saves it."""
     model.config.quantization_config = SandcatConfig(**plan.to_json())
-    model.hf_quantizer = SandcatQuantizer(model.config.quantization_config)
     model.quantization_method = QUANT_METHOD
+    take_over_saving(model)
 
 
 def planned(model: nn.Module) -> Plan:

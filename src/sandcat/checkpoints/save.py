@@ -10,6 +10,7 @@ from torch import nn
 
 from sandcat.checkpoints.card import model_card
 from sandcat.checkpoints.quantizer import plan_of
+from sandcat.models.unwrapped import check_unwrapped
 from sandcat.support.progress import are_shown
 from sandcat.support.whole_folder import whole_folder
 
@@ -36,7 +37,10 @@ def save(
 
     Raises:
         CheckpointError: the folder exists, or the disk is full or not writable.
+        PlanError: what is to be saved is not what loading will build.
+        UnsupportedModel: unmerged adapters, or a wrapper around a model.
     """
+    check_unwrapped(model)
     folder = Path(folder)
     with whole_folder(folder, overwrite) as part:
         with quiet():

@@ -6,12 +6,15 @@ This is the only file that knows the module names of Hugging Face models. To sup
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from sandcat.errors import UnsupportedModel
 from sandcat.models.families import Architecture, activation, family
@@ -136,6 +139,17 @@ class ModelView:
     def current(self, site: Site) -> Site:
         """The site with what stands there now."""
         return replace(site, module=self.model.get_submodule(site.name))
+
+    def own_config(self) -> None:
+        """Gives the model a config of its own: other models, and the caller, may hold the one that it was made from."""
+        copies: dict[int, Any] = {}
+        copy.deepcopy(self.config, copies)
+        for module in self.model.modules():
+            for name, value in list(vars(module).items()):
+                if isinstance(value, PreTrainedConfig):
+                    setattr(module, name, copies.get(id(value), value))
+        self.config = self.model.config
+        self.text_config = self.config.get_text_config()
 
     def untie(self) -> None:
         """Tells transformers that the head has a weight of its own, beside the embedding table."""

@@ -192,6 +192,24 @@ class Plan:
         """What the weights in the files went through, without what is skipped of them."""
         return Plan([step for step in self.steps if step.method.slot == "weight"], self.calibration)
 
+    @property
+    def fingerprints(self) -> dict[str, dict[str, float]]:
+        """Of each site the magnitude of each tensor that the plan gives it (see layers/fingerprint.py)."""
+        marks: dict[str, dict[str, float]] = {}
+        for step in sorted(self.steps, key=lambda step: SLOTS.index(step.method.slot)):
+            for name, spec in step.sites.items():
+                marks.setdefault(name, {}).update(spec.get("fingerprint", {}))
+        return marks
+
+    def lay_out(self, view: ModelView) -> None:
+        """Puts what the plan says into a model, without what was decided for it: that is in the files.
+
+        Raises:
+            PlanError: as `match`.
+        """
+        for method, site, spec in self.match(view):
+            view.replace(site, method.build(view.current(site), spec))
+
     def place(self, view: ModelView, tensors: Decided) -> None:
         """Builds what the plan says, fills it, and puts it into the model."""
         for method, site, spec in self.match(view):
