@@ -2,12 +2,12 @@
 `sandcat.ops.most_tokens` are read from. Last come the largest batches up to which each kernel beats the dense layer.
 
     python benchmarks/batch.py       # on a GPU bfloat16 and Mistral-7B shapes; on a CPU float32, bfloat16, smaller ones
-    python benchmarks/batch.py --dtype bfloat16 --shapes 4096x4096 --int8 no --sparsity 0.5
+    python benchmarks/batch.py --dtype bfloat16 --shapes 4096x4096 --formats float --sparsity 0.5
 
 Random weights, in up to 40 copies that are used in turn, so that large ones leave the cache; on a GPU a run is one CUDA
 graph of 32 layers or more. "as dense" is the layer
-where nothing is skipped: its weights are stored row by row of what can be skipped, and int8 is widened first. Times are
-medians of interleaved runs, over those of the dense layer in the same dtype.
+where nothing is skipped: its weights are stored row by row of what can be skipped, and codes are widened first. Times
+are medians of interleaved runs, over those of the dense layer in the same dtype.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sandcat.layers.sparse_linear import SparseLinear
 from sandcat.layers.sparse_mlp import SparseMLP
 from sandcat.layers.sparse_module import Thresholded
-from sandcat.layers.stored_linear import Int8Linear
+from sandcat.layers.stored_linear import StoredLinear
 from sandcat.measuring.speed import Timer
-from sandcat.methods.int8 import quantised
 from sandcat.models.view import ModelView, Site
+from sandcat.rounding import quantised
 from sandcat.support.devices import pick_device, pick_dtype
 
 COPIES_BYTES = 256 << 20
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", help="default bfloat16, on a CPU float32 too")
-    parser.add_argument("--int8", default="no,yes", help="weights as they are, as int8, or both")
+    parser.add_argument("--formats", default="float,int8", help="how weights are stored: float, int8, fp8")
     parser.add_argument("--shapes", help="hidden x neurons; a linear layer has both")
     parser.add_argument("--sparsity", type=float, default=0.4)
     parser.add_argument("--batch", default="1,2,3,4,6,8,12,16")
@@ -54,33 +54,33 @@ def main() -> None:
     batches = [int(batch) for batch in options.batch.split(",")]
     name = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, sparsity {options.sparsity}")
-    print("layer   shape        dtype     int8  batch dense us  as dense    own  shared")
+    print("layer   shape        dtype    format batch dense us  as dense    own  shared")
     most: dict[tuple, list[int]] = {}
     for dtype in map(pick_dtype, dtypes):
-        for int8 in (word == "yes" for word in options.int8.split(",")):
+        for format in options.formats.split(","):
             for shape in shapes:
                 for kind in KINDS:
-                    dense, sparse = layers(kind, *map(int, shape.split("x")), dtype, int8, device)
+                    dense, sparse = layers(kind, *map(int, shape.split("x")), dtype, format, device)
                     name = str(dtype).removeprefix("torch.")
                     pays = {"own": 0, "shared": 0}
                     for batch in batches:
                         took = times(dense, sparse, batch, dtype, options)
                         base = took.pop("dense")
                         ratios = "".join(f"{took[key] / base:>8.2f}" for key in took)
-                        print(f"{kind:7} {shape:12} {name:9} {'yes' if int8 else 'no':5} {batch:>5} "
+                        print(f"{kind:7} {shape:12} {name:9} {format:6} {batch:>5} "
                               f"{base * 1e6:>8.0f}  {ratios}", flush=True)  # fmt: skip
                         for key, largest in pays.items():
                             if took[key] <= base and largest == ([0, *batches][batches.index(batch)]):
                                 pays[key] = batch
                     for key, largest in pays.items():
-                        most.setdefault((kind, key, name, int8), []).append(largest)
+                        most.setdefault((kind, key, name, format), []).append(largest)
     print("\nlargest batch that pays at every shape")
-    for (kind, key, name, int8), found in most.items():
-        print(f"{kind:7} {key:7} {name:9} {'int8' if int8 else '':5} {min(found):>3}   by shape: {found}")
+    for (kind, key, name, format), found in most.items():
+        print(f"{kind:7} {key:7} {name:9} {format:6} {min(found):>3}   by shape: {found}")
 
 
 def layers(
-    kind: str, hidden: int, neurons: int, dtype: torch.dtype, int8: bool, device: torch.device
+    kind: str, hidden: int, neurons: int, dtype: torch.dtype, format: str, device: torch.device
 ) -> tuple[list, list[Thresholded]]:
     """The dense layers, in several copies, and as many sparse ones of the same weights."""
     size = hidden * neurons * dtype.itemsize * (1 if kind == "linear" else 3)
@@ -95,23 +95,23 @@ def layers(
     for site in ModelView(model).sites():
         if site.kind == "mlp":
             dense.append(site.module if kind == "mlp" else site.module.up_proj)
-            sparse.append(sparse_twin(site, kind, int8))
+            sparse.append(sparse_twin(site, kind, format))
     return dense, sparse
 
 
-def sparse_twin(site: Site, kind: str, int8: bool) -> Thresholded:
+def sparse_twin(site: Site, kind: str, format: str) -> Thresholded:
     module = copy.deepcopy(site.module)
-    if int8:
+    if format != "float":
         for name in ("gate_proj", "up_proj", "down_proj"):
-            setattr(module, name, as_int8(getattr(module, name)))
+            setattr(module, name, as_codes(getattr(module, name), format))
     twin = SparseMLP(replace(site, module=module)) if kind == "mlp" else SparseLinear(module.up_proj)
     twin.pack()
     return twin
 
 
-def as_int8(linear: nn.Linear) -> Int8Linear:
-    made = Int8Linear(linear)
-    made.weight.data, made.weight_scale.data = quantised(linear.weight)
+def as_codes(linear: nn.Linear, format: str) -> StoredLinear:
+    made = StoredLinear(linear, format)
+    made.weight.data, made.weight_scale.data = quantised(linear.weight, format=format)
     return made
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from sandcat.measuring.speed import Timer, read_bandwidth
-from sandcat.ops import kernel_name
+from sandcat.ops import Stored, kernel_name
 from sandcat.ops.checks import MAX_TOKENS
 from sandcat.ops.sparse_mlp import reference, sparse_mlp
 from sandcat.support.devices import pick_device, pick_dtype
@@ -65,8 +65,8 @@ def main() -> None:
         error, union = 0.0, 0.0
         for (gate, up, down, _), threshold in zip(layers, thresholds, strict=True):
             found, want = (
-                sparse_mlp(x, gate, up, down, threshold, "silu"),
-                reference(x, gate, up, down, threshold, "silu"),
+                sparse_mlp(x, Stored(gate), Stored(up), Stored(down.t()), threshold, "silu"),
+                reference(x, Stored(gate), Stored(up), Stored(down.t()), threshold, "silu"),
             )
             error = max(error, float((found - want).norm() / want.norm()))
             union += float((F.silu(F.linear(x, gate)).abs() > threshold).any(0).float().mean()) / copies
@@ -80,7 +80,7 @@ def main() -> None:
 
         def sparse():
             for (gate, up, down, _), threshold in list(zip(layers, thresholds, strict=True)) * rounds:
-                sparse_mlp(x, gate, up, down, threshold, "silu")
+                sparse_mlp(x, Stored(gate), Stored(up), Stored(down.t()), threshold, "silu")
 
         variants = {"dense": dense, "sparse": sparse}
         if not gpu and dtype != torch.float32:

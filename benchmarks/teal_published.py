@@ -21,6 +21,7 @@ from sandcat.layers.sparse_linear import SparseLinear
 from sandcat.models.view import ModelView
 from sandcat.ops.sparse_linear import reference
 from sandcat.ops.triton.primitives.blocks import which_of_three
+from sandcat.ops.weights import Stored
 
 CONFIGS = [
     triton.Config({"CHANNELS": channels, "BLOCK": block}, num_warps=warps)
@@ -54,7 +55,7 @@ def teal(x_I: Tensor, weights_IO: list[Tensor], thresholds_I: list[Tensor]) -> T
     definition."""
     if x_I.device.type == "cpu":
         pairs = zip(weights_IO, thresholds_I, strict=True)
-        return torch.cat([reference(x_I[None], w, t)[0].to(x_I.dtype) for w, t in pairs])
+        return torch.cat([reference(x_I[None], Stored(w.t()), t)[0].to(x_I.dtype) for w, t in pairs])
     sizes = [w.shape[1] for w in weights_IO]
     y = torch.zeros(sum(sizes), dtype=x_I.dtype, device=x_I.device)
     weights, thresholds = (tensors + tensors[:1] * (3 - len(tensors)) for tensors in (weights_IO, thresholds_I))
@@ -120,6 +121,6 @@ def error_of_kernel(model: nn.Module) -> float:
     for launch in shapes.values():
         x = torch.randn_like(launch.thresholds[0])
         pairs = zip(launch.weights, launch.thresholds, strict=True)
-        want = torch.cat([reference(x[None], weight, threshold)[0] for weight, threshold in pairs])
+        want = torch.cat([reference(x[None], Stored(weight.t()), threshold)[0] for weight, threshold in pairs])
         worst = max(worst, float((teal(x, launch.weights, launch.thresholds) - want).norm() / want.norm()))
     return worst

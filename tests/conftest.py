@@ -54,12 +54,12 @@ def seeded():
 def kernels_pay(monkeypatch):
     """Small models run by kernels too, up to 8 tokens (in 16 bits 2, and 4 that share), where else they would run dense
     as that is faster."""
-    from sandcat.ops import pays
+    from sandcat.ops import FORMATS, pays
 
     def most(op: str, dtype: torch.dtype) -> int:
         return 8 if dtype == torch.float32 else 4 if "shared" in op else 2
 
-    cases = itertools.product(pays._ALL, ["cpu"], pays._FLOATS, [False, True])
+    cases = itertools.product(pays._ALL, ["cpu"], pays._FLOATS, FORMATS)
     monkeypatch.setattr(pays, "_MOST_TOKENS", {case: (most(case[0], case[2]),) * 2 for case in cases})
 
 

@@ -15,8 +15,8 @@ import sandcat
 ROOT = Path(sandcat.__file__).parent
 ROOMS = [  # from the top of the house to the ground
     "__main__", "cli", "sweeps", "pipeline", "reports", "calibration", "tasks", "evaluate", "measuring",
-    "lm_eval_model", "generate", "checkpoints", "serving", "plans", "methods", "adapters", "method", "decoding",
-    "layers", "data", "processes", "quantile", "models", "ops", "support", "version", "errors", "defaults",
+    "lm_eval_model", "generate", "checkpoints", "serving", "plans", "methods", "adapters", "rounding", "method",
+    "decoding", "layers", "data", "processes", "quantile", "models", "ops", "support", "version", "errors", "defaults",
 ]  # fmt: skip
 """What stands on nothing but what is below it. `sandcat` itself only names what others hold."""
 PUBLIC = {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sandcat.errors import UnsupportedModel
 from sandcat.layers.low_rank_linear import LowRankLinear
 from sandcat.layers.sparse_linear import SparseLinear
+from sandcat.layers.weights import stored_of
 
 
 def follow_masks(model: nn.Module) -> nn.Module:
@@ -43,13 +44,14 @@ def merge(model: Any) -> nn.Module:
     """The sparse model with its adapters merged into the weights, as `merge_and_unload` gives it.
 
     Raises:
-        UnsupportedModel: an adapter stands on int8 weights, which hold no small changes.
+        UnsupportedModel: an adapter stands on codes, which hold no small changes.
     """
     for name, base, _ in _adapted(model):
-        if not base.weight.is_floating_point():
+        if (format := stored_of(base).format) != "float":
             raise UnsupportedModel(
-                f"{name} has int8 weights, and an adapter cannot be merged into those. Keep the adapter beside them, "
-                "or train it on the model sparsified without int8, merge it there, and sparsify the merged model."
+                f"{name} has {format} weights, and an adapter cannot be merged into those. Keep the adapter beside "
+                f"them, or train it on the model sparsified without {format}, merge it there, and sparsify the merged "
+                "model."
             )
     return model.merge_and_unload()
 

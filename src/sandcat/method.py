@@ -61,7 +61,9 @@ class Method(ABC):
     is then not in place while the layers after it are calibrated."""
     served: ClassVar[str | None] = None
     """What an engine with model code of its own (vLLM) has to do for it: "channels" have thresholds, or "neurons", or
-    weights are int8 "codes"; None: it runs in transformers only."""
+    weights are "codes"; None: it runs in transformers only."""
+    format: ClassVar[str] = "float"
+    """How it stores weights, a name of `FORMATS`."""
 
     layers: str | tuple[int, ...] = option("all", 'decoder layers to change: "all", a slice "4:28", or a list [0,2,5]')
 

@@ -61,9 +61,10 @@ def test_equals_transformers(device, family, heads, recipe):
     [
         "int8", "int8 teal", "int8 cats", "int8 teal:sites=[q,k,v,o,gate] cats", "int8:sites=[up,v,head] cats",
         "int8:sites=[k,gate,o] teal:sites=[q,down,head]", "int8 teal:sites=all+head", "teal:sites=all+head",
+        "fp8", "fp8:sites=[q,k,gate] int8:sites=[o,up,head] cats", "fp8 teal:sites=all+head",
     ],
 )  # fmt: skip
-def test_int8_at_some_sites_and_a_head_that_skips(device, tied, recipe):
+def test_codes_at_some_sites_and_a_head_that_skips(device, tied, recipe):
     model = tiny("llama", mlp_bias=False, **{**SIZES, "tie_word_embeddings": tied}).to(device)
     sandcat.sparsify(model, None, recipe, calibration=text())
     want, found, fused = pair(model)
@@ -160,9 +161,9 @@ def several(recipe, dtype=torch.float32, device="cpu"):
 @pytest.fixture
 def all_skip(monkeypatch):
     """Nothing runs dense, whatever pays."""
-    from sandcat.ops import pays
+    from sandcat.ops import FORMATS, pays
 
-    cases = itertools.product(pays._ALL, ["cpu", "cuda"], pays._FLOATS, [False, True])
+    cases = itertools.product(pays._ALL, ["cpu", "cuda"], pays._FLOATS, FORMATS)
     monkeypatch.setattr(pays, "_MOST_TOKENS", dict.fromkeys(cases, (16, 16)))
 
 

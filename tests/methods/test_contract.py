@@ -18,7 +18,7 @@ from sandcat.errors import BadRecipe, NothingMatched, PlanError, SandcatError, U
 from sandcat.layers import op_module
 from sandcat.layers.sparse_module import sparse_modules
 from sandcat.method import Seen
-from sandcat.methods import METHODS, Cats, Coreinfer, Int8, Relufy, Rsparse, Teal
+from sandcat.methods import METHODS, Cats, Coreinfer, Fp8, Int8, Relufy, Rsparse, Teal
 from sandcat.models.view import ModelView
 from sandcat.ops import MAX_TOKENS, most_tokens
 
@@ -54,6 +54,8 @@ RECIPES = {
     "int8-teal": ([Teal(sparsity=0.3), Int8()], None, None),
     "int8-cats": ([Int8(), Cats(sparsity=0.3, score="output")], None, True),
     "int8-teal-cats": ([Teal(sparsity=0.3, sites=("o",)), Cats(sparsity=0.3), Int8()], None, True),
+    "fp8": ([Fp8()], None, None),
+    "fp8-teal-cats": ([Teal(sparsity=0.3, sites=("o",)), Cats(sparsity=0.3), Fp8()], None, True),
 }
 """Per recipe: the methods, the activation that they put in place of the model's, whether they mask it."""
 
@@ -80,7 +82,8 @@ def sparsified(family, recipe, dtype=torch.float32):
     for name, module in sparse.named_modules():
         if getattr(module, "weight_scale", None) is not None:
             place = expected.get_submodule(name)
-            place.forward = _int8(place, *((module.weight, module.weight_scale) if "clip" in recipe else (None, None)))
+            searched = (module.weight, module.weight_scale) if "clip" in recipe else (None, None)
+            place.forward = _codes(place, *searched, module.format)
     for name, module in sparse_modules(sparse).items():
         place = expected.get_submodule(name)
         if isinstance(place, torch.nn.Linear):
@@ -100,7 +103,7 @@ def _used(scores, module, op):
         return own
     scale = scores.dtype if scores.dtype != torch.float64 else module.threshold.dtype
     op = module.shared_op if module.batch == "shared" else op
-    if len(scores) > most_tokens(op, "cpu", scale, module.size, module.int8):
+    if len(scores) > most_tokens(op, "cpu", scale, module.size, module.format):
         return torch.ones_like(own)
     if module.batch == "own":
         return own
@@ -114,7 +117,7 @@ def _used(scores, module, op):
 
 def _linear(linear, sparse):
     factors = [f for name, f in sparse.named_buffers() if "factor" in name]
-    whole = linear.forward  # by int8 weights, where they are
+    whole = linear.forward  # by codes, where the weights are stored so
 
     def forward(x):
         used = _used(x.abs(), sparse, "sparse_linear")
@@ -128,7 +131,7 @@ def _core(dense, sparse, mlp):
     """Prompts whole, then the neurons that the sparse model chose (test_coreinfer.py says which it has to)."""
 
     def forward(x):
-        most = most_tokens("core_mlp", "cpu", x.dtype, 0, sparse.int8)
+        most = most_tokens("core_mlp", "cpu", x.dtype, 0, sparse.format)
         if sparse.prompts.fresh or x.shape[1] > 1 or (len(x) > max(1, most)):
             return dense(x)
         core = sparse.prompts.cores[sparse.layer]
@@ -140,17 +143,19 @@ def _core(dense, sparse, mlp):
     return forward
 
 
-def _int8(linear, codes, scale):
+def _codes(linear, codes, scale, format):
     """Rounded to nearest here; only a scale that was searched for is taken from the model. More than a few tokens
     run as products in the model's dtype, which are rounded before the scale is applied too."""
     if scale is None:
-        scale = (linear.weight.abs().amax(1, keepdim=True).float() / 127).to(linear.weight.dtype)
-        codes = (linear.weight.float() / scale.float()).round()
+        largest = {"int8": 127, "fp8": 448}[format]
+        scale = (linear.weight.abs().amax(1, keepdim=True).float() / largest).to(linear.weight.dtype)
+        codes = linear.weight.float() / scale.float()
+        codes = codes.round() if format == "int8" else codes.clamp(-448, 448).to(torch.float8_e4m3fn).float()
     scale, bias = scale.double().t(), 0 if linear.bias is None else linear.bias.double()
     assert (codes * scale.t() - linear.weight).abs().max() <= 0.12 * linear.weight.abs().max()
 
     def forward(x):
-        few = x[..., 0].numel() <= most_tokens("int8_linear", "cpu", x.dtype, 0, int8=True)
+        few = x[..., 0].numel() <= most_tokens("stored_linear", "cpu", x.dtype, 0, format)
         at_once = torch.float64 if few else x.dtype
         return ((x.to(at_once) @ codes.to(at_once).t()).double() * scale + bias).to(x.dtype)
 
@@ -236,15 +241,17 @@ def test_modules_that_share(family):
             assert_close(found, expected.get_submodule(name)(x), torch.bfloat16)
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe not in ("relufy", "int8", "int8-clip")])
+@pytest.mark.parametrize(
+    "recipe", [recipe for recipe in RECIPES if recipe not in ("relufy", "int8", "int8-clip", "fp8")]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_large_batches_run_dense(family, recipe):
     """Above what pays a step is that of the dense model (or of its int8 weights), and says so."""
     dense, sparse, *_ = sparsified(family, recipe)
-    if "int8" in recipe:
+    if "int8" in recipe or "fp8" in recipe:
         dense = copy.deepcopy(tiny(family))
-        sandcat.sparsify(dense, None, Int8())
+        sandcat.sparsify(dense, None, Int8() if "int8" in recipe else Fp8())
     ids = torch.randint(4, VOCABULARY, (MAX_TOKENS + 1, 6), generator=torch.Generator().manual_seed(1))
     cache = sparse(ids[:, :5]).past_key_values
     other = copy.deepcopy(cache)
@@ -335,7 +342,7 @@ import json, sys, torch
 {imports}
 from transformers import AutoModelForCausalLM
 def load(folder):
-    if folder.endswith("-int8"):
+    if folder.endswith("-codes"):
         return sandcat.load(folder, device="cpu")[0]
     return AutoModelForCausalLM.from_pretrained(folder)
 out = {{}}
@@ -349,7 +356,7 @@ torch.save(out, sys.argv[3])
 
 def test_saved_models_in_fresh_processes(tmp_path):
     """With sandcat imported: bit for bit the sparse model. Without: the dense one, every weight of it bit for bit (but
-    where weights are int8).
+    where weights are codes).
 
     (Its logits may differ in the last bit: a mapped file puts the weights where sums come out in another order.)
     """
@@ -361,8 +368,8 @@ def test_saved_models_in_fresh_processes(tmp_path):
         for recipe in RECIPES:
             for dtype in DTYPES if recipe == "cats-output" else DTYPES[:1]:
                 dense, sparse, _, plan = sparsified(family, recipe, dtype)
-                alone = all(step.method.name == "int8" for step in plan.steps)
-                folder = tmp_path / f"{family}-{recipe}-{dtype}{'-int8' * alone}"
+                alone = all(step.method.slot == "weight" for step in plan.steps)
+                folder = tmp_path / f"{family}-{recipe}-{dtype}{'-codes' * alone}"
                 if recipe == "relufy":
                     sparse.save_pretrained(folder)
                 else:
@@ -381,12 +388,19 @@ def test_saved_models_in_fresh_processes(tmp_path):
         for folder, (logits, weights) in want.items():
             found_logits, found_weights = found[folder]
             assert found_weights.keys() == weights.keys(), folder
-            assert all(torch.equal(found_weights[name], weight) for name, weight in weights.items()), folder
+            assert all(same_bits(found_weights[name], weight) for name, weight in weights.items()), folder
             for a, b in zip(found_logits, logits, strict=True):
                 if want is want_sparse:
                     assert torch.equal(a, b), folder
                 else:
                     assert_close(a, b, b.dtype)
+
+
+def same_bits(one, other):
+    """PyTorch compares no floats of one byte."""
+    return one.dtype == other.dtype and (
+        torch.equal(one.view(torch.uint8), other.view(torch.uint8)) if one.itemsize == 1 else torch.equal(one, other)
+    )
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from tiny import text, tiny, tokenizer
 
 import sandcat
 from sandcat.models.host_memory import LARGE, FilePages, use_large_pages
-from sandcat.ops.weights import product
+from sandcat.ops.weights import Stored, product
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory.py"
 
@@ -77,7 +77,7 @@ def test_large_pages_hold_what_small_ones_held():
     assert all(map(torch.equal, tensors, copies))
 
 
-def test_int8_weights_are_widened_in_parts(monkeypatch):
+def test_codes_are_widened_in_parts(monkeypatch):
     """Rows of 63 channels, four at a time: the outputs are those of the whole, in their order."""
     module = sys.modules[product.__module__]
     x, weight, scale = torch.randn(5, 63), torch.randint(-127, 128, (42, 63), dtype=torch.int8), torch.rand(42)
@@ -85,7 +85,9 @@ def test_int8_weights_are_widened_in_parts(monkeypatch):
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda x, part: widened.append(part.shape) or linear(x, part))
     monkeypatch.setattr(module, "AT_ONCE", 4 * 63 + 1)
-    torch.testing.assert_close(product(x, weight, None, scale), x @ (weight * scale[:, None]).t(), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(
+        product(x, Stored(weight, scale, format="int8")), x @ (weight * scale[:, None]).t(), rtol=1e-5, atol=1e-3
+    )
     assert widened == [(4, 63)] * 10 + [(2, 63)]
 
 

@@ -19,15 +19,16 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-import sandcat.ops.triton.int8_linear as int8_linear
 import sandcat.ops.triton.sparse_linear as linear
 import sandcat.ops.triton.sparse_linear_batch as several
 import sandcat.ops.triton.sparse_mlp as kernels
 import sandcat.ops.triton.sparse_mlp_batch as tokens
 import sandcat.ops.triton.step as step
+import sandcat.ops.triton.stored_linear as stored
+from sandcat.ops.triton.primitives.launch import code_of
 
-int8_linear.multiprocessors = lambda device: 132
-int8_linear.shared_memory = lambda device: 231424
+stored.multiprocessors = lambda device: 132
+stored.shared_memory = lambda device: 231424
 
 TYPES = {
     "x": "*{0}", "gate": "*{0}", "up": "*{0}", "down": "*{0}", "bias": "*{0}", "threshold": "*{0}", "h_nT": "*{0}",
@@ -49,34 +50,40 @@ TYPES = {
 SIZES = ("I", "H", "N", "K", "A", "B", "C", "L", "D", "x_stride", "y_stride", "gate_stride", "up_stride", "room")
 """Sizes that a launch finds to be multiples of 16, as all addresses are; it makes loads wide."""
 TL_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+CODES = {"int8": "*i8", "fp8": "*fp8e4nv"}
+DIGITS = {"int8": "*i8", "fp8": "*fp16"}
 WEIGHTS = {
-    kernels.gate_kernel: ["gate"], kernels.up_down_kernel: ["up", "down"], int8_linear.int8_rows: ["a", "b", "c"],
+    kernels.gate_kernel: ["gate"], kernels.up_down_kernel: ["up", "down"], stored.coded_rows: ["a", "b", "c"],
     linear.sparse_rows: ["a", "b", "c"], several.listed_rows: ["a", "b", "c"], tokens.up_tokens: ["up"],
     tokens.down_tokens: ["down"],
 }  # fmt: skip
 SCALES = {
     kernels.gate_kernel: ["gate_scale"], kernels.up_down_kernel: ["up_scale", "down_scale"],
-    int8_linear.int8_rows: ["a_scale", "b_scale", "c_scale"], linear.sparse_rows: ["a_scale", "b_scale", "c_scale"],
+    stored.coded_rows: ["a_scale", "b_scale", "c_scale"], linear.sparse_rows: ["a_scale", "b_scale", "c_scale"],
     several.listed_rows: ["a_scale", "b_scale", "c_scale"], tokens.up_tokens: ["scale"],
     tokens.down_tokens: ["scale"],
 }  # fmt: skip
 
 
-def check(kernel, dtype: str, capability: int, *, int8: bool = False, **constants) -> str:
+def check(kernel, dtype: str, capability: int, *, format: str = "float", **constants) -> str:
     """Registers a thread and bytes spilled, of one kernel for one dtype."""
-    warps = constants.pop("num_warps")
+    options = {name: constants.pop(name) for name in ("num_warps", "maxnreg") if name in constants}
+    warps = options["num_warps"]
     constants.pop("per_multiprocessor", None)
     if "PDL" in kernel.arg_names:
         constants["PDL"] = capability >= 90
     types = dict(TYPES)
     if kernel in (step.project, step.normalize, step.gate_times_up, step.gate_up, teal_published.masked_rows):
         types["y"] = "*{0}"
-    if kernel is int8_linear.write_digits or (kernel is int8_linear.int8_rows and "back_t" not in constants):
-        types["room"] = "*i8"
+    if kernel is stored.write_digits or (kernel is stored.coded_rows and "back_t" not in constants):
+        types["room"] = DIGITS[format]
     if kernel in (several.list_channels, several.listed_rows):
         types["room"] = "i32"
-    if int8:
-        types |= dict.fromkeys(WEIGHTS[kernel], "*i8") | dict.fromkeys(SCALES[kernel], "*{0}")
+    for name in ("FORMAT", "UP", "DOWN"):
+        if name in kernel.arg_names:
+            constants[name] = code_of(format)
+    if format != "float" and kernel in WEIGHTS:
+        types |= dict.fromkeys(WEIGHTS[kernel], CODES[format]) | dict.fromkeys(SCALES[kernel], "*{0}")
     else:
         constants |= dict.fromkeys(SCALES.get(kernel, []))
     types = {name: type for name, type in types.items() if name not in constants}
@@ -90,7 +97,7 @@ def check(kernel, dtype: str, capability: int, *, int8: bool = False, **constant
         {(kernel.arg_names.index(k),): v for k, v in constants.items()},
         {(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    built = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
         file.write(built.asm["ptx"].encode())
@@ -104,20 +111,21 @@ def check(kernel, dtype: str, capability: int, *, int8: bool = False, **constant
     shape = " ".join(
         f"{name.lower()} {constants[name]}" for name in ("TOKENS", "ROWS", "NEURONS", "BLOCK") if name in constants
     )
-    types = f"{dtype}{' and int8' if int8 else ''}"
+    types = dtype if format == "float" else f"{dtype} and {format}"
     return f"{kernel.fn.__name__:14} {types} {shape} {warps} warps: {registers} registers, {spilled[-1]}"
 
 
 def main(capability: int) -> None:
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        for int8 in (False, True):
-            if int8 and dtype == "fp16":
+        for format in ("float", *CODES):
+            if format != "float" and dtype == "fp16":
                 continue  # as bf16
-            for kernel, constants in of_one_token(1 if int8 else itemsize, dtype):
-                print(check(kernel, dtype, capability, int8=int8, **constants))
+            size = itemsize if format == "float" else 1
+            for kernel, constants in of_one_token(size, dtype, format):
+                print(check(kernel, dtype, capability, format=format, **constants))
             if dtype == "bf16":  # fp16 is alike, and in fp32 several tokens run dense
-                for kernel, constants in of_tokens(1 if int8 else itemsize, itemsize, dtype):
-                    print(check(kernel, dtype, capability, int8=int8 and kernel in WEIGHTS, **constants))
+                for kernel, constants in of_tokens(size, itemsize, dtype, format):
+                    print(check(kernel, dtype, capability, format=format, **constants))
         for norms, crowded in product((dict.fromkeys(["q_norm", "k_norm"]), {}), (False, True)):
             config = step.attend_config(1, 128, itemsize, 521, 4, crowded)
             print(check(step.attend, dtype, capability, **norms, **config))
@@ -128,7 +136,7 @@ def main(capability: int) -> None:
     print(check(kernels.add_parts, "fp32", capability, ROWS=32, BLOCK=64, num_warps=4))
 
 
-def of_one_token(itemsize: int, dtype: str) -> Iterator[tuple]:
+def of_one_token(itemsize: int, dtype: str, format: str) -> Iterator[tuple]:
     """Kernels that read weights of so many bytes each, and their constants."""
     yield kernels.gate_kernel, {"CODE": 0, **kernels.gate_config(itemsize)}
     for hidden in (576, 2048, 4096, 8192):
@@ -140,9 +148,9 @@ def of_one_token(itemsize: int, dtype: str) -> Iterator[tuple]:
         for left_out in ({"position": None}, {"position": None, **no_bias}):
             if itemsize == 1:
                 for sizes in ([4096], [14336, 14336]):
-                    config, _ = int8_linear.int8_rows_config(sizes, columns, torch.device("cuda"), columns)
+                    config, _ = stored.coded_rows_config(format, sizes, columns, torch.device("cuda"), columns)
                     for options in ({"norm": None}, {"gate": None}):
-                        yield int8_linear.int8_rows, {
+                        yield stored.coded_rows, {
                             **left_out, **dtypes, **options, "back_t": None, "ADD": True, "SHARED": True, "ZEROS": 64,
                             **config,
                         }  # fmt: skip
@@ -164,19 +172,19 @@ def of_one_token(itemsize: int, dtype: str) -> Iterator[tuple]:
     yield linear.sparse_rows, {**constants, "ORDERED": False, "HEAD_PARTS": 4, "norm": None, "x_normed": None, **config}
 
 
-def of_tokens(itemsize: int, of_x: int, dtype: str) -> Iterator[tuple]:
+def of_tokens(itemsize: int, of_x: int, dtype: str, format: str) -> Iterator[tuple]:
     """Kernels of several tokens that read weights of so many bytes each, and their constants."""
     no_bias = dict.fromkeys(["a_bias", "b_bias", "c_bias"])
     dtypes = {"CODE": 0, "DTYPE": getattr(tl, TL_TYPES[dtype])}
     for sizes, columns in (([4096] * 3, 4096), ([4096], 14336)):
         if itemsize == 1:
             for size in (4, 16):
-                config, _ = int8_linear.int8_rows_config(sizes, columns, torch.device("cuda"), columns, size)
+                config, _ = stored.coded_rows_config(format, sizes, columns, torch.device("cuda"), columns, size)
                 left_out = dict.fromkeys(["x", "gate", "norm", "position"]) | no_bias | dtypes
-                yield int8_linear.int8_rows, {**left_out, "ADD": True, "SHARED": True, "ZEROS": 64, **config}
+                yield stored.coded_rows, {**left_out, "ADD": True, "SHARED": True, "ZEROS": 64, **config}
             for options in ({"norm": None}, {"gate": None}):
-                config = int8_linear.write_digits_config(columns)
-                yield int8_linear.write_digits, {**dtypes, **options, "ZEROS": 64, **config}
+                config = stored.write_digits_config(format, columns)
+                yield stored.write_digits, {**dtypes, **options, "ZEROS": 64, **config}
         config, _ = several.listed_rows_config(sizes, columns, of_x, 132)
         yield several.listed_rows, {**no_bias, **config}
         config = several.list_channels_config(config["CHANNELS"], 16)

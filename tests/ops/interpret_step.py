@@ -21,10 +21,10 @@ from tiny import VOCABULARY, text, tiny
 import sandcat
 from sandcat.decoding.decoder import Decoder
 from sandcat.models.view import ModelView
-from sandcat.ops import pays
+from sandcat.ops import FORMATS, pays
 from sandcat.ops.triton.primitives import launch
 
-everywhere = itertools.product(pays._ALL, ["cpu"], pays._FLOATS, [False, True])
+everywhere = itertools.product(pays._ALL, ["cpu"], pays._FLOATS, FORMATS)
 pays._MOST_TOKENS = dict.fromkeys(everywhere, (16, 16))  # several sequences skip, too
 launch.multiprocessors = lambda device: 2
 launch.shared_memory = lambda device: 200000
@@ -60,13 +60,15 @@ RECIPES = {
         *(("llama", f"int8{rest}") for rest in ("", " teal", " cats", " teal:sites=[q,k,v,o,gate] cats")),
         ("llama", "int8:sites=[k,gate,o] teal:sites=[q,down,head]"), ("llama", "int8:sites=[down,head],layers=1: cats"),
         ("qwen2", "int8:sites=[q,k,v,up] cats"), ("qwen2", "int8 teal:sites=all+head"),
+        ("llama", "fp8"), ("llama", "fp8:sites=[q,gate,down] int8:sites=[k,up,o] teal"), ("llama", "fp8 cats"),
     ],
     "deterministic": [("llama", "cats"), ("llama", "int8 teal:sites=[q,k,v,o,gate] cats")],
     "batch": [
         ("llama", None), ("llama", "teal"), ("llama", "teal:batch=shared"), ("llama", "int8"), ("qwen2", "int8 teal"),
         ("llama", "teal:sites=[q,k,v,o,gate],batch=shared cats:batch=shared"), ("mistral", "cats"), ("qwen3", "teal"),
         ("llama", "int8:sites=[k,gate,o] teal:sites=[q,down,head]"), ("qwen2", "int8 teal:sites=all+head,batch=shared"),
-        ("llama", "int8 cats"), ("llama", "int8:sites=[q,up] teal:batch=shared"),
+        ("llama", "int8 cats"), ("llama", "int8:sites=[q,up] teal:batch=shared"), ("llama", "fp8"),
+        ("qwen2", "fp8 teal"),
     ],
 }  # fmt: skip
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import assert_close
+from written_out import both
 
-from sandcat.ops import core_mlp, kernel_name
+from sandcat.ops import kernel_name
 from sandcat.ops.checks import MAX_TOKENS
-from sandcat.ops.core_mlp import reference
+from sandcat.rounding import quantised
+
+core_mlp, reference = both("core_mlp")
 
 
 def arguments(tokens, hidden, neurons, dtype, biases=True, share=0.5):
@@ -36,13 +39,15 @@ def test_kernel_equals_reference(shape, dtype, poisoned):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_int8_weights(dtype):
-    """All int8, or gate only."""
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_codes(dtype, format):
+    """All, or gate only."""
     for names in ((1, 2, 3), (1,)):
         args = arguments(2, 48, 130, dtype) + [None] * 3
         for place in names:
-            args[place] = torch.randint(-127, 128, args[place].shape, dtype=torch.int8)
-            args[8 + place] = (torch.rand(48 if place == 3 else 130) * 1e-2).to(dtype)
+            weight = args[place].t() if place == 3 else args[place]
+            codes, scale = quantised(weight, format=format)
+            args[place], args[8 + place] = codes.t() if place == 3 else codes, scale[:, 0]
         assert_close(core_mlp(*args), reference(*args), dtype)
 
 
@@ -56,7 +61,7 @@ def test_no_other_row_is_read():
 
 def test_opcheck_and_bad_arguments():
     args = arguments(2, 16, 24, torch.float32)
-    torch.library.opcheck(core_mlp, args, test_utils=("test_schema", "test_faketensor"))
+    core_mlp.opcheck(*args, test_utils=("test_schema", "test_faketensor"))
     with pytest.raises(ValueError, match="core is"):
         core_mlp(*args[:4], args[4].float(), *args[5:])
     with pytest.raises(ValueError, match=f"1 to {MAX_TOKENS} tokens"):

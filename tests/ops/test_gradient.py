@@ -5,17 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import assert_close
-
-from sandcat.ops.core_mlp import core_mlp
-from sandcat.ops.core_mlp import reference as core_reference
-from sandcat.ops.int8_linear import int8_linear
-from sandcat.ops.int8_linear import reference as int8_reference
-from sandcat.ops.shared_units import reference_linear, reference_up_down, shared_linear, shared_up_down
-from sandcat.ops.sparse_linear import reference as linear_reference
-from sandcat.ops.sparse_linear import sparse_linear
-from sandcat.ops.sparse_mlp import reference as mlp_reference
-from sandcat.ops.sparse_mlp import reference_up_down as own_up_down
-from sandcat.ops.sparse_mlp import sparse_mlp, sparse_up_down
+from written_out import both
 
 T, H, I, O = 3, 20, 36, 28
 
@@ -28,21 +18,23 @@ def arguments(name):
     x, a, bias = torch.randn(T, H), torch.randn(T, I), torch.randn(H)
     up, down, t_I, t_H = random(I, H), random(I, H), torch.rand(I), torch.rand(H)
     codes = torch.randint(-127, 128, (O, H), dtype=torch.int8)
-    return {
-        "sparse_linear": (sparse_linear, linear_reference, (x, random(H, O), t_H, torch.randn(O))),
-        "sparse_linear, int8": (sparse_linear, linear_reference, (x, codes.t(), t_H, None, torch.rand(O))),
-        "sparse_mlp": (sparse_mlp, mlp_reference, (x, random(I, H), up, down, t_I / 4, "silu", torch.randn(I))),
-        "sparse_up_down": (sparse_up_down, own_up_down, (x, a, up, down, t_I, None, bias)),
-        "shared_linear": (shared_linear, reference_linear, (x, random(H, O), t_H, torch.randn(O))),
-        "shared_up_down": (shared_up_down, reference_up_down, (x, a, up, down, t_I, None, bias)),
-        "core_mlp": (core_mlp, core_reference, (x, random(I, H), up, down, torch.rand(T, I) > 0.5, "gelu")),
-        "int8_linear": (int8_linear, int8_reference, (x, codes, torch.rand(O), torch.randn(O))),
+    given = {
+        "sparse_linear": (x, random(H, O), t_H, torch.randn(O)),
+        "sparse_linear, int8": (x, codes.t(), t_H, None, torch.rand(O)),
+        "sparse_linear, fp8": (x, random(H, O).to(torch.float8_e4m3fn), t_H, None, torch.rand(O)),
+        "sparse_mlp": (x, random(I, H), up, down, t_I / 4, "silu", torch.randn(I)),
+        "sparse_up_down": (x, a, up, down, t_I, None, bias),
+        "shared_linear": (x, random(H, O), t_H, torch.randn(O)),
+        "shared_up_down": (x, a, up, down, t_I, None, bias),
+        "core_mlp": (x, random(I, H), up, down, torch.rand(T, I) > 0.5, "gelu"),
+        "stored_linear": (x, codes, torch.rand(O), torch.randn(O)),
     }[name]
+    return *both(name.split(",")[0]), given
 
 
 NAMES = (
-    "sparse_linear", "sparse_linear, int8", "sparse_mlp", "sparse_up_down", "shared_linear", "shared_up_down",
-    "core_mlp", "int8_linear",
+    "sparse_linear", "sparse_linear, int8", "sparse_linear, fp8", "sparse_mlp", "sparse_up_down", "shared_linear",
+    "shared_up_down", "core_mlp", "stored_linear",
 )  # fmt: skip
 
 
@@ -50,7 +42,7 @@ NAMES = (
 def test_equal_to_autograd_of_the_reference(name):
     torch.manual_seed(0)
     op, reference, given = arguments(name)
-    leaves = [t for t in given if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    leaves = [t for t in given if isinstance(t, torch.Tensor) and t.is_floating_point() and t.itemsize > 1]
     for leaf in leaves:
         leaf.requires_grad_()
     weights = torch.randn(reference(*given).shape)
@@ -66,6 +58,7 @@ def test_equal_to_autograd_of_the_reference(name):
 
 def test_what_no_token_keeps_gets_zero():
     torch.manual_seed(0)
+    sparse_linear, sparse_mlp = both("sparse_linear")[0], both("sparse_mlp")[0]
     x, weight, threshold = torch.randn(T, H), random(H, O).requires_grad_(), torch.full((H,), 0.1)
     threshold[5] = torch.inf
     sparse_linear(x, weight, threshold).sum().backward()

@@ -5,45 +5,42 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DEVICES, assert_close
+from written_out import both
 
-from sandcat.methods.int8 import quantised
 from sandcat.ops import kernel_name
 from sandcat.ops.checks import MAX_TOKENS
-from sandcat.ops.shared_units import (
-    GROUP,
-    reference_linear,
-    reference_up_down,
-    shared_linear,
-    shared_units,
-    shared_up_down,
-)
+from sandcat.ops.shared_units import GROUP, shared_units
+from sandcat.rounding import quantised
 
 SHAPES = [(1, 1), (63, 1), (1, 63), (576, 1536), (4097, 65), (65, 4097)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
+shared_linear, reference_linear = both("shared_linear")
+shared_up_down, reference_up_down = both("shared_up_down")
+
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def linear(sequences, channels, outputs, dtype, *, sparsity=0.5, bias=False, int8=False, seed=0):
+def linear(sequences, channels, outputs, dtype, *, sparsity=0.5, bias=False, format="float", seed=0):
     """Random inputs whose thresholds drop about `sparsity` of the channels."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(sequences, channels, generator=generator).to(dtype)
     weight = (torch.randn(channels, outputs, generator=generator) * channels**-0.5).to(dtype)
     level = x.float().abs().quantile(sparsity) * (0.5 + torch.rand(channels, generator=generator))
     bias = torch.randn(outputs, generator=generator).to(dtype) if bias else None
-    codes, scale = quantised(weight.t()) if int8 else (weight.t(), None)
+    codes, scale = (weight.t(), None) if format == "float" else quantised(weight.t(), format=format)
     return [x, codes.t().contiguous(), level.to(dtype), bias, None if scale is None else scale[:, 0]]
 
 
-def up_down(sequences, hidden, neurons, dtype, *, sparsity=0.5, bias=False, int8=False, seed=0):
+def up_down(sequences, hidden, neurons, dtype, *, sparsity=0.5, bias=False, format="float", seed=0):
     generator = torch.Generator().manual_seed(seed)
     x, a = (torch.randn(sequences, size, generator=generator).to(dtype) for size in (hidden, neurons))
     up, down = ((torch.randn(neurons, hidden, generator=generator) * hidden**-0.5).to(dtype) for _ in range(2))
     level = a.float().abs().quantile(sparsity) * (0.5 + torch.rand(neurons, generator=generator))
     biases = [torch.randn(size, generator=generator).to(dtype) if bias else None for size in (neurons, hidden)]
     scales = [None, None]
-    if int8:
-        (up, up_scale), (down, down_scale) = quantised(up), quantised(down.t())
+    if format != "float":
+        (up, up_scale), (down, down_scale) = (quantised(weight, format=format) for weight in (up, down.t()))
         down, scales = down.t().contiguous(), [up_scale[:, 0], down_scale[:, 0]]
     return [x, a, up, down, level.to(dtype), *biases, *scales]
 
@@ -59,7 +56,7 @@ OPS = {"linear": (linear, shared_linear, reference_linear), "up_down": (up_down,
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("sequences", [1, 2, 3, 4, 7, MAX_TOKENS])
-@pytest.mark.parametrize("extra", [{}, {"bias": True}, {"int8": True}], ids=str)
+@pytest.mark.parametrize("extra", [{}, {"bias": True}, {"format": "int8"}, {"format": "fp8"}], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_equals_reference(op, dtype, shape, sequences, extra, device):
     make, run, reference = OPS[op]
@@ -173,7 +170,7 @@ def test_not_contiguous_opcheck_and_one_graph(op):
     args = make(6, 64, 96, torch.float32, bias=True)
     strided = [None if t is None else torch.stack([t, t], -1)[..., 0] for t in args]
     assert_close(run(*strided), reference(*args), torch.float32)
-    torch.library.opcheck(run, tuple(args))
+    run.opcheck(*args)
     step = torch.compile(lambda x: run(x * 2, *args[1:]) + 1, fullgraph=True)
     assert_close(step(args[0]), reference(args[0] * 2, *args[1:]) + 1, torch.float32)
 
@@ -214,11 +211,10 @@ def test_fixed_order_on_a_gpu(op):
 
 @pytest.mark.gpu
 def test_kernels_run_on_the_gpu():
-    assert {kernel_name(op, "cuda", int8) for op in ("shared_linear", "shared_up_down") for int8 in (False, True)} == {
-        "triton"
-    }
+    ops = ("shared_linear", "shared_up_down")
+    assert {kernel_name(op, "cuda", format) for op in ops for format in ("float", "int8", "fp8")} == {"triton"}
 
 
 def test_a_kernel_runs_here():
     for op in ("shared_linear", "shared_up_down"):
-        assert kernel_name(op, "cpu") == kernel_name(op, "cpu", int8=True) == "numba"
+        assert kernel_name(op, "cpu") == kernel_name(op, "cpu", "fp8") == "numba"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DEVICES, assert_close
+from written_out import both
 
 from sandcat.ops import kernel_name
 from sandcat.ops.checks import MAX_TOKENS
-from sandcat.ops.sparse_linear import reference, sparse_linear
 
 SHAPES = [(1, 1), (63, 1), (1, 63), (576, 1536), (4097, 65), (65, 4097)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+sparse_linear, reference = both("sparse_linear")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -86,7 +88,7 @@ def test_not_contiguous():
 
 def test_opcheck_and_one_graph():
     args = arguments(2, 64, 96, torch.float32, bias=True)
-    torch.library.opcheck(sparse_linear, tuple(args))
+    sparse_linear.opcheck(*args)
     step = torch.compile(lambda x: sparse_linear(x * 2, *args[1:]) + 1, fullgraph=True)
     assert_close(step(args[0]), reference(args[0] * 2, *args[1:]) + 1, torch.float32)
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DEVICES, assert_close
+from written_out import both
 
 from sandcat.ops import kernel_name
 from sandcat.ops.activations import ACTIVATIONS
 from sandcat.ops.checks import MAX_TOKENS
-from sandcat.ops.sparse_mlp import reference, reference_up_down, sparse_mlp, sparse_up_down
 
 SHAPES = [(1, 1), (63, 1), (1, 63), (576, 1536), (63, 4097), (4097, 65), (256, 100)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+sparse_mlp, reference = both("sparse_mlp")
+sparse_up_down, reference_up_down = both("sparse_up_down")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -124,7 +127,7 @@ def test_random_inputs_again_and_again(device):
 def test_opcheck(device):
     for tokens in (1, 3):
         args = arguments(tokens, 64, 96, torch.float32, device, bias=True)
-        torch.library.opcheck(sparse_mlp, tuple(args))
+        sparse_mlp.opcheck(*args)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -231,6 +234,6 @@ def test_up_down_equals_its_reference(device, dtype, hidden, neurons, tokens):
     a = ACTIVATIONS[activation](torch.nn.functional.linear(x, gate, gate_bias))
     args = tuple(t.to(device) for t in (x, a, up, down, threshold, *biases))
     assert_close(sparse_up_down(*args), reference_up_down(x, a, up, down, threshold, *biases), dtype)
-    torch.library.opcheck(sparse_up_down, args, test_utils=("test_schema", "test_faketensor"))
+    sparse_up_down.opcheck(*args, test_utils=("test_schema", "test_faketensor"))
     with pytest.raises(ValueError, match="must be"):
         sparse_up_down(args[0], args[1][:, :-1] if neurons > 1 else args[1].double(), *args[2:])

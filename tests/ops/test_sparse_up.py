@@ -5,17 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DEVICES, assert_close
+from written_out import both
 
 from sandcat.ops import kernel_name
 from sandcat.ops.checks import MAX_TOKENS
-from sandcat.ops.sparse_up import reference, sparse_up
+from sandcat.rounding import quantised
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+FORMATS = ["float", "int8", "fp8"]
+sparse_up, reference = both("sparse_up")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def arguments(tokens, hidden, neurons, dtype, device="cpu", *, bias=False, int8=False, seed=0):
+def arguments(tokens, hidden, neurons, dtype, device="cpu", *, bias=False, format="float", seed=0):
     """Random inputs whose thresholds drop about half of the neurons."""
     generator = torch.Generator().manual_seed(seed)
     x, a, up = (
@@ -26,9 +30,9 @@ def arguments(tokens, hidden, neurons, dtype, device="cpu", *, bias=False, int8=
     threshold = a.abs().quantile(0.5) * (0.5 + torch.rand(neurons, generator=generator))
     added = torch.randn(neurons, generator=generator).to(dtype) if bias else None
     args = [t.to(dtype) for t in (x, a, up, threshold)] + [added]
-    if int8:
-        args[2] = (up / up.abs().amax() * 127).round().to(torch.int8)
-        args.append((up.abs().amax() / 127).expand(neurons).to(dtype))
+    if format != "float":
+        args[2], scale = quantised(up.to(dtype), format=format)
+        args.append(scale[:, 0])
     return [t if t is None else t.to(device) for t in args]
 
 
@@ -36,15 +40,15 @@ def arguments(tokens, hidden, neurons, dtype, device="cpu", *, bias=False, int8=
 @pytest.mark.parametrize("hidden, neurons", [(1, 1), (63, 1), (1, 63), (576, 1536), (65, 4097)])
 @pytest.mark.parametrize("tokens", [1, 3, MAX_TOKENS])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_equals_reference(dtype, hidden, neurons, tokens, bias, int8, device):
-    args = arguments(tokens, hidden, neurons, dtype, device, bias=bias, int8=int8)
+def test_equals_reference(dtype, hidden, neurons, tokens, bias, format, device):
+    args = arguments(tokens, hidden, neurons, dtype, device, bias=bias, format=format)
     exact = args
     if device == "cpu" or tokens == 1:  # the kernels round once; a bias may cancel a product that is rounded before
-        exact = [t.float() if t is not None and t.is_floating_point() else t for t in args]
+        exact = [t.float() if t is not None and t.itemsize > 1 else t for t in args]
     assert_close(sparse_up(*args), reference(*exact), dtype)
-    assert kernel_name("sparse_up", device, int8) == {"cpu": "numba", "cuda": "triton"}[device]
+    assert kernel_name("sparse_up", device, format) == {"cpu": "numba", "cuda": "triton"}[device]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -68,6 +72,6 @@ def test_not_contiguous_and_not_finite():
 
 def test_is_an_op_of_torch():
     args = arguments(2, 16, 24, torch.float32)
-    torch.library.opcheck(sparse_up, args, test_utils=("test_schema", "test_faketensor"))
+    sparse_up.opcheck(*args, test_utils=("test_schema", "test_faketensor"))
     with pytest.raises(ValueError, match="takes 1 to"):
         sparse_up(*arguments(MAX_TOKENS + 1, 16, 24, torch.float32))

@@ -12,9 +12,11 @@ from conftest import assert_close
 from torch import nn
 
 from sandcat.errors import BadRecipe, PlanError, SandcatError, UnsupportedModel
+from sandcat.layers.weights import stored_of
 from sandcat.models.families import ARCHITECTURES
 from sandcat.models.view import ModelView
 from sandcat.ops.masks import drop_up, gate_bounds
+from sandcat.ops.weights import Stored
 from sandcat.pipeline import sparsify
 from sandcat.plans.recipe import parse_recipe
 from sandcat.serving.engine_plan import Part, groups, share, sites_of
@@ -34,15 +36,15 @@ def made(family: str, recipe: str, **changes) -> tuple[nn.Module, object]:
 def test_parts_of_fused_layers():
     model, plan = made("llama", "int8:sites=[q,o] cats teal:sites=[q,k,o,head]")
     sites, layer = sites_of(plan, model.config), "model.layers.1"
-    assert sites.parts(f"{layer}.self_attn.qkv_proj", LLAMA) == [Part(True, True), Part(True), Part()]
-    assert sites.parts(f"{layer}.self_attn.o_proj", LLAMA) == [Part(True, True)]
+    assert sites.parts(f"{layer}.self_attn.qkv_proj", LLAMA) == [Part(True, "int8"), Part(True), Part()]
+    assert sites.parts(f"{layer}.self_attn.o_proj", LLAMA) == [Part(True, "int8")]
     assert sites.parts(f"{layer}.mlp.gate_up_proj", LLAMA) == [Part(), Part()]
     assert sites.neurons(f"{layer}.mlp.gate_up_proj", LLAMA) == "gate_up"
     assert sites.neurons(f"{layer}.mlp.down_proj", LLAMA) == "down"
     assert sites.neurons(f"{layer}.self_attn.o_proj", LLAMA) is None
     assert sites.parts("lm_head", LLAMA) == [Part(True)] and sites.head_skips
     other = sites.renamed(lambda name: name.replace("model.", "language_model.model."))
-    assert other.parts("language_model.model.layers.0.self_attn.o_proj", LLAMA) == [Part(True, True)]
+    assert other.parts("language_model.model.layers.0.self_attn.o_proj", LLAMA) == [Part(True, "int8")]
 
 
 def test_parts_of_layers_that_the_checkpoint_fuses():
@@ -81,7 +83,7 @@ def test_parts_that_are_computed_alike_are_one():
     assert groups([Part(), a, Part()], [4, 2, 2], [None, t, None]) == [
         (0, slice(0, 4)), (1, slice(4, 6)), (2, slice(6, 8)),
     ]  # fmt: skip
-    assert groups([a, Part(True, True)], [1, 1], [t, t]) == [(0, slice(0, 1)), (1, slice(1, 2))]
+    assert groups([a, Part(True, "int8")], [1, 1], [t, t]) == [(0, slice(0, 1)), (1, slice(1, 2))]
 
 
 def test_a_share_is_a_ranks_part_or_all():
@@ -90,8 +92,16 @@ def test_a_share_is_a_ranks_part_or_all():
     assert share(x, 6, 2) is x
 
 
-def packed(weight, threshold, scale):
-    return Masked(weight, threshold, scale, dtype=torch.float32, pack=lambda m: lambda x: x @ m.weight.t())
+def packed(weight, threshold):
+    return Masked(weight, threshold, dtype=torch.float32, pack=lambda m: lambda x: x @ m.weight.t())
+
+
+def part(stored, size, rank, dim=0):
+    """A rank's share of the outputs of a matrix, or of its inputs."""
+    codes = stored.codes.view(torch.int8) if stored.scale is not None else stored.codes
+    codes = codes.narrow(dim, rank * size, size).contiguous().view(stored.codes.dtype)
+    scale = stored.scale if stored.scale is None or dim else stored.scale.narrow(0, rank * size, size)
+    return stored._replace(codes=codes, scale=scale, bias=None)
 
 
 LAYOUTS = pytest.mark.parametrize("layout", [Skipping, packed])
@@ -101,30 +111,27 @@ TOKENS = pytest.mark.parametrize("tokens", [1, 2, 33])
 @pytest.mark.usefixtures("kernels_pay")
 @LAYOUTS
 @TOKENS
-@pytest.mark.parametrize("recipe", ["teal", "int8 teal", "int8"])
+@pytest.mark.parametrize("recipe", ["teal", "int8 teal", "int8", "fp8 teal", "fp8"])
 def test_a_linear_layer_over_two_ranks(layout, tokens, recipe):
     """Split by inputs (o, down) the ranks' results add up to our own layer's; by outputs they are its parts."""
     model, _ = made("llama", recipe)
     module = ModelView(model).layers[0].self_attn.o_proj
     x, size = torch.randn(1, tokens, module.in_features), module.in_features // 2
     threshold = getattr(module, "threshold", None)
-    scale = module.weight_scale[:, 0] if "int8" in recipe else None
-    total = 0
+    stored, total = stored_of(module), 0
     for rank in range(2):
         own = None if threshold is None else share(threshold, size, rank)
-        layer = layout(share(module.weight.t(), size, rank).t().contiguous(), own, scale)
+        layer = layout(part(stored, size, rank, 1), own)
         total = total + layer(share(x[0].t(), size, rank).t())
     assert_close(total, module(x)[0], torch.float32)
-    rows = [share(module.weight, size, rank).contiguous() for rank in range(2)]
-    scales = [None if scale is None else share(scale, size, rank) for rank in range(2)]
-    parts = [layout(row, threshold, s)(x[0]) for row, s in zip(rows, scales, strict=True)]
+    parts = [layout(part(stored, size, rank), threshold)(x[0]) for rank in range(2)]
     assert_close(torch.cat(parts, -1), module(x)[0], torch.float32)
 
 
 @pytest.mark.usefixtures("kernels_pay")
 @LAYOUTS
 @TOKENS
-@pytest.mark.parametrize("recipe", ["cats", "int8 cats"])
+@pytest.mark.parametrize("recipe", ["cats", "int8 cats", "fp8 cats"])
 def test_neurons_over_two_ranks(layout, tokens, recipe):
     """Each rank has some neurons with their thresholds; what the ranks' down projections give adds up."""
     model, _ = made("llama", recipe, mlp_bias=False)
@@ -133,28 +140,24 @@ def test_neurons_over_two_ranks(layout, tokens, recipe):
     zeros = torch.zeros(size)
     for rank in range(2):
         threshold = share(mlp.threshold, size, rank)
-        (gate, gs), (up, us) = (
-            [t if t is None else share(t, size, rank).contiguous() for t in half[::2]]
-            for half in (mlp.gate(), mlp.up())
-        )
-        g = layout(gate, None, gs)(x[0])
+        gate, up = (part(half, size, rank) for half in (mlp.gate(), mlp.up()))
+        g = layout(gate, None)(x[0])
         if layout is Skipping:
-            u = SkippingUp(up, threshold, us, "silu")(x[0], g)
+            u = SkippingUp(up, threshold, "silu")(x[0], g)
         else:
-            both = torch.cat([g, layout(up, None, us)(x[0])], -1)
+            both = torch.cat([g, layout(up, None)(x[0])], -1)
             drop_up(both, gate_bounds(threshold, "silu"))
             u = both.chunk(2, -1)[1]
         h = torch.nn.functional.silu(g) * u  # what the engine does between its layers
         kept = ~(torch.nn.functional.silu(g).abs() <= threshold)
         assert bool((h[~kept] == 0).all()) and 0 < kept.sum() < kept.numel()
-        down_scale = mlp.down.weight_scale[:, 0] if "int8" in recipe else None
-        down = share(mlp.down.weight.t(), size, rank).t().contiguous()
-        total = total + layout(down, zeros if layout is Skipping else None, down_scale)(h)
+        down = part(stored_of(mlp.down), size, rank, 1)
+        total = total + layout(down, zeros if layout is Skipping else None)(h)
     assert_close(total, mlp(x)[0], torch.float32)
 
 
 def test_a_skipping_layer_goes_through_the_compiler():
-    layer = Skipping(torch.randn(24, 16), torch.full((16,), 0.5), None)
+    layer = Skipping(Stored(torch.randn(24, 16)), torch.full((16,), 0.5))
     run = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
     for tokens in (1, 5, 40):
         x = torch.randn(tokens, 16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sandcat.ops.weights import FORMATS
 from sandcat.plans.plan import Plan
 
 CARD = """\
@@ -30,15 +31,15 @@ The weights are those of the dense model; the plan in `config.json` and the thre
 say what is skipped for each token. Without `import sandcat`, this folder loads as the dense model."""
 
 
-INT8 = """\
-The weights are int8, in the `int-quantized` layout of compressed-tensors, with which transformers reads this folder
-too; sandcat runs its own kernels on them."""
+CODES = """\
+The weights are {formats}, in the {layouts} of compressed-tensors, with which transformers reads this folder too;
+sandcat runs its own kernels on them."""
 
 
-INT8_AND_SKIPPED = """\
-**Load it with `import sandcat` only**: the weights are int8, and loaders that do not know the plan in `config.json`
-read them as if they were not, and write nonsense. The thresholds, one a neuron or input channel, say what is skipped
-for each token."""
+CODES_AND_SKIPPED = """\
+**Load it with `import sandcat` only**: the weights are {formats}, and loaders that do not know the plan in
+`config.json` read them as if they were not, and write nonsense. The thresholds, one a neuron or input channel, say what
+is skipped for each token."""
 
 
 def model_card(plan: Plan | None, base: str | None = None, table: str = "") -> str:
@@ -58,4 +59,6 @@ def model_card(plan: Plan | None, base: str | None = None, table: str = "") -> s
 def _weights(plan: Plan | None) -> str:
     if plan is None or not plan.stored.steps:
         return UNTOUCHED
-    return INT8 if plan.stored == plan else INT8_AND_SKIPPED
+    layouts = " and ".join(f"`{FORMATS[name].layout}` layout" for name in plan.formats)
+    text = CODES if plan.stored == plan else CODES_AND_SKIPPED
+    return text.format(formats=" and ".join(plan.formats), layouts=layouts)

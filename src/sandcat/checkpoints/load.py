@@ -52,7 +52,7 @@ def load(
 
     Args:
         name: a folder, a hub id, or `EMBEDDED`.
-        dense: ignore what the plan skips: the model that lies in the same files (with int8 weights if they are).
+        dense: ignore what the plan skips: the model that lies in the same files (with weights as codes if they are).
         device: "cpu", "cuda", "cuda:N"; default a GPU if there is one.
         dtype: a torch dtype or its name; default the checkpoint's.
         trust_remote_code: run Python code from the checkpoint.

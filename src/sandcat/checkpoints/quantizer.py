@@ -11,7 +11,7 @@ from sandcat.checkpoints import tensor_parallel
 from sandcat.checkpoints.pretrained import take_over_saving
 from sandcat.errors import PlanError
 from sandcat.layers.fingerprint import agrees, own_tensors
-from sandcat.layers.op_module import Kernel
+from sandcat.layers.op_module import Kernel, kernel_modules
 from sandcat.layers.packing import pack
 from sandcat.models.host_memory import FilePages
 from sandcat.models.view import ModelView
@@ -54,6 +54,10 @@ class SandcatQuantizer(HfQuantizer):
         view, pages = ModelView(model), FilePages(model)
         for name, expected in self.quantization_config.plan.fingerprints.items():
             check_loaded(name, model.get_submodule(name), expected)
+        for module in kernel_modules(model).values():
+            if module.format != "float":
+                for parameter in (p for n, p in module.named_parameters(recurse=False) if n != "bias"):
+                    parameter.requires_grad_(False)  # transformers asks it of all floats
         *_, head = view.sites()
         table = model.get_input_embeddings()
         tied = head.module.weight is table.weight and isinstance(head.module, Kernel)

@@ -20,17 +20,20 @@ from sandcat.layers.op_module import Kernel, kernel_modules
 from sandcat.layers.sparse_linear import SparseLinear
 from sandcat.layers.sparse_mlp import GatedMLP
 from sandcat.layers.sparse_module import Thresholded
+from sandcat.ops.weights import FORMATS
 
 _LOCAL = "_hf_quantized_needs_local_tp"
 """What tells transformers that a layer computes with local tensors."""
 
 
 def update_plan(model: nn.Module, plan: dict[str, str]) -> None:
-    """Scales belong to outputs: where a weight is cut by its inputs, every device has them all."""
+    """Where a weight is cut by its inputs, every device has all of what belongs to outputs."""
     names = {re.sub(r"\.\d+(?=\.)", ".*", name) for name, _ in model.named_parameters()}
+    whole = {tensor for row in FORMATS.values() for tensor in row.whole}
     for name, style in list(plan.items()):
-        if style.startswith("rowwise") and f"{name}.weight_scale" in names:
-            plan.setdefault(f"{name}.weight_scale", "replicated_with_grad_allreduce")
+        for tensor in (f"{name}.{tensor}" for tensor in whole):
+            if style.startswith("rowwise") and tensor in names:
+                plan.setdefault(tensor, "replicated_with_grad_allreduce")
 
 
 def is_split(model: nn.Module) -> bool:

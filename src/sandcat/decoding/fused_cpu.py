@@ -11,14 +11,14 @@ from transformers.cache_utils import Cache
 from sandcat.layers.sparse_linear import SparseLinear
 from sandcat.layers.sparse_mlp import SparseMLP
 from sandcat.layers.sparse_module import Sparse, sparse_modules
-from sandcat.layers.stored_linear import Int8Linear
-from sandcat.layers.weights import scale_of
+from sandcat.layers.stored_linear import StoredLinear
+from sandcat.layers.weights import stored_of
 from sandcat.models.host_memory import use_large_pages
 from sandcat.models.view import Block, ModelView
-from sandcat.ops import MAX_TOKENS
+from sandcat.ops import CODED, FORMATS, MAX_TOKENS
 from sandcat.ops.numba.primitives.activations import CODES
 from sandcat.ops.numba.primitives.amx import HAS_TILES
-from sandcat.ops.numba.primitives.dtypes import STORAGE
+from sandcat.ops.numba.primitives.dtypes import STORAGE, unit_of
 from sandcat.ops.numba.primitives.registers import LANES
 from sandcat.ops.numba.primitives.rows_amx import room_of
 from sandcat.ops.numba.primitives.rows_streamed import ONE_BY_ONE, SHORT_ROW
@@ -38,7 +38,10 @@ def applies(view: ModelView, blocks: list[Block], batch: int) -> bool:
         and batch <= MAX_TOKENS
         and table.dtype in STORAGE
         and all(
-            type(linear) in (nn.Linear, Int8Linear, SparseLinear) and rows.is_contiguous() for linear, rows in linears
+            type(linear) in (nn.Linear, StoredLinear, SparseLinear)
+            and rows.is_contiguous()
+            and "cpu" in FORMATS[stored_of(linear).format].devices
+            for linear, rows in linears
         )
     )
 
@@ -88,6 +91,7 @@ class CpuStep:
         self.x_B1H = torch.empty(batch, 1, 0, dtype=self.dtype)
         for module in sparse_modules(model).values():
             module.pack() if self._skips(module) and not self._masks(module) else module.unpack()
+        self.formats: set[str] = set()
         self.held = [table.detach()]  # by its address, as it need not be contiguous
         heads, hidden = blocks[0].q.out_features // size, table.shape[1]
         neurons = max(_linears(block)["down"].in_features for block in blocks)
@@ -125,7 +129,7 @@ class CpuStep:
         for entry, block, cached in zip(self.layers, blocks, cache.layers, strict=True):
             self._fill_layer(entry, block, cached.keys, cached.values)
         use_large_pages(self.held)
-        self.kernel = step.kernel(self.dtype, tiles)
+        self.kernel = step.kernel(self.dtype, tiles, frozenset(self.formats & set(CODED)))
         self.arguments = [self.model.ctypes.data, self.layers.ctypes.data, VERSION]
 
     def _fill(self, entry: np.void, **fields: Tensor | float | None) -> None:
@@ -148,8 +152,11 @@ class CpuStep:
 
     def _fill_linear(self, entry: np.void, linear: nn.Module, rows: Tensor, *, by_inputs: bool, skips: bool) -> None:
         has_thresholds = skips and isinstance(linear, Sparse)
+        format = stored_of(linear).format
+        self.formats.add(format)
         self._fill(
-            entry, weight=rows, scale=scale_of(linear), bias=linear.bias, by_inputs=by_inputs, skips=skips,
+            entry, weight=rows, format=FORMATS[format].code, unit=float(unit_of(format)), scale=stored_of(linear).scale,
+            bias=linear.bias, by_inputs=by_inputs, skips=skips,
             summed=is_summed(by_inputs, skips, linear.out_features * rows.itemsize, self.threads),
             threshold=linear.threshold if has_thresholds else None,
             shared=has_thresholds and linear.shares(self.x_B1H),

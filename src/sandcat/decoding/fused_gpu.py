@@ -8,20 +8,26 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from sandcat.decoding.fused_gpu_common import Parts, projections, share_of, sizes, three, tiles
+from sandcat.decoding.fused_gpu_common import Parts, format_of, projections, share_of, sizes, three, tiles
 from sandcat.layers.sparse_linear import SparseLinear
 from sandcat.layers.sparse_mlp import SparseMLP
-from sandcat.layers.stored_linear import Int8Linear
-from sandcat.layers.weights import scale_of
+from sandcat.layers.stored_linear import StoredLinear
+from sandcat.layers.weights import stored_of
 from sandcat.models.view import Block, ModelView
-from sandcat.ops.triton import int8_linear, sparse_linear, sparse_mlp, step
+from sandcat.ops import FORMATS
+from sandcat.ops.triton import sparse_linear, sparse_mlp, step, stored_linear
+from sandcat.ops.triton.primitives import launch
 
-_LINEARS = (nn.Linear, Int8Linear, SparseLinear)
+_LINEARS = (nn.Linear, StoredLinear, SparseLinear)
 
 
 def applies(view: ModelView, blocks: list[Block]) -> bool:
     """Whether `GpuStep` knows the kernels of all layers of this model."""
-    return type(view.model.get_output_embeddings()) in _LINEARS and all(_plain(block) for block in blocks)
+    return _is_known(view.model.get_output_embeddings()) and all(_plain(block) for block in blocks)
+
+
+def _is_known(linear: nn.Module) -> bool:
+    return type(linear) in _LINEARS and "cuda" in FORMATS[stored_of(linear).format].devices
 
 
 def _plain(block: Block) -> bool:
@@ -30,7 +36,7 @@ def _plain(block: Block) -> bool:
     if isinstance(block.mlp.module, SparseMLP) and SparseLinear in map(type, mlp[1:]):
         return False
     alike = all(len({linear.bias is None for linear in linears}) == 1 for linears in (attention, gate_up))
-    return alike and down.bias is None and all(type(m) in _LINEARS for m in [*attention, block.o, *mlp])
+    return alike and down.bias is None and all(_is_known(m) for m in [*attention, block.o, *mlp])
 
 
 class GpuStep(Parts):
@@ -79,20 +85,18 @@ class GpuStep(Parts):
 
     def _skip_neurons(self, norm: nn.Module, mlp: SparseMLP, gate: nn.Module, code: int) -> None:
         """gate, and the list of the neurons to keep; then their up and down."""
-        (up, up_bias, up_scale), down = mlp.up(), mlp.down.weight.t()
         count = self.count if self.parts is None else None
         if isinstance(gate, SparseLinear):
             self._sparse_rows(self.h, [gate], None, norm=norm, neurons=mlp.threshold, count=count, code=code)
         else:
             config = sparse_mlp.gate_config(gate.weight.element_size())
             sparse_mlp.gate_kernel[(tiles(gate.out_features, config["ROWS"]),)](
-                self.h, norm.weight, norm.variance_epsilon, gate.weight, gate.bias, scale_of(gate), mlp.threshold,
-                count, self.list_n, self.a_n, self.x_normed, gate.out_features, self.H, CODE=code, **config,
-                **self.dependent,
+                self.h, norm.weight, norm.variance_epsilon, launch.codes(stored_of(gate)), gate.bias,
+                stored_of(gate).scale, mlp.threshold, count, self.list_n, self.a_n, self.x_normed, gate.out_features,
+                self.H, FORMAT=format_of([gate]), CODE=code, **config, **self.dependent,
             )  # fmt: skip
         sparse_mlp.up_down(
-            self.x_normed, up, down, up_bias, up_scale, scale_of(mlp.down), self.count, self.list_n, self.a_n, self.h,
-            self.parts,
+            self.x_normed, mlp.up(), stored_of(mlp.down), self.count, self.list_n, self.a_n, self.h, self.parts
         )  # fmt: skip
 
     def _whole_rows(self, weight: Tensor, matrices: int = 1) -> tuple[dict, tuple[int]]:
@@ -103,17 +107,17 @@ class GpuStep(Parts):
     def _project(self, norm: nn.Module, linears: list[nn.Module], out: Tensor, position: Tensor | None = None) -> None:
         """out = the products of the layers with the normed h, one after another; neighbours of one kind at once.
 
-        Sparse and int8 layers add to `out`, unless it is the logits.
+        Layers that skip, or whose weights are codes, add to `out`, unless it is the logits.
         """
         start = 0
-        for (kind, dtype), group in groupby(linears, lambda linear: (type(linear), linear.weight.dtype)):
+        for (kind, format), group in groupby(linears, lambda linear: (type(linear), stored_of(linear).format)):
             alike = list(group)
             y = out[start:]
             start += sum(linear.out_features for linear in alike)
             if kind is SparseLinear:
                 self._sparse_rows(self.h, alike, y, norm=norm, position=position)
-            elif dtype == torch.int8:
-                self._int8_rows(self.h, alike, y, norm=norm, position=position)
+            elif format != "float":
+                self._coded_rows(self.h, alike, y, norm=norm, position=position)
             else:
                 config, grid = self._whole_rows(alike[0].weight)
                 step.project[grid](
@@ -127,8 +131,8 @@ class GpuStep(Parts):
         """h += the layer's product with x, or with act(gate) * x; and zeros = 0."""
         if isinstance(linear, SparseLinear):
             self._sparse_rows(x, [linear], self.h, gate=gate, code=code, zeros=zeros)
-        elif linear.weight.dtype == torch.int8:
-            self._int8_rows(x, [linear], self.h, gate=gate, code=code, zeros=zeros)
+        elif stored_of(linear).format != "float":
+            self._coded_rows(x, [linear], self.h, gate=gate, code=code, zeros=zeros)
         else:
             config, grid = self._whole_rows(linear.weight)
             step.add_rows[grid](
@@ -164,20 +168,20 @@ class GpuStep(Parts):
             arrived = self.room("arrived", grid[0], torch.int32)
         sparse_linear.sparse_rows[grid](
             self.acc if heads else x, gate, *_norm(norm), self.top if heads else None, self.sum if heads else None,
-            self.D, *three(m.weight.t() for m in linears), *three(m.threshold for m in linears),
-            *three(m.bias for m in linears), *three(map(scale_of, linears)),
+            self.D, *three(launch.codes(stored_of(m)).t() for m in linears), *three(m.threshold for m in linears),
+            *three(m.bias for m in linears), *three(stored_of(m).scale for m in linears),
             self.room("list_i", programs * config["CHANNELS"], torch.int32),
             self.room("list_x", programs * config["CHANNELS"], torch.float32),
             parts, arrived, y, zeros, len(self.sums), neurons, self.list_n, self.a_n, count,
-            None if neurons is None else self.x_normed, position, *columns, channels, CODE=code, ADD=position is None,
-            ORDERED=ordered, HEAD_PARTS=self.splits if heads else 0, ZEROS=share_of(zeros, programs), **config,
-            **self.dependent,
+            None if neurons is None else self.x_normed, position, *columns, channels,
+            FORMAT=format_of(linears), CODE=code, ADD=position is None, ORDERED=ordered,
+            HEAD_PARTS=self.splits if heads else 0, ZEROS=share_of(zeros, programs), **config, **self.dependent,
         )  # fmt: skip
 
-    def _int8_rows(
+    def _coded_rows(
         self,
         x: Tensor,
-        linears: list[Int8Linear],
+        linears: list[StoredLinear],
         y: Tensor,
         *,
         gate: Tensor | None = None,
@@ -192,11 +196,11 @@ class GpuStep(Parts):
         most = columns if position is None else 1  # programs that may add to one sum: the logits are not zeroed
         if self.ordered:
             most = min(most, 1 if norm is None else 2)  # two added to zero are the same in any order
-        config, grid = int8_linear.int8_rows_config(rows, columns, x.device, most)
+        config, grid = stored_linear.coded_rows_config(stored_of(linears[0]).format, rows, columns, x.device, most)
         programs = grid[0] * grid[1]
-        int8_linear.int8_rows[grid](
-            x, gate, *_norm(norm), *three(m.weight for m in linears), *three(m.bias for m in linears),
-            *three(map(scale_of, linears)), y, 0, zeros, len(self.sums), position,
+        stored_linear.coded_rows[grid](
+            x, gate, *_norm(norm), *three(launch.codes(stored_of(m)) for m in linears), *three(m.bias for m in linears),
+            *three(stored_of(m).scale for m in linears), y, 0, zeros, len(self.sums), position,
             self.room("digits", programs * config["SLICE"], torch.int32), None, *rows, columns, 1, CODE=code,
             DTYPE=self.tl_dtype, ADD=norm is None, SHARED=grid[1] > 1, ZEROS=share_of(zeros, programs), **config,
             **self.dependent,

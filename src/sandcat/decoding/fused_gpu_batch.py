@@ -1,6 +1,6 @@
-"""The fused step of 2 to 16 sequences on CUDA. Layers that skip, and int8 ones, run by kernels that read a weight once
-for all sequences and add to the residual state themselves; dense ones by PyTorch's products, which the next norm adds
-to it. The kernels are in ops/triton; see step.py.
+"""The fused step of 2 to 16 sequences on CUDA. Layers that skip, and those whose weights are codes, run by kernels that
+read a weight once for all sequences and add to the residual state themselves; dense ones by PyTorch's products, which
+the next norm adds to it. The kernels are in ops/triton; see step.py.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from sandcat.decoding.fused_gpu_common import Parts, projections, share_of, sizes, three, tiles
+from sandcat.decoding.fused_gpu_common import Parts, format_of, projections, share_of, sizes, three, tiles
 from sandcat.layers.sparse_linear import SparseLinear
 from sandcat.layers.sparse_mlp import SparseMLP
-from sandcat.layers.stored_linear import Int8Linear
-from sandcat.layers.weights import scale_of
+from sandcat.layers.stored_linear import StoredLinear
+from sandcat.layers.weights import stored_of
 from sandcat.models.view import Block, ModelView
 from sandcat.ops.checks import MAX_TOKENS
-from sandcat.ops.triton import int8_linear, sparse_linear_batch, step
-from sandcat.ops.triton.primitives import blocks
+from sandcat.ops.triton import sparse_linear_batch, step, stored_linear
+from sandcat.ops.triton.primitives import blocks, launch
 
 
 def applies(batch: int) -> bool:
@@ -34,7 +34,7 @@ class GpuBatchStep(Parts):
         super().__init__(view, blocks, cache)
         self.x = self.buffer(self.B, 1, self.H)
         self.qkv, self.gate_up = self.floats(self.B, self.Q + 2 * self.K), self.floats(self.B, 2 * self.neurons)
-        self.digits = self.buffer(self.B, int8_linear.DIGITS.value, max(self.neurons, self.H, self.Q), dtype=torch.int8)
+        self.digits = self.buffer(self.B, 4 * max(self.neurons, self.H, self.Q), dtype=torch.int8)  # bytes of a number
         self.back = self.floats(self.B)
         self.due: Tensor | None = None  # [B, H], a product that is still to be added to h
 
@@ -51,14 +51,14 @@ class GpuBatchStep(Parts):
         return self.head(self.x)[:, 0]
 
     def _kind(self, linear: nn.Module) -> tuple | None:
-        """What runs a layer here, the kernels of "own" or "shared" lists or of "int8" rows, and what else layers of one
+        """What runs a layer here, the kernels of "own" or "shared" lists or of "all" rows, and what else layers of one
         launch have in common; None: the layer itself."""
-        if not isinstance(linear, SparseLinear | Int8Linear) or not linear.pays(self.x):
+        if not isinstance(linear, SparseLinear | StoredLinear) or not linear.pays(self.x):
             return None
         if isinstance(linear, SparseLinear) and linear.runs_dense(self.x):
             return None
         lists = "shared" if isinstance(linear, SparseLinear) and linear.shares(self.x) else "own"
-        return "int8" if isinstance(linear, Int8Linear) else lists, linear.weight.dtype, linear.bias is None
+        return "all" if isinstance(linear, StoredLinear) else lists, stored_of(linear).format, linear.bias is None
 
     def _normalize(self, norm: nn.Module, zeros: Tensor | None = None, position: Tensor | None = None) -> None:
         """h += what is due; x = h after the norm; and zeros = 0."""
@@ -123,8 +123,8 @@ class GpuBatchStep(Parts):
         *, gate: Tensor | None = None, code: int = 0, add: bool = False,
     ) -> None:  # fmt: skip
         """y += the products, one after another, with x, or with act(gate) * x; y is zero where it is not `add`."""
-        if kind[0] == "int8":
-            self._int8_rows(x, linears, y, gate, code, add=add)
+        if kind[0] == "all":
+            self._coded_rows(x, linears, y, gate, code, add=add)
         else:
             self._listed_rows(x, linears, y, gate, code, shared=kind[0] == "shared")
 
@@ -147,21 +147,24 @@ class GpuBatchStep(Parts):
             **self.dependent,
         )  # fmt: skip
         sparse_linear_batch.listed_rows[(across, splits)](
-            list_n, x_tn, count, room, *three(m.weight.t() for m in linears), *three(m.bias for m in linears),
-            *three(map(scale_of, linears)), y, y.stride(0), self.B, *sizes(linears), **config, **self.dependent,
+            list_n, x_tn, count, room, *three(launch.codes(stored_of(m)).t() for m in linears),
+            *three(m.bias for m in linears), *three(stored_of(m).scale for m in linears), y, y.stride(0), self.B,
+            *sizes(linears), FORMAT=format_of(linears), **config, **self.dependent,
         )  # fmt: skip
 
-    def _int8_rows(
+    def _coded_rows(
         self, x: Tensor, linears: list[nn.Module], y: Tensor, gate: Tensor | None, code: int, *, add: bool
     ) -> None:
-        K = linears[0].in_features
-        config, grid = int8_linear.int8_rows_config(sizes(linears), K, self.device, K, self.B)
-        int8_linear.write_digits[(self.B,)](
-            x, x.stride(0), gate, None, 0.0, self.digits, self.back, None, 0, K, CODE=code, DTYPE=self.tl_dtype,
-            ZEROS=1, **int8_linear.write_digits_config(K), **self.dependent,
+        K, format = linears[0].in_features, stored_of(linears[0]).format
+        digits = self.digits.view(stored_linear.digits_dtype(format))
+        config, grid = stored_linear.coded_rows_config(format, sizes(linears), K, self.device, K, self.B)
+        stored_linear.write_digits[(self.B,)](
+            x, x.stride(0), gate, None, 0.0, digits, self.back, None, 0, K, CODE=code, DTYPE=self.tl_dtype,
+            ZEROS=1, **stored_linear.write_digits_config(format, K), **self.dependent,
         )  # fmt: skip
-        int8_linear.int8_rows[grid](
-            x, None, None, 0.0, *three(m.weight for m in linears), *three(m.bias for m in linears),
-            *three(map(scale_of, linears)), y, y.stride(0), None, 0, None, self.digits, self.back, *sizes(linears), K,
-            self.B, CODE=0, DTYPE=self.tl_dtype, ADD=add, SHARED=grid[1] > 1, ZEROS=1, **config, **self.dependent,
+        stored_linear.coded_rows[grid](
+            x, None, None, 0.0, *three(launch.codes(stored_of(m)) for m in linears), *three(m.bias for m in linears),
+            *three(stored_of(m).scale for m in linears), y, y.stride(0), None, 0, None, digits, self.back,
+            *sizes(linears), K, self.B, CODE=0, DTYPE=self.tl_dtype, ADD=add, SHARED=grid[1] > 1, ZEROS=1, **config,
+            **self.dependent,
         )  # fmt: skip

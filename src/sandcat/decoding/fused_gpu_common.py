@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from sandcat.layers.weights import stored_of
 from sandcat.models.view import Block, ModelView
 from sandcat.ops.triton import step
 from sandcat.ops.triton.primitives import launch
@@ -86,6 +87,11 @@ def three(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
 def sizes(linears: list[nn.Module]) -> list[int]:
     """Output sizes of up to three layers, filled up to three."""
     return [linear.out_features for linear in linears] + [0] * (3 - len(linears))
+
+
+def format_of(linears: list[nn.Module]) -> int:
+    """What kernels know the format by that layers of one launch are stored in."""
+    return launch.code_of(stored_of(linears[0]).format)
 
 
 def share_of(zeros: Tensor | None, programs: int) -> int:

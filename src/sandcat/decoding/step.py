@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -18,7 +17,7 @@ from sandcat.errors import UnsupportedModel
 from sandcat.layers.sparse_mlp import SparseMLP
 from sandcat.layers.sparse_module import Sparse
 from sandcat.models.view import ModelView
-from sandcat.ops import kernel_name
+from sandcat.ops import FORMATS, kernel_name
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles do not depend on how long the sequence is."""
@@ -41,10 +40,10 @@ def fused_step(model: nn.Module, cache: Cache) -> Step | None:
     """The fused step of a model over a static cache that holds a prompt; None where it does not apply.
 
     It applies to up to `ops.MAX_TOKENS` sequences on CUDA with Triton and on a CPU with OpenMP, to families with
-    `Architecture.fused_step` whose weights have one dtype (or int8 and scales of that) and lie on one device, and whose
-    modules are without hooks and adapters, which it would pass over. For one sequence on CUDA down projections have no
-    bias; for several, `torch.use_deterministic_algorithms` is off. Each module skips or runs dense as it does in the
-    step of transformers.
+    `Architecture.fused_step` whose weights have one dtype (or are codes with scales of that) and lie on one device, and
+    whose modules are without hooks and adapters, which it would pass over. For one sequence on CUDA down projections
+    have no bias; for several, `torch.use_deterministic_algorithms` is off. Each module skips or runs dense as it does
+    in the step of transformers.
     """
     kernels = kernel_name("sparse_mlp", model.device)
     if kernels not in ("triton", "numba"):
@@ -60,7 +59,8 @@ def fused_step(model: nn.Module, cache: Cache) -> Step | None:
         return None
     if any(isinstance(block.mlp.module, Sparse) and not isinstance(block.mlp.module, SparseMLP) for block in blocks):
         return None
-    if len({(p.dtype, p.device) for p in model.parameters() if p.dtype != torch.int8}) != 1:
+    codes = {row.codes for row in FORMATS.values()}
+    if len({(p.dtype, p.device) for p in model.parameters() if p.dtype not in codes}) != 1:
         return None
     batch = len(cache.layers[0].keys)
     if kernels == "numba":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sandcat.errors import GenerationError, UnsupportedModel
 from sandcat.layers.prompts import Prompts
 from sandcat.layers.sparse_mlp import GatedMLP
-from sandcat.layers.weights import dtype_like, scale_of
+from sandcat.layers.weights import stored_of
 from sandcat.models.view import Site
 from sandcat.ops.activations import ACTIVATIONS
 from sandcat.ops.checks import PROMPT_CHUNK
@@ -40,7 +40,9 @@ class CoreMLP(GatedMLP):
         self.prompt_tokens = 1
         self.prompts: Prompts | None = None
         if clusters:
-            self.register_buffer("centres", dtype_like(self.down).detach().new_zeros(clusters, self.down.in_features))
+            self.register_buffer(
+                "centres", stored_of(self.down).like.detach().new_zeros(clusters, self.down.in_features)
+            )
 
     def run(self, x: Tensor) -> Tensor:
         if self.adapted:
@@ -72,13 +74,13 @@ class CoreMLP(GatedMLP):
         for first in range(0, x.shape[1], PROMPT_CHUNK):
             part = slice(first, first + PROMPT_CHUNK)
             h_BTI = self.values(x[:, part])
-            y.append(product(h_BTI, self.down.weight, self.down.bias, scale_of(self.down)))
+            y.append(product(h_BTI, stored_of(self.down)))
             votes_BI = votes_BI + self.count_votes(h_BTI, None if real_BT is None else real_BT[:, part])
         return torch.cat(y, 1), votes_BI
 
     def values(self, x: Tensor) -> Tensor:
         """act(gate) * up of every neuron."""
-        return ACTIVATIONS[self.activation](product(x, *self.gate())) * product(x, *self.up())
+        return ACTIVATIONS[self.activation](product(x, self.gate())) * product(x, self.up())
 
     def count_votes(self, h_BTI: Tensor, real_BT: Tensor | None = None) -> Tensor:
         """For each neuron the number of tokens that have it among their first, as float32 [B, I].
@@ -129,9 +131,7 @@ class CoreMLP(GatedMLP):
         return reference(*self._arguments(x_TH, core_TI))
 
     def _arguments(self, x_TH: Tensor, core_TI: Tensor) -> tuple:
-        (gate, gate_bias, gate_scale), (up, up_bias, up_scale), down = self.gate(), self.up(), self.down
-        biases, scales = (gate_bias, up_bias, down.bias), (gate_scale, up_scale, scale_of(down))
-        return x_TH, gate, up, down.weight.t(), core_TI, self.activation, *biases, *scales
+        return x_TH, self.gate(), self.up(), stored_of(self.down), core_TI, self.activation
 
     def kept(self, x: Tensor) -> Tensor:
         """The core of the last forward, which a token after its prompt keeps."""
@@ -140,9 +140,8 @@ class CoreMLP(GatedMLP):
         return core_BI[:, None].expand(-1, x.shape[1], -1)
 
     def weight_bytes(self, kept: float = 1.0) -> int:
-        (gate, *gate_small), (up, *up_small), down = self.gate(), self.up(), self.down
-        small = sum(t.nbytes for t in (*gate_small, *up_small, down.bias, scale_of(down)) if t is not None)
-        return small + round(kept * (gate.nbytes + up.nbytes + down.weight.nbytes))
+        matrices = (self.gate(), self.up(), stored_of(self.down))
+        return sum(m.small_bytes() for m in matrices) + round(kept * sum(m.codes.nbytes for m in matrices))
 
     def extra_repr(self) -> str:
         return f"kept_neurons={self.kept_neurons}, votes={self.votes}, signed={self.signed}, {super().extra_repr()}"

@@ -5,14 +5,16 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+PART = 2**20
+"""Codes that are widened at once."""
+
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The tensors that a module of ours has beyond those of the dense one at its place: thresholds, codes, scales."""
     tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    dense = ("weight", "bias") if getattr(module, "format", "float") == "float" else ("bias",)
     return {
-        n: (t.full_tensor() if isinstance(t, DTensor) else t).detach()
-        for n, t in tensors.items()
-        if n not in ("weight", "bias") or not t.is_floating_point()
+        n: (t.full_tensor() if isinstance(t, DTensor) else t).detach() for n, t in tensors.items() if n not in dense
     }
 
 
@@ -22,11 +24,13 @@ def fingerprint(module: nn.Module) -> dict[str, float]:
 
 
 def magnitude(tensor: Tensor) -> float:
-    """Mean magnitude of what is finite in a tensor of floats; mean of codes."""
-    if tensor.is_floating_point():
+    """Mean magnitude of what is finite in a tensor of floats; mean of whole numbers."""
+    if tensor.is_floating_point() and tensor.itemsize > 1:
         return float(tensor[tensor.isfinite()].double().abs().mean().nan_to_num())
-    # In parts, as a sum widens all that it is given.
-    return sum(int(part.sum()) for part in tensor.flatten().split(2**20)) / tensor.numel()
+    parts = tensor.flatten().split(2**20)  # as a sum widens all that it is given
+    if tensor.is_floating_point():  # of one byte, of which PyTorch knows no sums
+        return sum(float(part.float().abs().sum()) for part in parts) / tensor.numel()
+    return sum(int(part.sum()) for part in parts) / tensor.numel()
 
 
 def agrees(tensor: Tensor, expected: float) -> bool:
@@ -35,5 +39,6 @@ def agrees(tensor: Tensor, expected: float) -> bool:
     if abs(found - expected) <= 0.02 * abs(expected) + 1e-6:
         return True
     # What a narrower dtype cannot hold has become infinite there, and is missing from the sum.
-    beyond = float(tensor.isinf().double().mean()) if tensor.is_floating_point() else 0
+    can_overflow = tensor.is_floating_point() and tensor.itemsize > 1
+    beyond = float(tensor.isinf().double().mean()) if can_overflow else 0
     return beyond > 0 and found * (1 - beyond) <= 1.02 * expected

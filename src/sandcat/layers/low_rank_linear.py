@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sandcat.layers.sparse_linear import SparseLinear
-from sandcat.layers.stored_linear import Int8Linear
-from sandcat.layers.weights import dtype_like
+from sandcat.layers.stored_linear import StoredLinear
+from sandcat.layers.weights import stored_of
 
 
 class LowRankLinear(SparseLinear):
@@ -19,9 +19,9 @@ class LowRankLinear(SparseLinear):
         linear, dense_prompt: see `SparseLinear`.
     """
 
-    def __init__(self, linear: nn.Linear | Int8Linear, *, rank: int, dense_prompt: bool = False):
+    def __init__(self, linear: nn.Linear | StoredLinear, *, rank: int, dense_prompt: bool = False):
         super().__init__(linear, dense_prompt=dense_prompt)
-        like = dtype_like(linear).detach()
+        like = stored_of(linear).like.detach()
         self.register_buffer("factor_a", like.new_zeros(rank, linear.in_features))
         self.register_buffer("factor_b", like.new_zeros(linear.out_features, rank))
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from sandcat.ops import PROMPT_CHUNK, kernel_name, most_tokens
+from sandcat.ops import FORMATS, PROMPT_CHUNK, kernel_name, most_tokens
 
 
 class Kernel(nn.Module, ABC):
@@ -17,15 +18,22 @@ class Kernel(nn.Module, ABC):
 
     op: ClassVar[str]
     """The op that runs it."""
+    format = "float"
+    """How its weights are stored, a name of `FORMATS`; where they are stored in several ways, one that has codes."""
 
     def __init__(self):
         nn.Module.__init__(self)  # of an `nn.Linear` that it is besides, it has the attributes, and makes no weights
         self.by_reference = False
 
-    @property
-    @abstractmethod
-    def int8(self) -> bool:
-        """Whether its weights are int8."""
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        """`.half()` and the like change what a module computes in, and leave codes as they are, though they be
+        floats."""
+        codes = FORMATS[self.format].codes
+
+        def of_numbers(tensor: Tensor) -> Tensor:
+            return fn(tensor.view(torch.int8)).view(codes) if tensor.dtype == codes else fn(tensor)
+
+        return super()._apply(of_numbers, recurse)
 
     @property
     @abstractmethod
@@ -82,7 +90,7 @@ class Kernel(nn.Module, ABC):
 
     def most_tokens(self, x: Tensor) -> int:
         """Up to how many tokens it is, for tokens like these."""
-        return most_tokens(self.op_for(x), x.device, x.dtype, self.size, self.int8)
+        return most_tokens(self.op_for(x), x.device, x.dtype, self.size, self.format)
 
     def op_for(self, x: Tensor) -> str:
         """The op that runs such tokens."""
@@ -98,7 +106,7 @@ class Kernel(nn.Module, ABC):
 
     def kernel(self, device: torch.device) -> str:
         """What runs the op there: "numba", "triton" or "reference"."""
-        return kernel_name(self.op, device, self.int8)
+        return kernel_name(self.op, device, self.format)
 
 
 def tokens_of(x: Tensor) -> int:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from sandcat.layers.sparse_module import Batch, Thresholded
-from sandcat.layers.stored_linear import Int8Linear
-from sandcat.layers.weights import dtype_like, scale_of
+from sandcat.layers.stored_linear import StoredLinear
+from sandcat.layers.weights import stored_of
 from sandcat.ops.shared_units import reference_linear, shared_linear
 from sandcat.ops.sparse_linear import reference, sparse_linear
 from sandcat.ops.weights import product
@@ -28,20 +28,16 @@ class SparseLinear(Thresholded, nn.Linear):
     _is_hf_initialized = True
     """To transformers: never random, as what is missing here is an error (`registration.check_loaded`)."""
 
-    def __init__(self, linear: nn.Linear | Int8Linear, *, dense_prompt: bool = False, batch: Batch = "own"):
+    def __init__(self, linear: nn.Linear | StoredLinear, *, dense_prompt: bool = False, batch: Batch = "own"):
         super().__init__(dense_prompt=dense_prompt, batch=batch)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.weight_scale = getattr(linear, "weight_scale", None)
-        self.set_threshold(linear.in_features, dtype_like(linear))
-
-    @property
-    def int8(self) -> bool:
-        return self.weight_scale is not None
+        self.weight_scale, self.format = getattr(linear, "weight_scale", None), stored_of(linear).format
+        self.set_threshold(linear.in_features, stored_of(linear).like)
 
     @property
     def dtype(self) -> torch.dtype:
-        return dtype_like(self).dtype
+        return stored_of(self).like.dtype
 
     @property
     def size(self) -> int:
@@ -64,18 +60,17 @@ class SparseLinear(Thresholded, nn.Linear):
         run = shared_linear if self.shares(x) else sparse_linear
         if not self.packed:
             self.pack()
-        return run(x.flatten(0, -2), self.weight.t(), self.threshold, self.bias, scale_of(self))
+        return run(x.flatten(0, -2), stored_of(self), self.threshold)
 
     def by_definition(self, x: Tensor) -> Tensor:
         run = reference_linear if self.shares(x) else reference
-        return run(x, self.weight.t(), self.threshold, self.bias, scale_of(self))
+        return run(x, stored_of(self), self.threshold)
 
     def dense(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias, scale_of(self))
+        return product(x, stored_of(self))
 
     def weight_bytes(self, kept: float = 1.0) -> int:
-        small = sum(t.nbytes for t in (self.threshold, self.bias, self.weight_scale) if t is not None)
-        return round(kept * self.weight.nbytes) + small
+        return round(kept * self.weight.nbytes) + self.threshold.nbytes + stored_of(self).small_bytes()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from sandcat.layers.op_module import Kernel
 from sandcat.layers.sparse_module import Batch, Sparse, Thresholded
-from sandcat.layers.stored_linear import Int8Linear
-from sandcat.layers.weights import dtype_like, scale_of
+from sandcat.layers.stored_linear import StoredLinear
+from sandcat.layers.weights import stored_of
 from sandcat.models.view import Site
 from sandcat.ops.activations import ACTIVATIONS
 from sandcat.ops.shared_units import reference_up_down as reference_shared
 from sandcat.ops.shared_units import shared_units, shared_up_down
 from sandcat.ops.sparse_mlp import reference, reference_up_down, sparse_mlp, sparse_up_down
-from sandcat.ops.weights import product
+from sandcat.ops.weights import Stored, product
 
 
 class GatedMLP(Sparse):
@@ -24,7 +24,7 @@ class GatedMLP(Sparse):
 
     Args:
         site: the dense MLP. Its linear layers are shared, not copied; on the meta device too. They may be
-            `Int8Linear`s.
+            `StoredLinear`s.
         activation: a name of `ops.sparse_mlp.ACTIVATIONS`; default the model's own.
         options: of `Sparse`.
     """
@@ -38,7 +38,7 @@ class GatedMLP(Sparse):
         self.activation = activation or site.activation
 
     @property
-    def down(self) -> nn.Linear | Int8Linear:
+    def down(self) -> nn.Linear | StoredLinear:
         return self.get_submodule(self.down_name)
 
     @property
@@ -49,28 +49,28 @@ class GatedMLP(Sparse):
             for linear in self.children()
         )
 
-    def _half(self, name: str, half: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        linear = self.get_submodule(name)
-        weight, bias, scale = linear.weight, linear.bias, scale_of(linear)
-        if self.gate_name == self.up_name:  # one fused matrix: gate rows, then up rows
-            weight, bias, scale = (t if t is None else t.chunk(2)[half] for t in (weight, bias, scale))
-        return weight, bias, scale
+    def _half(self, name: str, half: int) -> Stored:
+        stored = stored_of(self.get_submodule(name))
+        if self.gate_name != self.up_name:
+            return stored
+        neurons = len(stored.codes) // 2  # one fused matrix: gate rows, then up rows
+        return stored.rows(slice(half * neurons, (half + 1) * neurons))
 
-    def gate(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Weight [I, H], bias [I] and scales [I] (if int8) of the gate projection, views where it is fused."""
+    def gate(self) -> Stored:
+        """The matrix [I, H] of the gate projection, a view where it is fused."""
         return self._half(self.gate_name, 0)
 
-    def up(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Weight [I, H], bias [I] and scales [I] (if int8) of the up projection."""
+    def up(self) -> Stored:
+        """The matrix [I, H] of the up projection."""
         return self._half(self.up_name, 1)
 
     @property
-    def int8(self) -> bool:
-        return any(scale_of(linear) is not None for linear in self.children())
+    def format(self) -> str:  # type: ignore[override]  # of others it is known when they are made
+        return next((f for linear in self.children() if (f := stored_of(linear).format) != "float"), "float")
 
     @property
     def dtype(self) -> torch.dtype:
-        return dtype_like(self.down).dtype
+        return stored_of(self.down).like.dtype
 
     @property
     def size(self) -> int:
@@ -82,8 +82,7 @@ class GatedMLP(Sparse):
             gate, up = self.get_submodule(self.gate_name)(x).chunk(2, -1)
         else:
             gate, up = self.get_submodule(self.gate_name)(x), self.get_submodule(self.up_name)(x)
-        down = self.down
-        return product(ACTIVATIONS[self.activation](gate) * up, down.weight, down.bias, scale_of(down))
+        return product(ACTIVATIONS[self.activation](gate) * up, stored_of(self.down))
 
     @property
     def skipped(self) -> nn.Parameter:
@@ -103,7 +102,7 @@ class SparseMLP(GatedMLP, Thresholded):
 
     def __init__(self, site: Site, *, activation: str | None = None, dense_prompt: bool = False, batch: Batch = "own"):
         super().__init__(site, activation=activation, dense_prompt=dense_prompt, batch=batch)
-        self.set_threshold(self.down.in_features, dtype_like(self.down))
+        self.set_threshold(self.down.in_features, stored_of(self.down).like)
 
     def run(self, x: Tensor) -> Tensor:
         return self.by_parts(x) if self.adapted else super().run(x)
@@ -142,25 +141,23 @@ class SparseMLP(GatedMLP, Thresholded):
             given = self.activations(x)
         if flat:
             x, given = x.flatten(0, -2), None if given is None else given.flatten(0, -2)
-        (up, up_bias, up_scale), down_HI, down_bias = self.up(), self.down.weight, self.down.bias
-        biases, scales = (up_bias, down_bias), (up_scale, scale_of(self.down))
+        up, down = self.up(), stored_of(self.down)
         if given is not None:
-            return (shared if shares else own)(x, given, up, down_HI.t(), self.threshold, *biases, *scales)
-        gate, gate_bias, gate_scale = self.gate()
-        return whole(x, gate, up, down_HI.t(), self.threshold, self.activation, gate_bias, *biases, gate_scale, *scales)
+            return (shared if shares else own)(x, given, up, down, self.threshold)
+        return whole(x, self.gate(), up, down, self.threshold, self.activation)
 
     def activations(self, x: Tensor) -> Tensor:
         """a = activation(gate(x)), [..., I]."""
         fused = self.gate_name == self.up_name
-        g = product(x, *self.gate()) if fused else self.get_submodule(self.gate_name)(x)
+        g = product(x, self.gate()) if fused else self.get_submodule(self.gate_name)(x)
         return ACTIVATIONS[self.activation](g)
 
     def scores(self, x: Tensor) -> Tensor:
         return self.activations(x).abs()
 
     def weight_bytes(self, kept: float = 1.0) -> int:
-        (up, *up_small), down = self.up(), self.down
-        always = [self.threshold, *up_small, down.bias, scale_of(down)]
+        up, down = self.up(), stored_of(self.down)
+        always = self.threshold.nbytes + up.small_bytes() + down.small_bytes()
         if not self._gate_skips():  # else it counts its own
-            always += self.gate()
-        return sum(t.nbytes for t in always if t is not None) + round(kept * (up.nbytes + down.weight.nbytes))
+            always += self.gate().codes.nbytes + self.gate().small_bytes()
+        return always + round(kept * (up.codes.nbytes + down.codes.nbytes))

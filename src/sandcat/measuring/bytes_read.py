@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sandcat.decoding.decoder import Decoder
 from sandcat.layers.op_module import kernel_modules
 from sandcat.layers.sparse_module import sparse_modules
-from sandcat.layers.weights import scale_of
+from sandcat.layers.weights import stored_of
 from sandcat.models.view import ModelView
 
 
@@ -44,9 +44,10 @@ def read_bytes(model: nn.Module) -> int:
 
 
 def dense_bytes(model: nn.Module) -> int:
-    """`read_bytes`, if its int8 weights were in the model's dtype."""
-    scaled = [(module.weight, module.weight_scale) for module in model.modules() if scale_of(module) is not None]
-    return read_bytes(model) + sum(w.numel() * (scale.itemsize - 1) - scale.nbytes for w, scale in scaled)
+    """`read_bytes`, if weights that are stored as codes were in the model's dtype."""
+    coded = [stored_of(m) for m in model.modules() if getattr(m, "weight_scale", None) is not None]
+    saved = sum(w.codes.numel() * w.like.itemsize - w.codes.nbytes - w.like.nbytes for w in coded)
+    return read_bytes(model) + saved
 
 
 def bytes_share(sparse: nn.Module, dropped: dict[str, float]) -> float:

@@ -94,10 +94,10 @@ class SpeedResult:
     """Worst relative RMS difference of a sparse module's output from that of its reference."""
     variants: dict[str, float] = field(default_factory=dict)
     """Seconds a step of every variant that was timed."""
-    int8_dense_seconds: float | None = None
-    """A step of the best variant with the int8 weights and nothing skipped, where the plan has both."""
-    int8_dense_bytes: int | None = None
-    gain_over_int8_dense: float | None = None
+    stored_dense_seconds: float | None = None
+    """A step of the best variant with the weights as they are stored and nothing skipped, where the plan has both."""
+    stored_dense_bytes: int | None = None
+    gain_over_stored_dense: float | None = None
 
 
 @torch.inference_mode()
@@ -109,7 +109,7 @@ def benchmark(
     steps: int = 20,
     runs: int = 7,
     compile: bool = True,
-    int8_dense: nn.Module | None = None,
+    stored_dense: nn.Module | None = None,
 ) -> SpeedResult:
     """Times decode steps of both models after the same prompt, which should be real text: it decides what is skipped.
 
@@ -119,7 +119,8 @@ def benchmark(
         compile: also time steps under `torch.compile`, where one program can be every step (`models.rotary.grows`); the
             best variant of each model counts. The fused step of `sandcat.decoding.step` is a variant where it applies.
             On a GPU every step is captured in a CUDA graph, where it can be.
-        int8_dense: the model that has the int8 weights of the sparse one and skips nothing, as a second baseline.
+        stored_dense: the model that has the weights of the sparse one as they are stored and skips nothing, as a second
+            baseline.
 
     Raises:
         ParityError: a kernel's output is not that of its reference.
@@ -129,18 +130,18 @@ def benchmark(
     error = parity_error(sparse, ids_BT)
     modes = step_modes(sparse.device, compile and not grows(sparse.config))
     decoders: dict[str, Decoder] = {}
-    models = {"dense": dense, "sparse": sparse} | ({} if int8_dense is None else {"int8-dense": int8_dense})
+    models = {"dense": dense, "sparse": sparse} | ({} if stored_dense is None else {"stored-dense": stored_dense})
     for which, model in models.items():
         decoders |= prepared_steps(which, model, ids_BT, steps, modes, compile_fused=which != "sparse")
     medians = step_medians(decoders, ids_BT, steps, runs)
     best = {w: min((n for n in medians if n.startswith(w)), key=medians.__getitem__) for w in models}
     read = {which: step_bytes(model, ids_BT) for which, model in models.items()}
-    int8 = medians[best["int8-dense"]] if int8_dense is not None else None
+    stored = medians[best["stored-dense"]] if stored_dense is not None else None
     return SpeedResult(
         ids_BT.shape[1] - steps, len(ids_BT), runs, medians[best["dense"]], best["dense"].split()[1],
         medians[best["sparse"]], best["sparse"].split()[1], medians[best["dense"]] / medians[best["sparse"]],
         read["dense"], read["sparse"], read["dense"] / read["sparse"], read_bandwidth(sparse.device), kernel, error,
-        medians, int8, read.get("int8-dense"), None if int8 is None else int8 / medians[best["sparse"]],
+        medians, stored, read.get("stored-dense"), None if stored is None else stored / medians[best["sparse"]],
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import torch
 
 from sandcat.errors import BadRecipe
 from sandcat.layers.sparse_mlp import SparseMLP
-from sandcat.layers.weights import float_weight
+from sandcat.layers.weights import stored_of
 from sandcat.method import Method, Seen, Spec, Tensors
 from sandcat.models.view import Site
 from sandcat.ops.weights import product
@@ -56,10 +56,10 @@ class Cats(Method):
         mlp = SparseMLP(site)
         weight_I = torch.ones_like(mlp.threshold, dtype=torch.float32)
         if self.score != "activation":
-            square_I = total(lambda x: product(x, *mlp.up()).float().square().sum(0), seen.inputs)
+            square_I = total(lambda x: product(x, mlp.up()).float().square().sum(0), seen.inputs)
             weight_I = (square_I / sum(everyones(sum(len(x) for x in seen.inputs)))).sqrt()
         if self.score == "output":
-            weight_I = weight_I * float_weight(mlp.down).norm(dim=0)
+            weight_I = weight_I * stored_of(mlp.down).float().norm(dim=0)
         common, dropped, threshold_I = thresholds([mlp.scores(x) for x in seen.inputs], weight_I, self.sparsity)
         return {"threshold": common, "sparsity": dropped}, {"threshold": threshold_I}
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from sandcat.errors import BadRecipe
 from sandcat.layers.low_rank_linear import LowRankLinear
 from sandcat.layers.sparse_linear import SparseLinear
-from sandcat.layers.weights import float_weight
+from sandcat.layers.weights import stored_of
 from sandcat.method import Method, Seen, Spec, Tensors, check_sites, pick_kinds
 from sandcat.models.view import ModelView, Site
 from sandcat.quantile import thresholds
@@ -64,7 +64,7 @@ class Rsparse(Method):
         return pick_kinds(self.name, self.sites, list(view.linear_kinds), view.config.model_type)
 
     def decide(self, site: Site, seen: Seen) -> tuple[Spec, Tensors]:
-        weight_OI = float_weight(site.module)
+        weight_OI = stored_of(site.module).float()
         outputs, channels = weight_OI.shape
         ones_I, read = torch.ones(channels, device=weight_OI.device), 1 - self.sparsity
         one_rank = (outputs + channels) * seen.inputs[0].itemsize

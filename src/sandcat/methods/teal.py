@@ -18,7 +18,7 @@ import torch
 
 from sandcat.errors import BadRecipe
 from sandcat.layers.sparse_linear import SparseLinear
-from sandcat.layers.weights import float_weight
+from sandcat.layers.weights import stored_of
 from sandcat.method import Method, Seen, Spec, Tensors, check_sites, pick_kinds
 from sandcat.models.view import ModelView, Site
 from sandcat.quantile import thresholds
@@ -64,7 +64,7 @@ class Teal(Method):
         linear = site.module
         weight_I = torch.ones(linear.in_features, device=linear.weight.device)
         if self.score == "output":
-            weight_I = float_weight(linear).norm(dim=0)
+            weight_I = stored_of(linear).float().norm(dim=0)
         common, dropped, threshold_I = thresholds([x.abs() for x in seen.inputs], weight_I, self.sparsity)
         return {"threshold": common, "sparsity": dropped}, {"threshold": threshold_I}
 

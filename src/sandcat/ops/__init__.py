@@ -5,7 +5,6 @@
 
 from sandcat.ops.checks import MAX_TOKENS, PROMPT_CHUNK
 from sandcat.ops.core_mlp import core_mlp
-from sandcat.ops.int8_linear import int8_linear
 from sandcat.ops.masks import drop_up, mask
 from sandcat.ops.pays import most_tokens
 from sandcat.ops.registry import kernel_name
@@ -13,8 +12,11 @@ from sandcat.ops.shared_units import shared_linear, shared_up_down
 from sandcat.ops.sparse_linear import sparse_linear
 from sandcat.ops.sparse_mlp import sparse_mlp, sparse_up_down
 from sandcat.ops.sparse_up import sparse_up
+from sandcat.ops.stored_linear import stored_linear
+from sandcat.ops.weights import CODED, FORMATS, Stored
 
 __all__ = [
-    "MAX_TOKENS", "PROMPT_CHUNK", "core_mlp", "drop_up", "int8_linear", "kernel_name", "mask", "most_tokens",
-    "shared_linear", "shared_up_down", "sparse_linear", "sparse_mlp", "sparse_up", "sparse_up_down",
+    "CODED", "FORMATS", "MAX_TOKENS", "PROMPT_CHUNK", "Stored", "core_mlp", "drop_up", "kernel_name", "mask",
+    "most_tokens", "shared_linear", "shared_up_down", "sparse_linear", "sparse_mlp", "sparse_up", "sparse_up_down",
+    "stored_linear",
 ]  # fmt: skip

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from sandcat.ops.weights import FORMATS, Stored
 
 MAX_TOKENS = 16
 """Most tokens that the kernels take at once. What any of them keeps is read, so more tokens would gain nothing."""
@@ -18,27 +19,35 @@ PROMPT_CHUNK = 1024
 def check_tensors(
     op: str,
     x: Tensor,
-    weights: dict[str, tuple[Tensor | None, Tensor | None, int]],
+    weights: dict[str, tuple[Stored | None, tuple]],
     shapes: dict[str, tuple[Tensor | None, tuple]],
 ) -> None:
-    """Every tensor has its shape, lies where x does, and has x's dtype; a weight that has a scale is int8.
+    """Every tensor has its shape, lies where x does, and has x's dtype, or codes that of their format.
 
     Args:
-        weights: by name, the weight, its scale or None, and how many outputs it has.
-        shapes: all tensors but the scales, the weights among them, and what their shapes must be.
+        weights: by name, matrices and their shapes [outputs, inputs].
+        shapes: the other tensors, and what their shapes must be.
 
     Raises:
         ValueError: one has not, or there are too many tokens.
     """
     if not 1 <= len(x) <= MAX_TOKENS:
         raise ValueError(f"sandcat::{op} takes 1 to {MAX_TOKENS} tokens, got {len(x)}.")
-    int8 = {name for name, (_, scale, _) in weights.items() if scale is not None}
-    expected = {name: (t, shape, torch.int8 if name in int8 else x.dtype) for name, (t, shape) in shapes.items()}
-    expected |= {f"{name}_scale": (scale, (outputs,), x.dtype) for name, (_, scale, outputs) in weights.items()}
+    expected = {name: (tensor, shape, x.dtype) for name, (tensor, shape) in shapes.items()}
+    for name, (weight, shape) in weights.items():
+        if weight is None:
+            continue
+        dtype = FORMATS[weight.format].codes
+        expected[f"codes of {name}, {weight.format}"] = weight.codes, shape, dtype or x.dtype
+        expected |= {f"{part} of {name}": (getattr(weight, part), shape[:1], x.dtype) for part in ("scale", "bias")}
+        if (weight.scale is None) != (dtype is None):
+            raise ValueError(
+                f"sandcat::{op}: {name} is stored as {weight.format}, so it must have "
+                f"{'no ' * (dtype is None)}scales: codes have, numbers of the activations' dtype have not."
+            )
     for name, (tensor, shape, dtype) in expected.items():
         if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype or tensor.device != x.device):
             raise ValueError(
-                f"sandcat::{op}: {name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; with x in "
-                f"{x.dtype} on {x.device} it must be {tuple(shape)} {dtype}, there "
-                "(weights are int8 iff they have scales)."
+                f"sandcat::{op}: {name}: {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; with x in "
+                f"{x.dtype} on {x.device} it must be {tuple(shape)} {dtype}, there."
             )

@@ -10,26 +10,27 @@ import torch
 from torch import Tensor
 
 from sandcat.ops.core_mlp import core_mlp
-from sandcat.ops.int8_linear import int8_linear
+from sandcat.ops.op import Op
 from sandcat.ops.shared_units import shared_linear, shared_up_down
 from sandcat.ops.sparse_linear import sparse_linear
 from sandcat.ops.sparse_mlp import sparse_mlp, sparse_up_down
 from sandcat.ops.sparse_up import sparse_up
+from sandcat.ops.stored_linear import stored_linear
 
-OPS: dict[str, tuple[torch.library.CustomOpDef, str]] = {
+OPS: dict[str, tuple[Op, str]] = {
     "core_mlp": (core_mlp, "core_mlp"),
-    "int8_linear": (int8_linear, "int8_linear"),
     "shared_linear": (shared_linear, "shared_units"),
     "shared_up_down": (shared_up_down, "shared_units"),
     "sparse_linear": (sparse_linear, "sparse_linear"),
     "sparse_mlp": (sparse_mlp, "sparse_mlp"),
     "sparse_up": (sparse_up, "sparse_up"),
     "sparse_up_down": (sparse_up_down, "sparse_mlp"),
+    "stored_linear": (stored_linear, "stored_linear"),
 }
 """By its name each op, and the file that has its kernel, in the folder of each library that has one."""
 
-_KERNELS: dict[tuple[str, str, bool], str] = {}
-"""(op, device, whether the weights are int8) -> the library that has the kernel."""
+_KERNELS: dict[tuple[str, str], str] = {}
+"""(op, device) -> the library that has the kernel."""
 
 
 def _register_numba() -> None:
@@ -38,11 +39,11 @@ def _register_numba() -> None:
     if importlib.util.find_spec("numba") is None:
         return
     for name, (op, file) in OPS.items():
-        _KERNELS.update({(name, "cpu", int8): "numba" for int8 in ({True} if op is int8_linear else {True, False})})
+        _KERNELS[name, "cpu"] = "numba"
         op.register_kernel("cpu")(_importing(op, f"sandcat.ops.numba.{file}"))
 
 
-def _importing(op: torch.library.CustomOpDef, module: str) -> Callable[..., Tensor]:
+def _importing(op: Op, module: str) -> Callable[..., Tensor]:
     def kernel(*args) -> Tensor:
         importlib.import_module(module)  # registers the kernel in place of this one
         return op(*args)
@@ -58,9 +59,7 @@ def _register_triton() -> None:
         name = f"sandcat.ops.triton.{file}"
         if importlib.util.find_spec(name) is None:  # and only then: a kernel that cannot be imported is an error
             continue
-        kernels = importlib.import_module(name)
-        _KERNELS.update({(op, "cuda", False): "triton" for op in kernels.OPS})
-        _KERNELS.update({(op, "cuda", True): "triton" for op in kernels.INT8_OPS})
+        _KERNELS.update({(op, "cuda"): "triton" for op in importlib.import_module(name).OPS})
 
 
 _register_numba()
@@ -68,6 +67,11 @@ if torch.cuda.is_available():
     _register_triton()
 
 
-def kernel_name(op: str, device: torch.device | str, int8: bool = False) -> str:
-    """Which implementation runs an op on this device: "numba", "triton" or "reference"."""
-    return _KERNELS.get((op, torch.device(device).type, int8), "reference")
+def kernel_name(op: str, device: torch.device | str, format: str = "float") -> str:
+    """Which implementation runs an op on this device: "numba", "triton" or "reference".
+
+    Args:
+        format: of the matrix, a name of `FORMATS`.
+    """
+    kind = torch.device(device).type
+    return _KERNELS.get((op, kind), "reference") if OPS[op][0].reads(kind, format) else "reference"

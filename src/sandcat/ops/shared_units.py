@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sandcat.ops.gradients import differentiable
-from sandcat.ops.weights import product
+from sandcat.ops.op import Op
+from sandcat.ops.weights import Stored, product
 
 GROUP = 16
 """Neighbouring units among which those that are shared are chosen."""
@@ -41,52 +41,30 @@ def shared_units(scores: Tensor, threshold_U: Tensor) -> Tensor:
     return (place_gu < count_g).flatten(-2)[..., :U]
 
 
-def reference_linear(
-    x_BI: Tensor,
-    weight_IO: Tensor,
-    threshold_I: Tensor,
-    bias_O: Tensor | None = None,
-    scale_O: Tensor | None = None,
-) -> Tensor:
+def reference_linear(x_BI: Tensor, weight: Stored, threshold_I: Tensor) -> Tensor:
     """The definition: a linear layer of the channels that are shared by |x|. Returns float32 [B, ..., O]."""
-    units = shared_units(x_BI.abs(), threshold_I)
-    return product(torch.where(units, x_BI, 0), weight_IO.t(), bias_O, scale_O).float()
+    return product(torch.where(shared_units(x_BI.abs(), threshold_I), x_BI, 0), weight).float()
 
 
-def reference_up_down(
-    x_BH: Tensor,
-    a_BI: Tensor,
-    up_IH: Tensor,
-    down_IH: Tensor,
-    threshold_I: Tensor,
-    up_bias_I: Tensor | None = None,
-    down_bias_H: Tensor | None = None,
-    up_scale_I: Tensor | None = None,
-    down_scale_H: Tensor | None = None,
-) -> Tensor:
+def reference_up_down(x_BH: Tensor, a_BI: Tensor, up: Stored, down: Stored, threshold_I: Tensor) -> Tensor:
     """The definition: an MLP, from what its gate gave, of the neurons that are shared by |a|. float32 [B, ..., H]."""
     units = shared_units(a_BI.abs(), threshold_I)
-    h_BI = torch.where(units, a_BI * product(x_BH, up_IH, up_bias_I, up_scale_I), 0)
-    return product(h_BI, down_IH.t(), down_bias_H, down_scale_H).float()
+    return product(torch.where(units, a_BI * product(x_BH, up), 0), down).float()
 
 
-shared_linear = torch.library.custom_op("sandcat::shared_linear", reference_linear, mutates_args=())
+shared_linear = Op("shared_linear", reference_linear)
 """`reference_linear` for 1 to `MAX_TOKENS` sequences, by the kernel of the device where there is one."""
 
 
 @shared_linear.register_fake
-def _(x_BI, weight_IO, threshold_I, bias_O=None, scale_O=None):
-    return x_BI.new_empty((x_BI.shape[0], weight_IO.shape[1]), dtype=torch.float32)
+def _(x_BI: Tensor, weight: Stored, threshold_I: Tensor) -> Tensor:
+    return x_BI.new_empty((x_BI.shape[0], weight.codes.shape[0]), dtype=torch.float32)
 
 
-shared_up_down = torch.library.custom_op("sandcat::shared_up_down", reference_up_down, mutates_args=())
+shared_up_down = Op("shared_up_down", reference_up_down)
 """`reference_up_down` for 1 to `MAX_TOKENS` sequences, by the kernel of the device where there is one."""
 
 
 @shared_up_down.register_fake
-def _(x_BH, a_BI, up_IH, down_IH, threshold_I, up_bias_I=None, down_bias_H=None, up_scale_I=None, down_scale_H=None):
-    return x_BH.new_empty((x_BH.shape[0], down_IH.shape[1]), dtype=torch.float32)
-
-
-differentiable(shared_linear, reference_linear)
-differentiable(shared_up_down, reference_up_down)
+def _(x_BH: Tensor, a_BI: Tensor, up: Stored, down: Stored, threshold_I: Tensor) -> Tensor:
+    return x_BH.new_empty((x_BH.shape[0], down.codes.shape[0]), dtype=torch.float32)

@@ -10,39 +10,30 @@ import torch
 from torch import Tensor
 
 from sandcat.ops.checks import check_tensors
-from sandcat.ops.weights import product
+from sandcat.ops.op import Op
+from sandcat.ops.weights import Stored, product
 
 
-def reference(
-    x_TH: Tensor,
-    a_TI: Tensor,
-    up_IH: Tensor,
-    threshold_I: Tensor,
-    up_bias_I: Tensor | None = None,
-    up_scale_I: Tensor | None = None,
-) -> Tensor:
+def reference(x_TH: Tensor, a_TI: Tensor, up: Stored, threshold_I: Tensor) -> Tensor:
     """The definition: neuron j of a token is dropped iff |a_j| <= threshold_j. In x's dtype, [T, I]."""
-    return torch.where(a_TI.abs() <= threshold_I, 0, product(x_TH, up_IH, up_bias_I, up_scale_I))
+    return torch.where(a_TI.abs() <= threshold_I, 0, product(x_TH, up))
 
 
-def check_arguments(x_TH, a_TI, up_IH, threshold_I, up_bias_I, up_scale_I) -> None:
+def check_arguments(x_TH: Tensor, a_TI: Tensor, up: Stored, threshold_I: Tensor) -> None:
     """What a kernel reads by address must be there.
 
     Raises:
         ValueError: more than `MAX_TOKENS` tokens, or shapes, dtypes or devices that do not go together.
     """
-    I, H = up_IH.shape
-    shapes = {
-        "x": (x_TH, (len(x_TH), H)), "a": (a_TI, (len(x_TH), I)), "up": (up_IH, (I, H)),
-        "threshold": (threshold_I, (I,)), "up_bias": (up_bias_I, (I,)),
-    }  # fmt: skip
-    check_tensors("sparse_up", x_TH, {"up": (up_IH, up_scale_I, I)}, shapes)
+    I, H = up.codes.shape
+    shapes = {"x": (x_TH, (len(x_TH), H)), "a": (a_TI, (len(x_TH), I)), "threshold": (threshold_I, (I,))}
+    check_tensors("sparse_up", x_TH, {"up": (up, (I, H))}, shapes)
 
 
-sparse_up = torch.library.custom_op("sandcat::sparse_up", reference, mutates_args=())
+sparse_up = Op("sparse_up", reference, gradients=False)
 """`reference` for 1 to `MAX_TOKENS` tokens, by the kernel of the device where there is one."""
 
 
 @sparse_up.register_fake
-def _(x_TH, a_TI, up_IH, threshold_I, up_bias_I=None, up_scale_I=None):
+def _(x_TH: Tensor, a_TI: Tensor, up: Stored, threshold_I: Tensor) -> Tensor:
     return torch.empty_like(a_TI)

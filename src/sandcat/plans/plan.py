@@ -8,13 +8,16 @@ from typing import Any
 from sandcat.errors import PlanError
 from sandcat.method import SLOTS, Decided, Method, Spec
 from sandcat.models.view import ModelView, Site
+from sandcat.ops.weights import FORMATS
 from sandcat.plans.recipe import method_class
 from sandcat.support.from_json import record
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "sandcat"
 COMPRESSED = "compressed-tensors"
-"""The layout that plans of int8 weights alone are saved in: transformers and others read it without us."""
+"""What plans that only store weights as codes are saved as: transformers and others read it without us."""
+MIXED = "mixed-precision"
+"""What it calls weights that are stored in several ways."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +92,18 @@ class Plan:
         """The `quantization_config` of config.json: the plan, or what others read with the plan as one more key."""
         if any(step.method.slot != "weight" for step in self.steps):
             return self.to_json()
-        weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-        targets = [name for step in self.steps for name in step.sites]
-        layout = {"format": "int-quantized"}
+        groups: dict[str, dict[str, Any]] = {}
+        for number, step in enumerate(self.steps):
+            row = FORMATS[step.method.format]
+            groups[f"group_{number}"] = {
+                "targets": list(step.sites), "weights": row.compressed, "input_activations": None, "format": row.layout,
+            }  # fmt: skip
+        layouts = {group["format"] for group in groups.values()}
         return {
             "quant_method": COMPRESSED,
-            **layout,
+            "format": layouts.pop() if len(layouts) == 1 else MIXED,
             "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": targets, "weights": weights, "input_activations": None, **layout}},
+            "config_groups": groups,
             "ignore": [],
             QUANT_METHOD: self.to_json(),
         }
@@ -186,6 +193,11 @@ class Plan:
                             f"the plan does not fit the model: {key} of {name} is {value!r:.40}, and not from {low} to "
                             f"{high}."
                         )
+
+    @property
+    def formats(self) -> list[str]:
+        """The formats that weights are stored in, by their names."""
+        return list(dict.fromkeys(step.method.format for step in self.steps if step.method.format != "float"))
 
     @property
     def stored(self) -> Plan:

@@ -36,14 +36,14 @@ from sandcat.support.processes import first
 
 
 def measure(
-    dense: nn.Module, sparse: nn.Module, tokenizer, wanted: Wanted, *, name: str, int8_dense: nn.Module | None = None
+    dense: nn.Module, sparse: nn.Module, tokenizer, wanted: Wanted, *, name: str, stored_dense: nn.Module | None = None
 ) -> Report:
     """A report of pairs.
 
     Args:
         dense, sparse: the two models.
         name: the model's name in the report.
-        int8_dense: as in `speed.benchmark`.
+        stored_dense: as in `speed.benchmark`.
 
     Raises:
         DataError, ParityError
@@ -52,7 +52,7 @@ def measure(
     wanted = wanted.loaded(dense, tokenizer)
     wanted.check_apart(plan.calibration)
     questions = wanted.questions()
-    speeds = _speeds(dense, sparse, tokenizer, wanted, int8_dense) if wanted.speed and first() else []
+    speeds = _speeds(dense, sparse, tokenizer, wanted, stored_dense) if wanted.speed and first() else []
     results, realised, points = _quality(dense, sparse, plan, wanted)
     options: dict[str, Any] = {"limit": wanted.limit, "seed": wanted.seed}
     tasks = run_tasks(dense, [sparse], tokenizer, questions, **options)[0] if questions else []
@@ -86,7 +86,7 @@ def _described(sparse: nn.Module, name: str) -> dict[str, Any]:
 
 
 def _speeds(
-    dense: nn.Module, sparse: nn.Module, tokenizer, wanted: Wanted, int8_dense: nn.Module | None
+    dense: nn.Module, sparse: nn.Module, tokenizer, wanted: Wanted, stored_dense: nn.Module | None
 ) -> list[SpeedResult]:
     """Decode steps at each batch, on real text."""
     texts = [text for text in wanted.texts if isinstance(text, Text)]
@@ -99,7 +99,7 @@ def _speeds(
         found.append(
             benchmark(
                 dense, sparse, flat[:needed].view(batch, -1), steps=wanted.steps, runs=wanted.runs,
-                compile=wanted.compile, int8_dense=int8_dense,
+                compile=wanted.compile, stored_dense=stored_dense,
             )
         )  # fmt: skip
     return found
@@ -143,26 +143,26 @@ def measure_saved(
     dtype: str,
     trust_remote_code: bool = False,
 ) -> Report:
-    """Measures the model in a folder beside its dense twin, which the same files hold unless their weights are int8.
+    """Measures the model in a folder beside its dense twin, which the same files hold unless their weights are codes.
 
     Args:
         twin: the dense model to compare with, a folder or a name.
 
     Raises:
-        PlanError: the folder holds a dense model, or int8 weights and no twin is given; and as `load`, `measure`.
+        PlanError: the folder holds a dense model, or weights as codes and no twin is given; and as `load`, `measure`.
     """
     where: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     sparse, tokenizer = load(folder, require_plan=True, **where)
     plan = planned(sparse)
     if plan.stored.steps and twin is None:
         raise PlanError(
-            f"the weights in {folder!r} are int8, so it does not hold the dense model. Say which one to compare with: "
-            "--dense MODEL, the folder or name that it was made from."
+            f"the weights in {folder!r} are {' and '.join(plan.formats)}, so it does not hold the dense model. Say "
+            "which one to compare with: --dense MODEL, the folder or name that it was made from."
         )
     where["dtype"] = sparse.dtype
     dense, _ = load(twin or folder, dense=True, **where)
-    int8_dense = load(folder, dense=True, **where)[0] if plan.stored.steps and plan.stored != plan else None
-    return measure(dense, sparse, tokenizer, wanted, name=name, int8_dense=int8_dense)
+    stored_dense = load(folder, dense=True, **where)[0] if plan.stored.steps and plan.stored != plan else None
+    return measure(dense, sparse, tokenizer, wanted, name=name, stored_dense=stored_dense)
 
 
 def _others(

@@ -153,6 +153,7 @@ class Report:
 
 def _row(kind: type, data: dict[str, Any]) -> Any:
     """A row of its dataclass; null stands for a number that was not finite."""
+    data = {name.replace("int8_dense", "stored_dense"): value for name, value in data.items()}  # as it was once called
     lost = {f.name for f in fields(kind) if f.type in ("float", float) and data.get(f.name, 0) is None}
     return kind(**{f.name: math.nan if f.name in lost else data[f.name] for f in fields(kind) if f.name in data})
 

@@ -6,7 +6,7 @@ Nothing here knows an engine: layers are names, as the engine has them, and tens
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -21,18 +21,20 @@ SHARDS = {"q": 0, "k": 1, "v": 2}
 @dataclass(frozen=True)
 class Part:
     """A linear layer of the checkpoint that is a part of an engine's layer: whether its input channels have thresholds,
-    and whether its weights are int8 codes."""
+    and how its weights are stored, a name of `FORMATS`."""
 
     channels: bool = False
-    codes: bool = False
+    format: str = "float"
 
 
 @dataclass(frozen=True)
 class Sites:
-    """What is done where, by the names that modules have in the engine: `kinds` of `Method.served`."""
+    """What is done where, by the names that modules have in the engine: `kinds` of `Method.served`, and the formats of
+    those whose weights are codes."""
 
     kinds: dict[str, frozenset[str]]
     architecture: Architecture
+    formats: dict[str, str] = field(default_factory=dict)
 
     @property
     def head_skips(self) -> bool:
@@ -41,7 +43,9 @@ class Sites:
 
     def renamed(self, rename: Callable[[str], str | None]) -> Sites:
         """The same where the engine has other names."""
-        return replace(self, kinds={rename(name) or name: kinds for name, kinds in self.kinds.items()})
+        kinds = {rename(name) or name: found for name, found in self.kinds.items()}
+        formats = {rename(name) or name: format for name, format in self.formats.items()}
+        return replace(self, kinds=kinds, formats=formats)
 
     def parts(self, name: str, fused: Mapping[str, Sequence[str]]) -> list[Part]:
         """The parts of an engine's layer.
@@ -49,8 +53,10 @@ class Sites:
         Args:
             fused: what the engine's layers of a name are made of, as {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}.
         """
-        kinds = [self.kinds.get(part, frozenset()) for part in _names(name, fused)]
-        return [Part("channels" in k, "codes" in k) for k in kinds]
+        return [
+            Part("channels" in self.kinds.get(part, ()), self.formats.get(part, "float"))
+            for part in _names(name, fused)
+        ]
 
     def neurons(self, name: str, fused: Mapping[str, Sequence[str]]) -> str | None:
         """Which side of neurons that have thresholds a layer is: "gate_up" or "down"; None if of no such."""
@@ -82,6 +88,7 @@ def sites_of(plan: Plan, config) -> Sites:
             f"{config.model_type!r} models do not run sparse in vLLM (known: {', '.join(known)}). {INSTEAD}"
         )
     kinds: dict[str, set[str]] = {}
+    formats: dict[str, str] = {}
     for step in plan.steps:
         word = step.method
         if word.served is None:
@@ -103,7 +110,9 @@ def sites_of(plan: Plan, config) -> Sites:
                     f"Sparsify without the site head, or: {INSTEAD}"
                 )
             kinds.setdefault(name, set()).add(word.served)
-    return Sites({name: frozenset(found) for name, found in kinds.items()}, row)
+            if word.served == "codes":
+                formats[name] = word.format
+    return Sites({name: frozenset(found) for name, found in kinds.items()}, row, formats)
 
 
 INSTEAD = "It runs in transformers: sandcat generate, sandcat serve --engine transformers."

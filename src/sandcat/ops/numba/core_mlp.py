@@ -16,16 +16,18 @@ from torch import Tensor
 
 from sandcat.ops.core_mlp import check_arguments, core_mlp
 from sandcat.ops.numba.primitives.activations import CODES, activate
-from sandcat.ops.numba.primitives.dtypes import STORAGE, rounded, widen
+from sandcat.ops.numba.primitives.dtypes import STORAGE, outputs, rounded, storage, unit_of, widen
 from sandcat.ops.numba.primitives.rows import BLOCK, add_rows, dot_rows
 from sandcat.ops.numba.primitives.threads import VERSION, on_all_threads, pointer, threads_of
+from sandcat.ops.weights import Stored
 
 
 @cache
-def _kernel(dtype: torch.dtype, gate_dtype: torch.dtype, up_dtype: torch.dtype, down_dtype: torch.dtype):
-    """The kernel for the model's dtype and the weights', compiled on first use (and then cached on disk)."""
-    storage, gate_storage, up_storage, down_storage = (STORAGE[t] for t in (dtype, gate_dtype, up_dtype, down_dtype))
-    unit, version = storage.type(0), VERSION
+def _kernel(dtype: torch.dtype, gate_format: str, up_format: str, down_format: str):
+    """The kernel for the model's dtype and the weights' formats, compiled on first use (and then cached on disk)."""
+    own, gate_unit, up_unit = STORAGE[dtype], unit_of(gate_format), unit_of(up_format)
+    gate_storage, up_storage, down_storage = (storage(f, dtype) for f in (gate_format, up_format, down_format))
+    like, version = own.type(0), VERSION
 
     def body(args, thread, threads):
         if args[8] != version:  # never: it ties the code that Numba caches to all sources it was made from
@@ -36,10 +38,10 @@ def _kernel(dtype: torch.dtype, gate_dtype: torch.dtype, up_dtype: torch.dtype, 
         up = carray(pointer(args[2]), (neurons, hidden), up_storage)
         down = carray(pointer(args[3]), (neurons, hidden), down_storage)
         core = carray(pointer(args[4]), (tokens, neurons), np.uint8)
-        gate_bias = carray(pointer(args[5]), (neurons if args[5] else 0,), storage)
-        up_bias = carray(pointer(args[6]), (neurons if args[6] else 0,), storage)
-        gate_scale = carray(pointer(args[13]), (neurons if args[13] else 0,), storage)
-        up_scale = carray(pointer(args[14]), (neurons if args[14] else 0,), storage)
+        gate_bias = carray(pointer(args[5]), (neurons if args[5] else 0,), own)
+        up_bias = carray(pointer(args[6]), (neurons if args[6] else 0,), own)
+        gate_scale = carray(pointer(args[13]), (neurons if args[13] else 0,), own)
+        up_scale = carray(pointer(args[14]), (neurons if args[14] else 0,), own)
         y = carray(pointer(args[7]), (threads, tokens, hidden), np.float32)[thread]
         kept = np.empty(BLOCK, np.int64)
         a = np.empty((tokens, BLOCK), np.float32)
@@ -58,43 +60,28 @@ def _kernel(dtype: torch.dtype, gate_dtype: torch.dtype, up_dtype: torch.dtype, 
             for c in range(count):
                 j = kept[c]
                 for t in range(tokens):
-                    g = a[t, c] * widen(gate_scale[j]) if gate_scale.size else a[t, c]
-                    u = h[t, c] * widen(up_scale[j]) if up_scale.size else h[t, c]
+                    g = a[t, c] * (widen(gate_scale[j]) * gate_unit) if gate_scale.size else a[t, c]
+                    u = h[t, c] * (widen(up_scale[j]) * up_unit) if up_scale.size else h[t, c]
                     g = g + widen(gate_bias[j]) if gate_bias.size else g
                     u = u + widen(up_bias[j]) if up_bias.size else u
-                    g = rounded(activate(rounded(g, unit), code), unit)
-                    h[t, c] = rounded(g * rounded(u, unit), unit) if core[t, j] else np.float32(0)
+                    g = rounded(activate(rounded(g, like), code), like)
+                    h[t, c] = rounded(g * rounded(u, like), like) if core[t, j] else np.float32(0)
             add_rows(y, h[:, :count], down, kept)
 
     return on_all_threads(body)
 
 
 @core_mlp.register_kernel("cpu")
-def _(
-    x_TH: Tensor,
-    gate_IH: Tensor,
-    up_IH: Tensor,
-    down_IH: Tensor,
-    core_TI: Tensor,
-    activation: str,
-    gate_bias_I: Tensor | None = None,
-    up_bias_I: Tensor | None = None,
-    down_bias_H: Tensor | None = None,
-    gate_scale_I: Tensor | None = None,
-    up_scale_I: Tensor | None = None,
-    down_scale_H: Tensor | None = None,
-) -> Tensor:
-    scales = (gate_scale_I, up_scale_I, down_scale_H)
-    check_arguments(x_TH, gate_IH, up_IH, down_IH, core_TI, gate_bias_I, up_bias_I, down_bias_H, *scales)
-    tokens, hidden = x_TH.shape
-    tensors = [x_TH.float(), gate_IH, up_IH, down_IH, core_TI, gate_bias_I, up_bias_I, gate_scale_I, up_scale_I]
+def _(x_TH: Tensor, gate: Stored, up: Stored, down: Stored, core_TI: Tensor, activation: str) -> Tensor:
+    check_arguments(x_TH, gate, up, down, core_TI)
+    (tokens, hidden), neurons = x_TH.shape, len(gate.codes)
+    tensors = [x_TH.float(), gate.codes, up.codes, down.codes.t(), core_TI, gate.bias, up.bias, gate.scale, up.scale]
     tensors = [None if t is None else t.contiguous() for t in tensors]
     threads = threads_of()
     partial_PTH = torch.zeros(threads, tokens, hidden)
     *addresses, gate_scale, up_scale = (0 if t is None else t.data_ptr() for t in tensors)
-    _kernel(x_TH.dtype, gate_IH.dtype, up_IH.dtype, down_IH.dtype)(
-        [*addresses, partial_PTH.data_ptr(), VERSION, tokens, gate_IH.shape[0], hidden, CODES[activation],
-         gate_scale, up_scale], threads
+    _kernel(x_TH.dtype, gate.format, up.format, down.format)(
+        [*addresses, partial_PTH.data_ptr(), VERSION, tokens, neurons, hidden, CODES[activation], gate_scale, up_scale],
+        threads,
     )  # fmt: skip
-    y_TH = partial_PTH.sum(0) if down_scale_H is None else partial_PTH.sum(0) * down_scale_H
-    return y_TH if down_bias_H is None else y_TH + down_bias_H
+    return outputs(partial_PTH.sum(0), down)

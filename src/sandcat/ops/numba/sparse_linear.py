@@ -13,25 +13,26 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from sandcat.ops.numba.primitives.dtypes import STORAGE, widen
+from sandcat.ops.numba.primitives.dtypes import STORAGE, outputs, storage, widen
 from sandcat.ops.numba.primitives.rows import add_rows
 from sandcat.ops.numba.primitives.threads import VERSION, on_all_threads, pointer, threads_of
 from sandcat.ops.sparse_linear import check_arguments, sparse_linear
+from sandcat.ops.weights import Stored
 
 
 @cache
-def _kernel(weight_dtype: torch.dtype, dtype: torch.dtype):
-    """The kernel for weights and thresholds of these dtypes, compiled on first use (and then cached on disk)."""
-    weight_storage, storage, version = STORAGE[weight_dtype], STORAGE[dtype], VERSION
+def _kernel(format: str, dtype: torch.dtype):
+    """The kernel for weights of a format and one dtype, compiled on first use (and then cached on disk)."""
+    weight_storage, threshold_storage, version = storage(format, dtype), STORAGE[dtype], VERSION
 
     def body(args, thread, threads):
         if args[4] != version:  # never: it ties the code that Numba caches to all sources it was made from
             return
-        tokens, channels, outputs = args[5], args[6], args[7]
+        tokens, channels, size = args[5], args[6], args[7]
         x = carray(pointer(args[0]), (tokens, channels), np.float32)
-        weight = carray(pointer(args[1]), (channels, outputs), weight_storage)
-        threshold = carray(pointer(args[2]), (channels,), storage)
-        y = carray(pointer(args[3]), (threads, tokens, outputs), np.float32)[thread]
+        weight = carray(pointer(args[1]), (channels, size), weight_storage)
+        threshold = carray(pointer(args[2]), (channels,), threshold_storage)
+        y = carray(pointer(args[3]), (threads, tokens, size), np.float32)[thread]
         kept = np.empty(channels, np.int64)
         values = np.empty(channels, np.float32)
         for t in range(tokens):
@@ -47,19 +48,12 @@ def _kernel(weight_dtype: torch.dtype, dtype: torch.dtype):
 
 
 @sparse_linear.register_kernel("cpu")
-def _(
-    x_TI: Tensor,
-    weight_IO: Tensor,
-    threshold_I: Tensor,
-    bias_O: Tensor | None = None,
-    scale_O: Tensor | None = None,
-) -> Tensor:
-    check_arguments(x_TI, weight_IO, threshold_I, bias_O, scale_O)
-    (tokens, channels), outputs = x_TI.shape, weight_IO.shape[1]
-    tensors = [x_TI.float().contiguous(), weight_IO.contiguous(), threshold_I.contiguous()]
+def _(x_TI: Tensor, weight: Stored, threshold_I: Tensor) -> Tensor:
+    check_arguments(x_TI, weight, threshold_I)
+    (tokens, channels), size = x_TI.shape, len(weight.codes)
+    tensors = [x_TI.float().contiguous(), weight.codes.t().contiguous(), threshold_I.contiguous()]
     threads = threads_of()
-    partial_PTO = torch.zeros(threads, tokens, outputs)
+    partial_PTO = torch.zeros(threads, tokens, size)
     addresses = [tensor.data_ptr() for tensor in (*tensors, partial_PTO)]
-    _kernel(weight_IO.dtype, x_TI.dtype)([*addresses, VERSION, tokens, channels, outputs], threads)
-    y_TO = partial_PTO.sum(0) if scale_O is None else partial_PTO.sum(0) * scale_O
-    return y_TO if bias_O is None else y_TO + bias_O
+    _kernel(weight.format, x_TI.dtype)([*addresses, VERSION, tokens, channels, size], threads)
+    return outputs(partial_PTO.sum(0), weight)

@@ -16,17 +16,19 @@ from numba import carray
 from torch import Tensor
 
 from sandcat.ops.numba.primitives.activations import CODES, activate
-from sandcat.ops.numba.primitives.dtypes import STORAGE, rounded, widen
+from sandcat.ops.numba.primitives.dtypes import STORAGE, outputs, rounded, storage, unit_of, widen
 from sandcat.ops.numba.primitives.rows import BLOCK, add_rows, dot_rows
 from sandcat.ops.numba.primitives.threads import VERSION, on_all_threads, pointer, threads_of
 from sandcat.ops.sparse_mlp import check_arguments, sparse_mlp, sparse_up_down
+from sandcat.ops.weights import Stored
 
 
 @cache
-def _kernel(dtype: torch.dtype, gate_dtype: torch.dtype, up_dtype: torch.dtype, down_dtype: torch.dtype):
-    """The kernel for the model's dtype and the weights', compiled on first use (and then cached on disk)."""
-    storage, gate_storage, up_storage, down_storage = (STORAGE[t] for t in (dtype, gate_dtype, up_dtype, down_dtype))
-    unit, version = storage.type(0), VERSION
+def _kernel(dtype: torch.dtype, gate_format: str, up_format: str, down_format: str):
+    """The kernel for the model's dtype and the weights' formats, compiled on first use (and then cached on disk)."""
+    own, gate_unit, up_unit = STORAGE[dtype], unit_of(gate_format), unit_of(up_format)
+    gate_storage, up_storage, down_storage = (storage(f, dtype) for f in (gate_format, up_format, down_format))
+    like, version = own.type(0), VERSION
 
     def body(args, thread, threads):
         if args[8] != version:  # never: it ties the code that Numba caches to all sources it was made from
@@ -34,14 +36,14 @@ def _kernel(dtype: torch.dtype, gate_dtype: torch.dtype, up_dtype: torch.dtype, 
         tokens, neurons, hidden, code = args[9], args[10], args[11], args[12]
         x = carray(pointer(args[0]), (tokens, hidden), np.float32)
         gate = carray(pointer(args[1]), (neurons if args[1] else 0, hidden), gate_storage)
-        given = carray(pointer(args[13]), (tokens if args[13] else 0, neurons), storage)
+        given = carray(pointer(args[13]), (tokens if args[13] else 0, neurons), own)
         up = carray(pointer(args[2]), (neurons, hidden), up_storage)
         down = carray(pointer(args[3]), (neurons, hidden), down_storage)
-        threshold = carray(pointer(args[4]), (neurons,), storage)
-        gate_bias = carray(pointer(args[5]), (neurons if args[5] else 0,), storage)
-        up_bias = carray(pointer(args[6]), (neurons if args[6] else 0,), storage)
-        gate_scale = carray(pointer(args[14]), (neurons if args[14] else 0,), storage)
-        up_scale = carray(pointer(args[15]), (neurons if args[15] else 0,), storage)
+        threshold = carray(pointer(args[4]), (neurons,), own)
+        gate_bias = carray(pointer(args[5]), (neurons if args[5] else 0,), own)
+        up_bias = carray(pointer(args[6]), (neurons if args[6] else 0,), own)
+        gate_scale = carray(pointer(args[14]), (neurons if args[14] else 0,), own)
+        up_scale = carray(pointer(args[15]), (neurons if args[15] else 0,), own)
         y = carray(pointer(args[7]), (threads, tokens, hidden), np.float32)[thread]
         kept = np.empty(BLOCK, np.int64)
         keeps = np.empty((tokens, BLOCK), np.bool_)
@@ -57,9 +59,9 @@ def _kernel(dtype: torch.dtype, gate_dtype: torch.dtype, up_dtype: torch.dtype, 
                 wanted = False
                 for t in range(tokens):
                     if gate.size:
-                        s = g[t, j - start] * widen(gate_scale[j]) if gate_scale.size else g[t, j - start]
+                        s = g[t, j - start] * (widen(gate_scale[j]) * gate_unit) if gate_scale.size else g[t, j - start]
                         s = s + widen(gate_bias[j]) if gate_bias.size else s
-                        a[t, count] = rounded(activate(rounded(s, unit), code), unit)
+                        a[t, count] = rounded(activate(rounded(s, like), code), like)
                     else:
                         a[t, count] = widen(given[t, j])
                     keeps[t, count] = not abs(a[t, count]) <= widen(threshold[j])
@@ -70,64 +72,39 @@ def _kernel(dtype: torch.dtype, gate_dtype: torch.dtype, up_dtype: torch.dtype, 
             dot_rows(x, up, kept, h[:, :count])
             for c in range(count):
                 for t in range(tokens):
-                    u = h[t, c] * widen(up_scale[kept[c]]) if up_scale.size else h[t, c]
+                    u = h[t, c] * (widen(up_scale[kept[c]]) * up_unit) if up_scale.size else h[t, c]
                     u = u + widen(up_bias[kept[c]]) if up_bias.size else u
-                    h[t, c] = rounded(a[t, c] * rounded(u, unit), unit) if keeps[t, c] else np.float32(0)
+                    h[t, c] = rounded(a[t, c] * rounded(u, like), like) if keeps[t, c] else np.float32(0)
             add_rows(y, h[:, :count], down, kept)
 
     return on_all_threads(body)
 
 
 def _run(
-    x_TH, gate_IH, a_TI, up_IH, down_IH, threshold_I, code,
-    gate_bias_I, up_bias_I, down_bias_H, gate_scale_I, up_scale_I, down_scale_H,
-) -> Tensor:  # fmt: skip
+    x_TH: Tensor, gate: Stored | None, a_TI: Tensor | None, up: Stored, down: Stored, threshold_I: Tensor, code: int
+) -> Tensor:
     (tokens, hidden), dtype = x_TH.shape, x_TH.dtype
-    tensors = [gate_IH, up_IH, down_IH, threshold_I, gate_bias_I, up_bias_I, a_TI, gate_scale_I, up_scale_I]
-    tensors = [x_TH.float().contiguous(), *(None if t is None else t.contiguous() for t in tensors)]
+    given = [None if gate is None else gate.codes, up.codes, down.codes.t(), threshold_I]
+    gate = gate or Stored(x_TH)  # without bias and scale, and not read
+    tensors = [x_TH.float(), *given, gate.bias, up.bias, a_TI, gate.scale, up.scale]
+    tensors = [None if t is None else t.contiguous() for t in tensors]
     threads = threads_of()
     partial_PTH = torch.zeros(threads, tokens, hidden)
-    x, gate, up, down, threshold, gate_bias, up_bias, a, *scales = (0 if t is None else t.data_ptr() for t in tensors)
-    _kernel(dtype, dtype if gate_IH is None else gate_IH.dtype, up_IH.dtype, down_IH.dtype)(
-        [x, gate, up, down, threshold, gate_bias, up_bias, partial_PTH.data_ptr(), VERSION, tokens, up_IH.shape[0],
-         hidden, code, a, *scales], threads
+    *addresses, a, gate_scale, up_scale = (0 if t is None else t.data_ptr() for t in tensors)
+    _kernel(dtype, gate.format, up.format, down.format)(
+        [*addresses, partial_PTH.data_ptr(), VERSION, tokens, len(up.codes), hidden, code, a, gate_scale, up_scale],
+        threads,
     )  # fmt: skip
-    y_TH = partial_PTH.sum(0) if down_scale_H is None else partial_PTH.sum(0) * down_scale_H
-    return y_TH if down_bias_H is None else y_TH + down_bias_H
+    return outputs(partial_PTH.sum(0), down)
 
 
 @sparse_mlp.register_kernel("cpu")
-def _(
-    x_TH: Tensor,
-    gate_IH: Tensor,
-    up_IH: Tensor,
-    down_IH: Tensor,
-    threshold_I: Tensor,
-    activation: str,
-    gate_bias_I: Tensor | None = None,
-    up_bias_I: Tensor | None = None,
-    down_bias_H: Tensor | None = None,
-    gate_scale_I: Tensor | None = None,
-    up_scale_I: Tensor | None = None,
-    down_scale_H: Tensor | None = None,
-) -> Tensor:
-    rest = (gate_bias_I, up_bias_I, down_bias_H, gate_scale_I, up_scale_I, down_scale_H)
-    check_arguments("sparse_mlp", x_TH, gate_IH, None, up_IH, down_IH, threshold_I, *rest)
-    return _run(x_TH, gate_IH, None, up_IH, down_IH, threshold_I, CODES[activation], *rest)
+def _(x_TH: Tensor, gate: Stored, up: Stored, down: Stored, threshold_I: Tensor, activation: str) -> Tensor:
+    check_arguments("sparse_mlp", x_TH, gate, None, up, down, threshold_I)
+    return _run(x_TH, gate, None, up, down, threshold_I, CODES[activation])
 
 
 @sparse_up_down.register_kernel("cpu")
-def _(
-    x_TH: Tensor,
-    a_TI: Tensor,
-    up_IH: Tensor,
-    down_IH: Tensor,
-    threshold_I: Tensor,
-    up_bias_I: Tensor | None = None,
-    down_bias_H: Tensor | None = None,
-    up_scale_I: Tensor | None = None,
-    down_scale_H: Tensor | None = None,
-) -> Tensor:
-    rest = (None, up_bias_I, down_bias_H, None, up_scale_I, down_scale_H)
-    check_arguments("sparse_up_down", x_TH, None, a_TI, up_IH, down_IH, threshold_I, *rest)
-    return _run(x_TH, None, a_TI, up_IH, down_IH, threshold_I, 0, *rest)
+def _(x_TH: Tensor, a_TI: Tensor, up: Stored, down: Stored, threshold_I: Tensor) -> Tensor:
+    check_arguments("sparse_up_down", x_TH, None, a_TI, up, down, threshold_I)
+    return _run(x_TH, None, a_TI, up, down, threshold_I, 0)

@@ -18,6 +18,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sandcat.ops.sparse_linear import check_arguments, reference, sparse_linear
 from sandcat.ops.triton.primitives.blocks import (
+    FP8,
+    INT8,
     activated,
     clear,
     clear_share,
@@ -25,12 +27,14 @@ from sandcat.ops.triton.primitives.blocks import (
     gated,
     keep_neurons,
     which_of_three,
+    widen,
 )
 from sandcat.ops.triton.primitives.fixed_point import add_four_rows, digits, scale_of_all
-from sandcat.ops.triton.primitives.launch import dependent_launch, multiprocessors
+from sandcat.ops.triton.primitives.launch import code_of, codes, dependent_launch, multiprocessors
 from sandcat.ops.triton.sparse_linear_batch import add_channels
+from sandcat.ops.weights import Stored
 
-OPS = INT8_OPS = ("sparse_linear",)
+OPS = ("sparse_linear",)
 
 
 @triton.jit
@@ -97,11 +101,9 @@ def _digit_sums(list_i, list_x, n, w, size, cols, ROWS: tl.constexpr, BLOCK: tl.
     for start in tl.range(0, n, 4, num_stages=STAGES):
         row = tl.load(list_i + start + r).to(tl.int64)
         here = (start + r < n)[:, None] & (cols < size)[None, :]
-        w_rc = tl.load(w + row[:, None] * size + cols[None, :], mask=here, other=0, eviction_policy="evict_first")
+        w_rc = tl.load(w + row[:, None] * size + cols[None, :], mask=here, other=0.0, eviction_policy="evict_first")
         d_r = tl.load(words + start + r)
-        w_01, w_23 = tl.split(tl.permute(tl.reshape(w_rc, (2, 2, BLOCK)), (2, 1, 0)))
-        w0, w1 = tl.split(w_01)
-        w2, w3 = tl.split(w_23)
+        w0, w1, w2, w3 = _four_rows(w_rc, BLOCK)
         d_02, d_13 = tl.split(tl.reshape(d_r, (2, 2)))
         d0, d2 = tl.split(d_02)
         d1, _d3 = tl.split(d_13)
@@ -110,12 +112,35 @@ def _digit_sums(list_i, list_x, n, w, size, cols, ROWS: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
+def _four_rows(w_rc, BLOCK: tl.constexpr):
+    """Four rows, each by itself; a thread has the same columns of all."""
+    w_01, w_23 = tl.split(tl.permute(tl.reshape(w_rc, (2, 2, BLOCK)), (2, 1, 0)))
+    w0, w1 = tl.split(w_01)
+    w2, w3 = tl.split(w_23)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def _add_four(acc, w_rc, x_r, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+    """acc + the products of four rows of codes with four numbers: a sum of the four alone would take one addition
+    more."""
+    w0, w1, w2, w3 = _four_rows(w_rc, BLOCK)
+    x_02, x_13 = tl.split(tl.reshape(x_r, (2, 2)))
+    x0, x2 = tl.split(x_02)
+    x1, x3 = tl.split(x_13)
+    acc = tl.fma(widen(w0, FORMAT), x0, acc)
+    acc = tl.fma(widen(w1, FORMAT), x1, acc)
+    acc = tl.fma(widen(w2, FORMAT), x2, acc)
+    return tl.fma(widen(w3, FORMAT), x3, acc)
+
+
+@triton.jit
 def sparse_rows(
     x, gate, norm, eps, top, total, D, a, b, c, a_threshold, b_threshold, c_threshold, a_bias, b_bias, c_bias,
     a_scale, b_scale, c_scale, list_i, list_x, parts, arrived, y, zeros, n_zeros, neurons, list_n, a_n, count, x_normed,
-    position, A, B, C, K, CODE: tl.constexpr, ADD: tl.constexpr, ORDERED: tl.constexpr, HEAD_PARTS: tl.constexpr,
-    ZEROS: tl.constexpr, PAD: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    position, A, B, C, K, FORMAT: tl.constexpr, CODE: tl.constexpr, ADD: tl.constexpr, ORDERED: tl.constexpr,
+    HEAD_PARTS: tl.constexpr, ZEROS: tl.constexpr, PAD: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Up to three matrices of K channels, and A, B and C columns, with the kept channels of one input.
 
@@ -140,7 +165,7 @@ def sparse_rows(
         tl.store(x_normed + i, x_i.to(dtype), mask=(i < K) & (tile == 0))
     keep = (i < K) & ~(tl.abs(x_i) <= t)
     own = (split * tl.num_programs(0) + tile) * CHANNELS
-    if w.dtype.element_ty == tl.int8:
+    if FORMAT == INT8:
         n, back = _list_digits(list_i + own, list_x + own, i, x_i, keep, e)
         acc = _digit_sums(list_i + own, list_x + own, n, w, size, cols, ROWS, BLOCK, STAGES) * back
     else:
@@ -154,8 +179,11 @@ def sparse_rows(
             row = tl.load(list_i + own + start + r, mask=here, other=0).to(tl.int64)
             x_r = tl.load(list_x + own + start + r, mask=here, other=0.0)
             at = w + row[:, None] * size + cols[None, :]
-            w_rc = tl.load(at, mask=here[:, None] & (cols < size)[None, :], other=0, eviction_policy="evict_first")
-            acc += tl.sum(w_rc.to(tl.float32) * x_r[:, None], 0)
+            w_rc = tl.load(at, mask=here[:, None] & (cols < size)[None, :], other=0.0, eviction_policy="evict_first")
+            if FORMAT == FP8:
+                acc = _add_four(acc, w_rc, x_r, FORMAT, BLOCK)
+            else:
+                acc += tl.sum(w_rc.to(tl.float32) * x_r[:, None], 0)
     if PDL:
         gdc_launch_dependents()  # not before: programs that wait take from these the room to read ahead
     clear_share(zeros, n_zeros, ZEROS)
@@ -218,22 +246,16 @@ def sparse_rows_config(
 
 
 @sparse_linear.register_kernel("cuda")
-def launch(
-    x_TI: Tensor,
-    weight_IO: Tensor,
-    threshold_I: Tensor,
-    bias_O: Tensor | None = None,
-    scale_O: Tensor | None = None,
-) -> Tensor:
-    check_arguments(x_TI, weight_IO, threshold_I, bias_O, scale_O)
+def launch(x_TI: Tensor, weight: Stored, threshold_I: Tensor) -> Tensor:
+    check_arguments(x_TI, weight, threshold_I)
     if len(x_TI) > 1 and torch.are_deterministic_algorithms_enabled():
-        return reference(x_TI, weight_IO, threshold_I, bias_O, scale_O)
+        return reference(x_TI, weight, threshold_I)
     if len(x_TI) > 1:
-        return add_channels(x_TI, weight_IO, threshold_I, bias_O, scale_O, shared=False)
-    x, weight, threshold = x_TI.contiguous(), weight_IO.contiguous(), threshold_I.contiguous()
-    bias, scale = (None if t is None else t.contiguous() for t in (bias_O, scale_O))
-    I, O = weight.shape
-    config, (tiles, splits) = sparse_rows_config([O], I, weight.element_size(), multiprocessors(x.device), alone=True)
+        return add_channels(x_TI, weight, threshold_I, shared=False)
+    x, rows, threshold = x_TI.contiguous(), codes(weight).t().contiguous(), threshold_I.contiguous()
+    bias, scale = (None if t is None else t.contiguous() for t in (weight.bias, weight.scale))
+    I, O = rows.shape
+    config, (tiles, splits) = sparse_rows_config([O], I, rows.element_size(), multiprocessors(x.device), alone=True)
     ordered, dependent = torch.are_deterministic_algorithms_enabled(), dependent_launch(x.device)
     room = tiles * splits * config["CHANNELS"]
     list_i = torch.empty(room, dtype=torch.int32, device=x.device)
@@ -247,8 +269,9 @@ def launch(
         if not ordered:
             clear[(triton.cdiv(O, 1024),)](y_TO, None, O, BLOCK=1024, **dependent)
         sparse_rows[(tiles, splits)](
-            x, None, None, 0.0, None, None, 0, *[weight] * 3, *[threshold] * 3, *[bias] * 3, *[scale] * 3, list_i,
-            list_x, parts, arrived, y_TO, None, 0, None, None, None, None, None, None, O, 0, 0, I, CODE=0, ADD=False,
-            ORDERED=ordered, HEAD_PARTS=0, ZEROS=1, **config, **dependent,
+            x, None, None, 0.0, None, None, 0, *[rows] * 3, *[threshold] * 3, *[bias] * 3, *[scale] * 3, list_i,
+            list_x, parts, arrived, y_TO, None, 0, None, None, None, None, None, None, O, 0, 0, I,
+            FORMAT=code_of(weight.format), CODE=0, ADD=False, ORDERED=ordered, HEAD_PARTS=0, ZEROS=1, **config,
+            **dependent,
         )  # fmt: skip
     return y_TO

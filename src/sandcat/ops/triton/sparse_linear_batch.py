@@ -15,8 +15,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sandcat.ops.shared_units import GROUP, LEAST_THRESHOLD
-from sandcat.ops.triton.primitives.blocks import clear_share, gated, which_of_three
-from sandcat.ops.triton.primitives.launch import dependent_launch, multiprocessors
+from sandcat.ops.triton.primitives.blocks import as_dtype, clear_share, gated, which_of_three
+from sandcat.ops.triton.primitives.launch import code_of, codes, dependent_launch, multiprocessors
+from sandcat.ops.weights import Stored
 
 TOKENS = 16
 """Tokens are padded to this for the matrix unit."""
@@ -98,8 +99,8 @@ def list_channels(
 @triton.jit
 def listed_rows(
     list_n, x_tn, count, room, a, b, c, a_bias, b_bias, c_bias, a_scale, b_scale, c_scale, y, y_stride, T, A, B, C,
-    CHANNELS: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    FORMAT: tl.constexpr, CHANNELS: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y += the products of up to three matrices, of A, B and C columns, one after another, with what the lists hold."""
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -119,8 +120,8 @@ def listed_rows(
         row = tl.load(list_n + start + r, mask=here, other=0).to(tl.int64)
         x_tr = tl.load(x_tn + t[:, None] * room + (start + r)[None, :], mask=here[None, :], other=0.0)
         at = w + row[:, None] * size + cols[None, :]
-        w_rc = tl.load(at, mask=here[:, None] & (cols < size)[None, :], other=0, eviction_policy="evict_first")
-        acc = tl.dot(x_tr, w_rc.to(x_tr.dtype), acc, input_precision="ieee")
+        w_rc = tl.load(at, mask=here[:, None] & (cols < size)[None, :], other=0.0, eviction_policy="evict_first")
+        acc = tl.dot(x_tr, as_dtype(w_rc, x_tr.dtype, FORMAT), acc, input_precision="ieee")
     if PDL:
         gdc_launch_dependents()
     if a_scale is not None:
@@ -163,13 +164,11 @@ def list_channels_config(channels: int, tokens: int) -> dict:
     return {"CHANNELS": channels, "GROUP": GROUP, "TOKENS": padded, "num_warps": max(4, min(16, channels // 32))}
 
 
-def add_channels(
-    x_TI: Tensor, weight_IO: Tensor, threshold_I: Tensor, bias_O: Tensor | None, scale_O: Tensor | None, *, shared: bool
-) -> Tensor:  # fmt: skip
+def add_channels(x_TI: Tensor, weight: Stored, threshold_I: Tensor, *, shared: bool) -> Tensor:
     """The product with the channels that any token keeps, or that all share; float32 [T, O]."""
-    x, weight, threshold = x_TI.contiguous(), weight_IO.contiguous(), threshold_I.contiguous()
-    bias, scale = (None if t is None else t.contiguous() for t in (bias_O, scale_O))
-    (I, O), T, device = weight.shape, len(x), x.device
+    x, rows, threshold = x_TI.contiguous(), codes(weight).t().contiguous(), threshold_I.contiguous()
+    bias, scale = (None if t is None else t.contiguous() for t in (weight.bias, weight.scale))
+    (I, O), T, device = rows.shape, len(x), x.device
     config, (tiles, splits) = listed_rows_config([O], I, x.element_size(), multiprocessors(device))
     room, dependent = splits * config["CHANNELS"], dependent_launch(device)
     list_n = torch.empty(room, dtype=torch.int32, device=device)
@@ -183,7 +182,7 @@ def add_channels(
             **list_channels_config(config["CHANNELS"], T), **dependent,
         )  # fmt: skip
         listed_rows[(tiles, splits)](
-            list_n, x_tn, count, room, *[weight] * 3, *[bias] * 3, *[scale] * 3, y_TO, O, T, O, 0, 0, **config,
-            **dependent,
+            list_n, x_tn, count, room, *[rows] * 3, *[bias] * 3, *[scale] * 3, y_TO, O, T, O, 0, 0,
+            FORMAT=code_of(weight.format), **config, **dependent,
         )  # fmt: skip
     return y_TO

@@ -26,18 +26,19 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sandcat.ops.activations import ACTIVATIONS
 from sandcat.ops.sparse_mlp import check_arguments, reference_up_down, sparse_mlp, sparse_up_down
-from sandcat.ops.triton import int8_linear
+from sandcat.ops.triton import stored_linear
 from sandcat.ops.triton.primitives.blocks import CODES, activated, clear, finish, keep_neurons, load_rows, widen
-from sandcat.ops.triton.primitives.launch import dependent_launch, multiprocessors
+from sandcat.ops.triton.primitives.launch import code_of, codes, dependent_launch, multiprocessors
 from sandcat.ops.triton.sparse_mlp_batch import add_tokens
+from sandcat.ops.weights import Stored
 
-OPS = INT8_OPS = ("sparse_mlp", "sparse_up_down")
+OPS = ("sparse_mlp", "sparse_up_down")
 
 
 @triton.jit
 def gate_kernel(
     x, norm, eps, gate, bias, gate_scale, threshold, count, list_n, a_n, x_normed, I, H,
-    CODE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    FORMAT: tl.constexpr, CODE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """With `norm`, x is normed first (which is a number that the sums are multiplied with), and kept in x_normed.
 
@@ -52,12 +53,12 @@ def gate_kernel(
     for start in range(0, H, BLOCK):
         k = start + tl.arange(0, BLOCK)
         here = (rows < I)[:, None] & (k < H)[None, :]
-        w = tl.load(at + k[None, :], mask=here, other=0, eviction_policy="evict_first")
+        w = tl.load(at + k[None, :], mask=here, other=0.0, eviction_policy="evict_first")
         x_k = tl.load(x + k, mask=k < H, other=0.0).to(tl.float32)
         if norm is not None:
             square += x_k * x_k
             x_k *= tl.load(norm + k, mask=k < H, other=0.0).to(tl.float32)
-        total += widen(w) * x_k[None, :]
+        total += widen(w, FORMAT) * x_k[None, :]
     if PDL:
         gdc_launch_dependents()
     g = tl.sum(total, 1)
@@ -105,9 +106,11 @@ def in_order(list_n, a_n, count, I, BLOCK: tl.constexpr, PDL: tl.constexpr):
 @triton.jit
 def up_down_kernel(
     x, up, down, bias, up_scale, down_scale, count, list_n, a_n, y, I, H,
-    NEURONS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    UP: tl.constexpr, DOWN: tl.constexpr, NEURONS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """y += up and down of the listed neurons; or, with PARTS, row p of y is the share of program p."""
+    """y += up and down, stored as UP and DOWN, of the listed neurons; or, with PARTS, row p of y is the share of
+    program p."""
     k = tl.arange(0, BLOCK)
     dtype: tl.constexpr = x.dtype.element_ty
     first, step = tl.program_id(0) * NEURONS, tl.num_programs(0) * NEURONS
@@ -127,9 +130,9 @@ def up_down_kernel(
         row_next = row_ahead
         row_ahead = tl.load(list_n + i + 2 * step, mask=i + 2 * step < n, other=I)
         a = tl.load(a_n + i, mask=i < n, other=0.0)
-        u = finish(tl.sum(widen(w_up) * x_k.to(tl.float32)[None, :], 1), up_scale, bias, row, I)
+        u = finish(tl.sum(widen(w_up, UP) * x_k.to(tl.float32)[None, :], 1), up_scale, bias, row, I)
         h = (a * u.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-        total += tl.sum(h[:, None] * widen(w_down), 0)
+        total += tl.sum(h[:, None] * widen(w_down, DOWN), 0)
         row, w_up, w_down = row_next, up_ahead, down_ahead
     total = finish(total, down_scale, None, k, H)
     if PARTS:
@@ -173,89 +176,60 @@ def parts_like(y_H: Tensor) -> Tensor | None:
 
 
 def up_down(
-    x: Tensor, up: Tensor, down: Tensor, bias: Tensor | None, up_scale: Tensor | None, down_scale: Tensor | None,
-    count: Tensor, list_n: Tensor, a_n: Tensor, y: Tensor, parts: Tensor | None,
-) -> None:  # fmt: skip
-    """y += up and down of the listed neurons; with `parts` they are only marked, and all is done in their order."""
-    (I, H), dependent = up.shape, dependent_launch(x.device)
-    config = up_down_config(H, max(up.element_size(), down.element_size()))
+    x: Tensor, up: Stored, down: Stored, count: Tensor, list_n: Tensor, a_n: Tensor, y: Tensor, parts: Tensor | None
+) -> None:
+    """y += up and down of the listed neurons, without down's bias; with `parts` they are only marked, and all is done
+    in their order. up and down lie by neurons."""
+    (I, H), dependent = up.codes.shape, dependent_launch(x.device)
+    config = up_down_config(H, max(up.codes.element_size(), down.codes.element_size()))
     programs = multiprocessors(x.device) * config.pop("per_multiprocessor")
     if parts is not None:
         programs = len(parts)
         in_order[(1,)](list_n, a_n, count, I, BLOCK=8192, num_warps=32, **dependent)
     up_down_kernel[(programs,)](
-        x, up, down, bias, up_scale, down_scale, count, list_n, a_n, y if parts is None else parts, I, H,
-        PARTS=parts is not None, **config, **dependent,
+        x, codes(up), codes(down).t(), up.bias, up.scale, down.scale, count, list_n, a_n, y if parts is None else parts,
+        I, H, UP=code_of(up.format), DOWN=code_of(down.format), PARTS=parts is not None, **config, **dependent,
     )  # fmt: skip
     if parts is not None:
         add_parts[(triton.cdiv(H, 64),)](parts, y, programs, H, ROWS=32, BLOCK=64, **dependent)
 
 
 @sparse_mlp.register_kernel("cuda")
-def launch(
-    x_TH: Tensor,
-    gate_IH: Tensor,
-    up_IH: Tensor,
-    down_IH: Tensor,
-    threshold_I: Tensor,
-    activation: str,
-    gate_bias_I: Tensor | None = None,
-    up_bias_I: Tensor | None = None,
-    down_bias_H: Tensor | None = None,
-    gate_scale_I: Tensor | None = None,
-    up_scale_I: Tensor | None = None,
-    down_scale_H: Tensor | None = None,
-) -> Tensor:
-    (I, H), T = gate_IH.shape, len(x_TH)
-    biases, scales = (gate_bias_I, up_bias_I, down_bias_H), (gate_scale_I, up_scale_I, down_scale_H)
-    check_arguments("sparse_mlp", x_TH, gate_IH, None, up_IH, down_IH, threshold_I, *biases, *scales)
+def launch(x_TH: Tensor, gate: Stored, up: Stored, down: Stored, threshold_I: Tensor, activation: str) -> Tensor:
+    (I, H), T = gate.codes.shape, len(x_TH)
+    check_arguments("sparse_mlp", x_TH, gate, None, up, down, threshold_I)
     if T > 1:
-        if gate_scale_I is None:
-            g_TI = F.linear(x_TH, gate_IH, gate_bias_I)
+        if gate.scale is None:
+            g_TI = F.linear(x_TH, gate.codes, gate.bias)
         else:
-            g_TI = int8_linear.launch(x_TH, gate_IH, gate_scale_I, gate_bias_I).to(x_TH.dtype)
-        a_TI = ACTIVATIONS[activation](g_TI)
-        return launch_up_down(x_TH, a_TI, up_IH, down_IH, threshold_I, *biases[1:], *scales[1:])
+            g_TI = stored_linear.launch(x_TH, gate).to(x_TH.dtype)
+        return launch_up_down(x_TH, ACTIVATIONS[activation](g_TI), up, down, threshold_I)
     y_TH, count, list_n, a_n, parts = _room(x_TH, I)
-    x, gate, up, down, threshold = (t.contiguous() for t in (x_TH, gate_IH, up_IH, down_IH, threshold_I))
-    gate_bias, up_bias, *scales = _contiguous(gate_bias_I, up_bias_I, *scales)
+    x, threshold = x_TH.contiguous(), threshold_I.contiguous()
+    gate, up, down = _by_neurons(gate), _by_neurons(up), _by_neurons(down, is_down=True)
     dependent = dependent_launch(x.device)
     with torch.cuda.device(x.device):
         clear[(triton.cdiv(H, 1024),)](y_TH, count, H, BLOCK=1024, **dependent)
-        config = gate_config(gate.element_size())
+        config = gate_config(gate.codes.element_size())
         gate_kernel[(triton.cdiv(I, config["ROWS"]),)](
-            x, None, 0.0, gate, gate_bias, scales[0], threshold, None if parts is not None else count, list_n, a_n,
-            None, I, H, CODE=CODES[activation], **config, **dependent,
+            x, None, 0.0, codes(gate), gate.bias, gate.scale, threshold, None if parts is not None else count, list_n,
+            a_n, None, I, H, FORMAT=code_of(gate.format), CODE=CODES[activation], **config, **dependent,
         )  # fmt: skip
-        up_down(x, up, down, up_bias, *scales[1:], count, list_n, a_n, y_TH[0], parts)
-    return y_TH if down_bias_H is None else y_TH + down_bias_H
+        up_down(x, up, down, count, list_n, a_n, y_TH[0], parts)
+    return y_TH if down.bias is None else y_TH + down.bias
 
 
 @sparse_up_down.register_kernel("cuda")
-def launch_up_down(
-    x_TH: Tensor,
-    a_TI: Tensor,
-    up_IH: Tensor,
-    down_IH: Tensor,
-    threshold_I: Tensor,
-    up_bias_I: Tensor | None = None,
-    down_bias_H: Tensor | None = None,
-    up_scale_I: Tensor | None = None,
-    down_scale_H: Tensor | None = None,
-) -> Tensor:
-    (I, H), T, rest = up_IH.shape, len(x_TH), (up_bias_I, down_bias_H, up_scale_I, down_scale_H)
-    check_arguments(
-        "sparse_up_down", x_TH, None, a_TI, up_IH, down_IH, threshold_I, None, up_bias_I, down_bias_H, None,
-        up_scale_I, down_scale_H,
-    )  # fmt: skip
+def launch_up_down(x_TH: Tensor, a_TI: Tensor, up: Stored, down: Stored, threshold_I: Tensor) -> Tensor:
+    (I, H), T = up.codes.shape, len(x_TH)
+    check_arguments("sparse_up_down", x_TH, None, a_TI, up, down, threshold_I)
     if T > 1 and torch.are_deterministic_algorithms_enabled():
-        return reference_up_down(x_TH, a_TI, up_IH, down_IH, threshold_I, *rest)
+        return reference_up_down(x_TH, a_TI, up, down, threshold_I)
     if T > 1:
-        scales = (up_scale_I, down_scale_H)
-        y_TH = add_tokens(x_TH, a_TI, up_IH, down_IH, threshold_I, up_bias_I, *scales, shared=False)
-        return y_TH if down_bias_H is None else y_TH + down_bias_H
-    x, a, up, down, threshold = (t.contiguous() for t in (x_TH, a_TI, up_IH, down_IH, threshold_I))
-    up_bias, up_scale, down_scale = _contiguous(up_bias_I, up_scale_I, down_scale_H)
+        y_TH = add_tokens(x_TH, a_TI, up, down, threshold_I, shared=False)
+        return y_TH if down.bias is None else y_TH + down.bias
+    x, a, threshold = (t.contiguous() for t in (x_TH, a_TI, threshold_I))
+    up, down = _by_neurons(up), _by_neurons(down, is_down=True)
     y_TH, count, list_n, a_n, parts = _room(x_TH, I)
     dependent = dependent_launch(x.device)
     with torch.cuda.device(x.device):
@@ -263,8 +237,8 @@ def launch_up_down(
         _list_kernel[(triton.cdiv(I, 1024),)](
             a, threshold, None if parts is not None else count, list_n, a_n, I, BLOCK=1024, **dependent
         )  # fmt: skip
-        up_down(x, up, down, up_bias, up_scale, down_scale, count, list_n, a_n, y_TH[0], parts)
-    return y_TH if down_bias_H is None else y_TH + down_bias_H
+        up_down(x, up, down, count, list_n, a_n, y_TH[0], parts)
+    return y_TH if down.bias is None else y_TH + down.bias
 
 
 def _room(x_TH: Tensor, neurons: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
@@ -275,5 +249,8 @@ def _room(x_TH: Tensor, neurons: int) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     return y_TH, count, list_n, torch.empty(neurons, dtype=torch.float32, device=device), parts_like(y_TH[0])
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+def _by_neurons(weight: Stored, *, is_down: bool = False) -> Stored:
+    """A matrix whose neurons are rows of contiguous memory, as its vectors are contiguous too."""
+    rows = weight.codes.t().contiguous().t() if is_down else weight.codes.contiguous()
+    scale, bias = (None if t is None else t.contiguous() for t in (weight.scale, weight.bias))
+    return weight._replace(codes=rows, scale=scale, bias=bias)

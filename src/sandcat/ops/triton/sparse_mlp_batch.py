@@ -12,9 +12,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sandcat.ops.shared_units import GROUP
-from sandcat.ops.triton.primitives.blocks import append, clear
-from sandcat.ops.triton.primitives.launch import dependent_launch, multiprocessors
+from sandcat.ops.triton.primitives.blocks import append, as_dtype, clear
+from sandcat.ops.triton.primitives.launch import code_of, codes, dependent_launch, multiprocessors
 from sandcat.ops.triton.sparse_linear_batch import LEAST, TOKENS, first_of_groups
+from sandcat.ops.weights import Stored
 
 
 @triton.jit
@@ -54,7 +55,8 @@ def list_neurons(
 @triton.jit
 def up_tokens(
     x, up, bias, scale, count, list_n, a_nT, keep_n, h_nT, T, H,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    FORMAT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -69,9 +71,9 @@ def up_tokens(
         for start in tl.range(0, H, BLOCK, num_stages=STAGES):
             k = start + tl.arange(0, BLOCK)
             here = (i < n)[:, None] & (k < H)[None, :]
-            w = tl.load(up + row[:, None] * H + k[None, :], mask=here, other=0, eviction_policy="evict_first")
+            w = tl.load(up + row[:, None] * H + k[None, :], mask=here, other=0.0, eviction_policy="evict_first")
             x_kt = tl.load(x + t[None, :] * H + k[:, None], mask=(t < T)[None, :] & (k < H)[:, None], other=0.0)
-            u = tl.dot(w.to(dtype), x_kt, u, input_precision="ieee")
+            u = tl.dot(as_dtype(w, dtype, FORMAT), x_kt, u, input_precision="ieee")
         if scale is not None:
             u *= tl.load(scale + row, mask=i < n, other=0.0).to(tl.float32)[:, None]
         if bias is not None:
@@ -85,7 +87,7 @@ def up_tokens(
 
 @triton.jit
 def down_tokens(
-    h_nT, down, scale, count, list_n, y, T, H, SPLITS: tl.constexpr,
+    h_nT, down, scale, count, list_n, y, T, H, FORMAT: tl.constexpr, SPLITS: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -99,9 +101,9 @@ def down_tokens(
         i = start + tl.arange(0, ROWS)
         row = tl.load(list_n + i, mask=i < n, other=0).to(tl.int64)
         here = (i < n)[:, None] & (k < H)[None, :]
-        w = tl.load(down + row[:, None] * H + k[None, :], mask=here, other=0, eviction_policy="evict_first")
+        w = tl.load(down + row[:, None] * H + k[None, :], mask=here, other=0.0, eviction_policy="evict_first")
         h = tl.load(h_nT + i[None, :] * TOKENS + t[:, None], mask=(i < n)[None, :], other=0.0)
-        total = tl.dot(h, w.to(h.dtype), total, input_precision="ieee")
+        total = tl.dot(h, as_dtype(w, h.dtype, FORMAT), total, input_precision="ieee")
     if tl.program_id(1) * ROWS < n:
         if scale is not None:
             total *= tl.load(scale + k, mask=k < H, other=0.0).to(tl.float32)[None, :]
@@ -139,15 +141,13 @@ def down_tokens_config(
 
 
 def add_tokens(
-    x_TH: Tensor, a_TI: Tensor, up_IH: Tensor, down_IH: Tensor, threshold_I: Tensor, up_bias_I: Tensor | None,
-    up_scale_I: Tensor | None, down_scale_H: Tensor | None, *, shared: bool,
+    x_TH: Tensor, a_TI: Tensor, up: Stored, down: Stored, threshold_I: Tensor, *, shared: bool
 ) -> Tensor:  # fmt: skip
     """Up and down of the neurons that any token keeps, or that all share, without down's bias; float32 [T, H]."""
-    x, a, up, down, threshold = (t.contiguous() for t in (x_TH, a_TI, up_IH, down_IH, threshold_I))
-    up_bias, up_scale, down_scale = (
-        None if t is None else t.contiguous() for t in (up_bias_I, up_scale_I, down_scale_H)
-    )
-    (T, H), I, device = x.shape, len(up), x.device
+    tensors = (x_TH, a_TI, codes(up), codes(down).t(), threshold_I, up.bias, up.scale, down.scale)
+    tensors = (None if t is None else t.contiguous() for t in tensors)
+    x, a, up_rows, down_rows, threshold, up_bias, up_scale, down_scale = tensors
+    (T, H), I, device = x.shape, len(up_rows), x.device
     y_TH = torch.empty(T, H, dtype=torch.float32, device=device)
     count, list_n, keep_n = (torch.empty(size, dtype=torch.int32, device=device) for size in (1, I, I))
     a_nT = torch.empty(I, TOKENS, dtype=torch.float32, device=device)
@@ -161,8 +161,11 @@ def add_tokens(
         )  # fmt: skip
         config = up_tokens_config(x.element_size())
         up_tokens[(triton.cdiv(I, config["ROWS"]),)](
-            x, up, up_bias, up_scale, count, list_n, a_nT, keep_n, h_nT, T, H, **config, **dependent
+            x, up_rows, up_bias, up_scale, count, list_n, a_nT, keep_n, h_nT, T, H, FORMAT=code_of(up.format), **config,
+            **dependent,
         )  # fmt: skip
         config, grid = down_tokens_config(H, x.element_size(), multiprocessors(device))
-        down_tokens[grid](h_nT, down, down_scale, count, list_n, y_TH, T, H, **config, **dependent)
+        down_tokens[grid](
+            h_nT, down_rows, down_scale, count, list_n, y_TH, T, H, FORMAT=code_of(down.format), **config, **dependent
+        )  # fmt: skip
     return y_TH

@@ -14,69 +14,71 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sandcat.ops.masks import mask
+from sandcat.ops.weights import FORMATS, Stored
 from sandcat.serving.vllm import ops
-
-CODE_SCALE = 2**7
-"""Codes as floats are divided by it, which keeps sums in the range of float16, and scales multiplied."""
 
 
 class Outputs(nn.Module):
     """Some outputs of a layer.
 
     Args:
-        weight_OI: floats, or int8 codes if there are scales.
+        weight: without bias, which the engine gives.
         threshold_I: of input channels, if they have any.
-        scale_O: of int8 weights.
     """
 
-    def __init__(self, weight_OI: Tensor, threshold_I: Tensor | None, scale_O: Tensor | None):
+    def __init__(self, weight: Stored, threshold_I: Tensor | None):
         super().__init__()
-        self.size = len(weight_OI)
-        self.weight = nn.Parameter(weight_OI, requires_grad=False)
+        self.size, self.format = len(weight.codes), weight.format
+        self.weight = nn.Parameter(weight.codes, requires_grad=False)
         self.register_buffer("threshold", threshold_I)
-        self.register_buffer("scale", scale_O)
+        self.register_buffer("scale", weight.scale)
+
+    def stored(self, bias_O: Tensor | None) -> Stored:
+        return Stored(self.weight, self.scale, None, bias_O, self.format)
 
 
 class Skipping(Outputs):
     """Reads the kept input channels of few tokens, whose weights it stores channel by channel."""
 
-    def __init__(self, weight_OI: Tensor, threshold_I: Tensor | None, scale_O: Tensor | None):
+    def __init__(self, weight: Stored, threshold_I: Tensor | None):
         if threshold_I is not None:
-            weight_OI = weight_OI.t().contiguous().t()
-        super().__init__(weight_OI, threshold_I, scale_O)
+            weight = weight._replace(codes=weight.codes.t().contiguous().t())
+        super().__init__(weight, threshold_I)
 
     def forward(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         if self.threshold is None and self.scale is None:
             return F.linear(x_TI, self.weight, bias_O)
-        return ops.linear(x_TI, self.weight, self.threshold, bias_O, self.scale)
+        return ops.linear(x_TI, self.stored(bias_O), self.threshold)
 
 
 class SkippingUp(Outputs):
     """An up projection that reads the kept neurons of few tokens; its thresholds are theirs."""
 
-    def __init__(self, weight_IH: Tensor, threshold_I: Tensor, scale_I: Tensor | None, activation: str):
-        super().__init__(weight_IH, threshold_I, scale_I)
+    def __init__(self, weight: Stored, threshold_I: Tensor, activation: str):
+        super().__init__(weight, threshold_I)
         self.activation = activation
 
     def forward(self, x_TH: Tensor, g_TI: Tensor, bias_I: Tensor | None = None) -> Tensor:
-        return ops.up(x_TH, g_TI, self.weight, self.threshold, bias_I, self.scale, self.activation)
+        return ops.up(x_TH, g_TI, self.stored(bias_I), self.threshold, self.activation)
 
 
 class Masked(Outputs):
     """Masks its input, and multiplies as the engine does for a dense model.
 
     Args:
-        dtype: of the activations; int8 codes become numbers of it, which hold them exactly.
+        dtype: of the activations; codes become numbers of it, which hold them exactly.
         pack: has the engine pack the weight of a module; what it returns multiplies by it.
     """
 
     def __init__(
-        self, weight_OI: Tensor, threshold_I: Tensor | None, scale_O: Tensor | None, *, dtype: torch.dtype,
+        self, weight: Stored, threshold_I: Tensor | None, *, dtype: torch.dtype,
         pack: Callable[[nn.Module], Callable[[Tensor], Tensor]],
     ):  # fmt: skip
-        if scale_O is not None:
-            weight_OI, scale_O = weight_OI.to(dtype) / CODE_SCALE, scale_O.float() * CODE_SCALE
-        super().__init__(weight_OI, threshold_I, scale_O)
+        if weight.scale is not None:  # times the unit sums stay in the range of float16
+            row = FORMATS[weight.format]
+            numbers, scale = row.widened(weight.codes, dtype), weight.scale.float() / row.unit
+            weight = Stored(numbers, scale)
+        super().__init__(weight, threshold_I)
         self.multiply = pack(self)
 
     def forward(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:

@@ -23,6 +23,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from sandcat.errors import PlanError
 from sandcat.ops.masks import drop_up, gate_bounds
+from sandcat.ops.weights import FORMATS, Stored
 from sandcat.serving import engine_plan
 from sandcat.serving.vllm.layers import Masked, Outputs, Skipping, SkippingUp
 from sandcat.serving.vllm.ops import most_sequences
@@ -57,11 +58,13 @@ class SandcatLinear(UnquantizedLinearMethod):
         if len(self.parts) < len(self.sizes):  # fused in the checkpoint too
             self.parts = self.parts * len(self.sizes)
         loader, outputs = extra_weight_attrs.pop("weight_loader"), sum(self.sizes)
-        stored = torch.int8 if all(part.codes for part in self.parts) else params_dtype
+        formats = {part.format for part in self.parts}
+        codes = FORMATS[self.parts[0].format].codes if len(formats) == 1 else None
+        stored = codes or params_dtype  # which holds the codes of any format, if they are of several
         weight = torch.empty(outputs, input_size_per_partition, dtype=stored)
         layer.weight = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
         set_weight_attrs(layer.weight, extra_weight_attrs)
-        if any(part.codes for part in self.parts):
+        if formats != {"float"}:
             scale = torch.full((outputs, 1), torch.nan, dtype=params_dtype)
             layer.weight_scale = ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=loader)
         if any(part.channels for part in self.parts):
@@ -96,22 +99,23 @@ class SandcatLinear(UnquantizedLinearMethod):
         if self.side == "down":  # what its input has of dropped neurons is 0
             thresholds = [torch.zeros(layer.weight.shape[1], dtype=self.dtype, device=layer.weight.device)]
         found, up = engine_plan.groups(self.parts, self.sizes, thresholds), self.sizes[0]
-        up_skips = neurons is not None and self._pays("sparse_up", layer.weight[up:], self.parts[-1].codes)
+        up_skips = neurons is not None and self._pays("sparse_up", layer.weight[up:], self.parts[-1].format)
         if up_skips and len(found) == 1:
             found = [(0, slice(0, up)), (1, slice(up, 2 * up))]
         layer.outputs = nn.ModuleList()
         for index, rows in found:
             weight = layer.weight.data[rows]
             weight = weight.clone() if len(found) > 1 else weight  # a view would keep all in memory
-            kept = thresholds[index]
-            scale, threshold = None, None if kept is None else kept.clone()
-            if self.parts[index].codes:
-                weight, scale = weight.to(torch.int8), layer.weight_scale.data[rows, 0].clone()
-            self._check(scale, threshold, neurons)
+            kept, part = thresholds[index], self.parts[index]
+            stored, threshold = Stored(weight), None if kept is None else kept.clone()
+            if codes := FORMATS[part.format].codes:
+                scale = layer.weight_scale.data[rows, 0].clone()
+                stored = Stored(weight.to(codes), scale, format=part.format)
+            self._check(stored.scale, threshold, neurons)
             if up_skips and rows.start == up:
-                layer.outputs.append(SkippingUp(weight, neurons.data[0].clone(), scale, self.activation))
+                layer.outputs.append(SkippingUp(stored, neurons.data[0].clone(), self.activation))
             else:
-                layer.outputs.append(self._outputs(weight, threshold, scale))
+                layer.outputs.append(self._outputs(stored, threshold))
         if neurons is not None and not up_skips:
             layer.outputs.register_buffer("bounds", gate_bounds(neurons.data[0], self.activation))
         if self.tied:  # the embedding table goes on using it
@@ -122,22 +126,22 @@ class SandcatLinear(UnquantizedLinearMethod):
             if hasattr(layer, name):
                 delattr(layer, name)
 
-    def _outputs(self, weight_OI: Tensor, threshold_I: Tensor | None, scale_O: Tensor | None) -> Outputs:
-        if threshold_I is not None or scale_O is not None:
-            op = "int8_linear" if threshold_I is None else "sparse_linear"
-            if self._pays(op, weight_OI, scale_O is not None):
-                return Skipping(weight_OI, threshold_I, scale_O)
-        if weight_OI.device.type != "cpu":
-            return Skipping(weight_OI, threshold_I, scale_O)
+    def _outputs(self, weight: Stored, threshold_I: Tensor | None) -> Outputs:
+        if threshold_I is not None or weight.scale is not None:
+            op = "stored_linear" if threshold_I is None else "sparse_linear"
+            if self._pays(op, weight.codes, weight.format):
+                return Skipping(weight, threshold_I)
+        if weight.codes.device.type != "cpu":
+            return Skipping(weight, threshold_I)
         if self.side == "down":  # zeros, in place of thresholds, only tell the kernel what it need not read
             threshold_I = None
-        return Masked(weight_OI, threshold_I, scale_O, dtype=self.dtype, pack=partial(pack, keep=self.tied))
+        return Masked(weight, threshold_I, dtype=self.dtype, pack=partial(pack, keep=self.tied))
 
-    def _pays(self, op: str, weight_OI: Tensor, int8: bool) -> bool:
+    def _pays(self, op: str, weight_OI: Tensor, format: str) -> bool:
         """Whether a layer is laid out for skipping. A GPU's is in any case: its dense products take both layouts."""
         if weight_OI.device.type != "cpu":
             return True
-        pays = self.sequences <= most_sequences(op, weight_OI, self.dtype, int8)
+        pays = self.sequences <= most_sequences(op, weight_OI, self.dtype, format)
         how = "laid out for skipping" if pays else "packed, and only masked"
         logger.info_once("sandcat: %s is %s, for %d sequences at once (--max-num-seqs)", op, how, self.sequences)
         return pays

@@ -37,7 +37,7 @@ class SandcatQuantization(QuantizationConfig):
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg, user_quant, hf_config=None) -> str | None:
-        """Plans of int8 weights alone are saved in another's layout, with the plan as one more key."""
+        """Plans that only store weights as codes are saved in another's layout, with the plan as one more key."""
         return QUANT_METHOD if QUANT_METHOD in hf_quant_cfg else None
 
     def maybe_update_config(self, model_name: str, hf_config=None, revision: str | None = None) -> None:

@@ -14,6 +14,7 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
+from sandcat.ops.numba.primitives.dtypes import widened
 from sandcat.ops.numba.primitives.registers import LANES, indices
 
 _i16, _i32 = ir.IntType(16), ir.IntType(32)
@@ -109,7 +110,7 @@ def multiply_tiles(typing, total, a, b):
 
 
 def _bfloat16s(context, builder, array, at, kind):
-    """2 LANES numbers of an array from `at` on as bfloat16, which they must be: float32, bfloat16 or int8."""
+    """2 LANES numbers of an array from `at` on as bfloat16, which they must be: float32, bfloat16 or codes."""
     data = context.make_array(kind)(context, builder, value=array).data
     stored = context.get_data_type(kind.dtype)
     vectors = ir.VectorType(stored, 2 * LANES)
@@ -117,8 +118,7 @@ def _bfloat16s(context, builder, array, at, kind):
     value.align = kind.dtype.bitwidth // 8
     if kind.dtype == types.uint16:
         return value
-    if kind.dtype == types.int8:
-        value = builder.sitofp(value, ir.VectorType(ir.FloatType(), 2 * LANES))
+    value = widened(builder, value, kind.dtype, 2 * LANES)
     halves = builder.bitcast(value, ir.VectorType(_i16, 4 * LANES))
     upper = indices(range(1, 4 * LANES, 2))
     return builder.shuffle_vector(halves, ir.Constant(halves.type, ir.Undefined), upper)

@@ -1,19 +1,25 @@
-"""What is stored in fewer bits than float32 and widened when it is read: int8, and bfloat16 and float16, which Numba's
-CPU target lacks and which are 16-bit integers here."""
+"""What is stored in fewer bits than float32 and widened when it is read: codes of a format, and bfloat16 and float16,
+which Numba's CPU target lacks and which are 16-bit integers here."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import njit, types
 from numba.extending import intrinsic
+from torch import Tensor
+
+from sandcat.ops.weights import Stored
 
 STORAGE = {
     torch.float32: np.dtype(np.float32), torch.bfloat16: np.dtype(np.uint16), torch.float16: np.dtype(np.int16),
-    torch.int8: np.dtype(np.int8),
 }  # fmt: skip
 """How a kernel sees each dtype: the two 16-bit ones are told apart by their sign."""
+CODES = {"int8": np.dtype(np.int8), "fp8": np.dtype(np.uint8)}
+"""How it sees the codes of each format."""
+UNITS = {"fp8": np.float32(256)}
+"""What the sums of codes, as `widen` widens them, are to be multiplied with, besides scales; 1 of others."""
 
 _f32, _i32, _i16 = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 
@@ -31,7 +37,49 @@ def widened(builder, value, stored, lanes: int = 0):
         return builder.fpext(builder.bitcast(value, kind(ir.HalfType())), kind(_f32))
     if stored == types.int8:
         return builder.sitofp(value, kind(_f32))
+    if stored == types.uint8:
+        return _e4m3(builder, value, kind)
     return value
+
+
+HAS_HALVES = "x86" not in binding.get_default_triple() or bool(binding.get_host_cpu_features().get("f16c"))
+"""Whether the processor widens float16 by itself."""
+
+
+def _e4m3(builder, value, kind):
+    """e4m3 as float32, divided by 256. A sign, four bits of exponent and three of mantissa, put where float16 has
+    these, are the number over 256, for exponent 0 too. (NaN becomes 480: codes are finite.)"""
+
+    def constant(scalar, number):
+        shaped = kind(scalar)
+        return ir.Constant(shaped, [number] * shaped.count if isinstance(shaped, ir.VectorType) else number)
+
+    def placed(scalar, shift, mask):
+        moved = builder.shl(builder.sext(value, kind(scalar)), constant(scalar, shift))
+        return builder.and_(moved, constant(scalar, mask))
+
+    if HAS_HALVES:
+        return builder.fpext(builder.bitcast(placed(_i16, 7, 0xBF80 - 0x10000), kind(ir.HalfType())), kind(_f32))
+    bits = builder.bitcast(placed(_i32, 20, 0x87F00000 - 0x100000000), kind(_f32))
+    return builder.fmul(bits, constant(_f32, 2.0**112))
+
+
+def storage(format: str, dtype: torch.dtype) -> np.dtype:
+    """How a kernel sees a matrix of a format, where activations are of that dtype."""
+    return CODES[format] if format in CODES else STORAGE[dtype]
+
+
+def outputs(total: Tensor, weight: Stored) -> Tensor:
+    """Sums of products with codes, [..., O], as outputs of the layer; in float32."""
+    if weight.scale is not None:
+        total = total * weight.scale
+        if weight.format in UNITS:
+            total *= float(UNITS[weight.format])
+    return total if weight.bias is None else total + weight.bias
+
+
+def unit_of(format: str) -> np.float32:
+    return UNITS.get(format, np.float32(1))
 
 
 @intrinsic

@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections import namedtuple
 
 import numpy as np
-from numba import carray, njit
+from numba import njit
 
 from sandcat.ops.numba.primitives.dtypes import widen
 from sandcat.ops.numba.primitives.lists import list_shared
 from sandcat.ops.numba.primitives.registers import apart
 from sandcat.ops.numba.primitives.rows import add_rows, dot_rows
 from sandcat.ops.numba.primitives.rows_amx import add_rows_tiled, dot_rows_tiled, pack_columns
-from sandcat.ops.numba.primitives.threads import numbers, piece, pointer
+from sandcat.ops.numba.primitives.threads import numbers, piece
+from sandcat.ops.weights import CODED, FORMATS
 
 
 def record(integers: str, reals: str = "", **nested: np.dtype) -> np.dtype:
@@ -26,12 +27,12 @@ def record(integers: str, reals: str = "", **nested: np.dtype) -> np.dtype:
     return np.dtype(fields + list(nested.items()))
 
 
-LINEAR = record("weight scale bias threshold by_inputs summed skips shared outputs inputs")
+LINEAR = record("weight format scale bias threshold by_inputs summed skips shared outputs inputs", "unit")
 """A matrix by its addresses and sizes, 0 for what it lacks. It is stored [outputs, inputs], and `by_inputs` [inputs,
-outputs]; with scales as int8, else in the model's dtype. Where it `skips`, inputs that are not above their threshold,
-or 0 if there is none, are not read (stored by outputs: are read, and count as 0), and several sequences use one list
-of them if `shared` (see ops/shared_units.py).
-`summed`: each thread adds up its share of the inputs, see `is_summed`."""
+outputs]; `format` is a code of `FORMATS`, and `unit` that of `unit_of`. Where it `skips`, inputs that are not above
+their threshold, or 0 if there is none, are not read (stored by outputs: are read, and count as 0), and several
+sequences use one list of them if `shared` (see ops/shared_units.py). `summed`: each thread adds up its share of the
+inputs, see `is_summed`."""
 
 PAGE = 4096
 """Bytes within which the processor reads ahead: threads that take less of each row would fetch each other's."""
@@ -43,10 +44,11 @@ def is_summed(by_inputs: bool, skips: bool, row_bytes: int, threads: int) -> boo
     return by_inputs and (skips or row_bytes < threads * PAGE)
 
 
-Work = namedtuple("Work", "B thread threads like kept wanted values sums room")
+Work = namedtuple("Work", "B thread threads like codes kept wanted values sums room")
 """What a thread works with: how many sequences there are, its number, how many threads there are, an array of the
-model's dtype, room for the list of kept units, for which are wanted and for their values [R, most], sums [threads, R,
-...], and where the processor's matrix unit is used its room (rows_amx.py), else None."""
+model's dtype, one like the codes of each format that the model has (else None), in the order of `CODED`, room for the
+list of kept units, for which are wanted and for their values [R, most], sums [threads, R, ...], and where the
+processor's matrix unit is used its room (rows_amx.py), else None."""
 
 UNIT = 16
 """Outputs that no two threads share: a cache line of float32."""
@@ -90,10 +92,33 @@ def pack(site, x, work):
     _pack(x[:, : site.inputs], work.room)
 
 
-@njit
-def codes(site):
-    """What int8 weights are like."""
-    return carray(pointer(site.weight), (1,), np.int8)
+def _by_format(multiply):
+    """`multiply(site, x, rest, work, like)` as a function without `like`, which is what the site's weight is like."""
+
+    @njit
+    def of_numbers(site, x, rest, work):
+        multiply(site, x, rest, work, work.like)
+
+    run = of_numbers
+    for place, name in enumerate(CODED):
+        run = _or_of(multiply, FORMATS[name].code, place, run)
+    return run
+
+
+def _or_of(multiply, format, place, otherwise):
+    @njit
+    def of_codes(site, x, rest, work, like):
+        if like is not None:
+            multiply(site, x, rest, work, like)
+
+    @njit
+    def run(site, x, rest, work):
+        if site.format == format:
+            of_codes(site, x, rest, work, work.codes[place])
+        else:
+            otherwise(site, x, rest, work)
+
+    return run
 
 
 @njit
@@ -108,13 +133,14 @@ def _biases(site, like):
 
 @njit
 def _finish(site, first, end, y, work):
-    """The scales of int8 weights, and the bias."""
+    """The scales of codes, and the bias."""
+    unit = np.float32(site.unit)
     scale, bias = _scales(site, work.like)[first:end], _biases(site, work.like)[first:end]
     for b in range(work.B):
         row = piece(y, b, first, end)
         if scale.size:
             for r in range(row.size):
-                row[r] *= widen(scale[r])
+                row[r] *= widen(scale[r]) * unit
         if bias.size:
             for r in range(row.size):
                 row[r] += widen(bias[r])
@@ -213,7 +239,8 @@ def _by_inputs(site, x, first, y, work, like):
 
 
 @njit
-def _multiplied(site, x, first, end, at, y, work, like):
+def _multiplied(site, x, rest, work, like):
+    first, end, at, y = rest
     if site.by_inputs:
         if site.summed:
             first, y = 0, work.sums[work.thread, :, at : at + site.outputs]
@@ -227,16 +254,16 @@ def _multiplied(site, x, first, end, at, y, work, like):
         _dot_rows(x, rows[first:end], None, y[:, first:end], work.room)
 
 
+_begin = _by_format(_multiplied)
+
+
 @njit
 def begin(site, x, first, end, y, at, work):
     """y[:, first:end] = those outputs of a linear layer; where it is summed, the thread's sums from `at` on of what its
     share of the inputs adds to all outputs, and when all threads have theirs `finish` gives y."""
     apart()
     x = x[:, : site.inputs]
-    if site.scale:
-        _multiplied(site, x, first, end, at, y, work, codes(site))
-    else:
-        _multiplied(site, x, first, end, at, y, work, work.like)
+    _begin(site, x, (first, end, at, y), work)
     if not site.summed:
         _finish(site, first, end, y, work)
 
@@ -258,9 +285,13 @@ def finish(site, first, end, y, at, work):
 
 
 @njit
-def _listed_outputs(site, x, kept, values, work, like):
+def _listed_outputs(site, x, rest, work, like):
+    kept, values = rest
     rows = numbers(site.weight, (site.outputs, site.inputs), like)
     _dot_rows(x, rows, kept, values, work.room)
+
+
+_outputs_of = _by_format(_listed_outputs)
 
 
 @njit
@@ -268,14 +299,12 @@ def listed_outputs(site, x, count, values, work):
     """values[:, c] = output kept[c] of a layer that is stored by outputs."""
     apart()
     x, kept, values = x[:, : site.inputs], work.kept[:count], values[:, :count]
-    if site.scale:
-        _listed_outputs(site, x, kept, values, work, codes(site))
-    else:
-        _listed_outputs(site, x, kept, values, work, work.like)
+    _outputs_of(site, x, (kept, values), work)
+    unit = np.float32(site.unit)
     scale, bias = _scales(site, work.like), _biases(site, work.like)
     for b in range(work.B):
         for c in range(count):
             if scale.size:
-                values[b, c] *= widen(scale[kept[c]])
+                values[b, c] *= widen(scale[kept[c]]) * unit
             if bias.size:
                 values[b, c] += widen(bias[kept[c]])

@@ -16,7 +16,7 @@ from numba import carray, njit, types
 
 from sandcat.ops.numba.primitives.activations import activate_all
 from sandcat.ops.numba.primitives.amx import release_tiles
-from sandcat.ops.numba.primitives.dtypes import STORAGE, narrow, rounded, widen
+from sandcat.ops.numba.primitives.dtypes import CODES, STORAGE, narrow, rounded, widen
 from sandcat.ops.numba.primitives.lists import list_shared
 from sandcat.ops.numba.primitives.rows import norm
 from sandcat.ops.numba.primitives.threads import VERSION, float32s, numbers, on_all_threads, piece, pointer
@@ -34,6 +34,7 @@ from sandcat.ops.numba.step.linears import (
     record,
     share,
 )
+from sandcat.ops.weights import CODED
 
 LAYER = record(
     "input_norm q_norm k_norm mlp_norm keys values window activation skips masks shared neurons neuron_threshold",
@@ -246,13 +247,14 @@ def _step(model, layers, work):
 
 
 @cache
-def kernel(dtype: torch.dtype, tiles: bool):
-    """The step for one dtype, with the processor's matrix unit or without, compiled on first use (and then cached on
-    disk).
+def kernel(dtype: torch.dtype, tiles: bool, formats: frozenset[str]):
+    """The step for one dtype, with the processor's matrix unit or without, and for weights of these formats, compiled
+    on first use (and then cached on disk).
 
     Called with the addresses of a `MODEL` and of its `LAYER`s, the `VERSION`, and how many threads it may run on.
     """
     storage, version = STORAGE[dtype], VERSION
+    codes = tuple(np.zeros(1, CODES[name]) if name in formats else None for name in CODED)
 
     def body(args, thread, threads):
         if args[2] != version:  # never: it ties the code that Numba caches to all sources it was made from
@@ -266,7 +268,7 @@ def kernel(dtype: torch.dtype, tiles: bool):
         values = float32s(model.values, (threads, R, most))[thread]
         sums = float32s(model.sums, (threads, R, model.stride))
         room = carray(pointer(model.room), (threads, model.tiles), np.int32)[thread] if tiles else None
-        _step(model, layers, Work(model.sequences, thread, threads, like, kept, wanted, values, sums, room))
+        _step(model, layers, Work(model.sequences, thread, threads, like, codes, kept, wanted, values, sums, room))
         if tiles:
             release_tiles()
 

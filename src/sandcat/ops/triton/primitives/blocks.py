@@ -11,10 +11,12 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sandcat.ops.activations import ACTIVATIONS
+from sandcat.ops.weights import FORMATS
 
 CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
 """Whether kernels may hold instructions of NVIDIA's."""
+INT8, FP8 = (tl.constexpr(FORMATS[name].code) for name in ("int8", "fp8"))
 _SILU, _GELU, _GELU_TANH = (tl.constexpr(CODES[name]) for name in ("silu", "gelu", "gelu_tanh"))
 
 
@@ -43,10 +45,30 @@ def gated(g, u, dtype: tl.constexpr, CODE: tl.constexpr):
 
 
 @triton.jit
-def widen(w):
+def halves(w):
+    """e4m3 as float16, which holds it exactly: by the instruction for it, or, of bytes, by their bits: put where
+    float16 has its exponent and mantissa, they are the number over 256."""
+    if w.dtype == tl.uint8:
+        bits = w.to(tl.int16)
+        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
+    else:
+        half = w.to(tl.float16)
+    return half
+
+
+@triton.jit
+def as_dtype(w, dtype: tl.constexpr, FORMAT: tl.constexpr):
+    """Weights in the dtype of activations, which holds the codes of all formats exactly."""
+    if FORMAT == FP8:
+        w = halves(w)
+    return w.to(dtype)
+
+
+@triton.jit
+def widen(w, FORMAT: tl.constexpr):
     """Weights as float32; int8 by its bits, as there are more units for sums than for conversions."""
-    if w.dtype != tl.int8:
-        return w.to(tl.float32)
+    if FORMAT != INT8:
+        return as_dtype(w, tl.float32, FORMAT)
     if not PTX:
         return (w.to(tl.int32) + 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
     return tl.inline_asm_elementwise(
@@ -95,12 +117,12 @@ def load_rows(w, rows, N, k, K):
     """Rows of a matrix of N rows and K columns; those beyond its end are zero. Nothing reads them again."""
     here = (rows < N)[:, None] & (k < K)[None, :]
     at = w + rows.to(tl.int64)[:, None] * K + k[None, :]
-    return tl.load(at, mask=here, other=0, eviction_policy="evict_first")
+    return tl.load(at, mask=here, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
 def finish(total, scale, bias, rows, N):
-    """Sums of products as outputs of a layer of N: times their scales, if weights are int8, plus their biases."""
+    """Sums of products as outputs of a layer of N: times their scales, if weights are codes, plus their biases."""
     if scale is not None:
         total *= tl.load(scale + rows, mask=rows < N, other=0.0).to(tl.float32)
     if bias is not None:

@@ -1,9 +1,11 @@
-"""CUDA kernels of `sandcat::int8_linear`, and of the int8 layers of a fused step. Shapes: T tokens, K columns.
+"""CUDA kernels of `sandcat::stored_linear`, and of the layers of a fused step whose weights are codes. Shapes: T
+tokens, K columns.
 
-A program of `int8_rows` takes a tile of rows and a slice of the columns. It writes its slice of x down as fixed-point
-digits (see fixed_point.py), which are columns of a matrix that the matrix unit multiplies the weights with, as they
-come from memory: not an instruction is spent on a single weight. Of several tokens `write_digits` has written them
-before. Programs that share rows add their float32 sums to y as they end, so two runs may differ in the last bits; under
+A program of `coded_rows` takes a tile of rows and a slice of the columns. It writes its slice of x down as a few
+numbers in a type that the matrix unit multiplies codes with (`DIGITS`), which are columns of a matrix: as int8
+fixed-point digits for int8 (see fixed_point.py), so that not an instruction is spent on a single weight; as float16,
+and what that leaves, for e4m3, which float16 holds exactly. Of several tokens `write_digits` has written them before.
+Programs that share rows add their float32 sums to y as they end, so two runs may differ in the last bits; under
 `torch.use_deterministic_algorithms` no more of them share rows than sums of any order allow.
 """
 
@@ -15,16 +17,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sandcat.ops.int8_linear import check_arguments, int8_linear
-from sandcat.ops.triton.primitives.blocks import ask_for, clear, clear_share, gated, which_of_three
+from sandcat.ops.stored_linear import check_arguments, stored_linear
+from sandcat.ops.triton.primitives.blocks import INT8, as_dtype, ask_for, clear, clear_share, gated, which_of_three
 from sandcat.ops.triton.primitives.fixed_point import digits, scale_of_all
-from sandcat.ops.triton.primitives.launch import dependent_launch, multiprocessors, shared_memory
+from sandcat.ops.triton.primitives.launch import code_of, codes, dependent_launch, multiprocessors, shared_memory
+from sandcat.ops.weights import Stored
 
-OPS, INT8_OPS = (), ("int8_linear",)
-DIGITS = tl.constexpr(4)
-"""Columns that a token has."""
-COLUMNS = 16
-"""Columns that the matrix unit takes at least; those without a token are zero."""
+OPS = ("stored_linear",)
+DIGITS = {"int8": 4, "fp8": 2}
+"""Columns that a token has, by the format of the weights: their kind is that of `digits_dtype`."""
+REST = tl.constexpr(2048.0)
+"""How many times what float16 leaves of a number is written down."""
+COLUMNS = {"int8": 16, "fp8": 8}
+"""Columns that the matrix unit takes at least; those without a token are zero. With 16 of them e4m3 would be widened
+for instructions of another kind, which take twice as many registers."""
+SHAPES = {"int8": ((256, 128, 8), (128, 256, 4)), "fp8": ((256, 128, 8), (128, 128, 8))}
+"""Rows, columns and warps of a program, for one token and for several."""
 
 
 @triton.jit
@@ -40,13 +48,28 @@ def _inputs(x, gate, norm, k, here, CODE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def digits_of(x, FORMAT: tl.constexpr):
+    """The digits of numbers of at most 64, all in an int32, the first one lowest."""
+    if FORMAT == INT8:
+        bits = digits(x)
+    else:
+        first = x.to(tl.float16)
+        rest = ((x - first.to(tl.float32)) * REST).to(tl.float16)
+        low, high = first.to(tl.int16, bitcast=True).to(tl.int32), rest.to(tl.int16, bitcast=True).to(tl.int32)
+        bits = (low & 0xFFFF) | (high << 16)
+    return bits
+
+
+@triton.jit
 def _own_digits(
     x, gate, norm, eps, room, first, width, K,
-    CODE: tl.constexpr, DTYPE: tl.constexpr, SLICE: tl.constexpr, PAD: tl.constexpr,
+    FORMAT: tl.constexpr, DIGITS: tl.constexpr, CODE: tl.constexpr, DTYPE: tl.constexpr, SLICE: tl.constexpr,
+    PAD: tl.constexpr,
 ):  # fmt: skip
-    """Writes the digits of `width` numbers of x, from the first one on, into `room`, words [4, SLICE / 4]. What sums of
-    them are to be multiplied with."""
-    s = tl.arange(0, SLICE // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    """Writes the digits of `width` numbers of x, from the first one on, into `room`, [DIGITS, SLICE], in whole words.
+    What sums of them are to be multiplied with."""
+    PER_WORD: tl.constexpr = DIGITS  # for both formats: four bytes, or two halves
+    s = tl.arange(0, SLICE // PER_WORD)[:, None] * PER_WORD + tl.arange(0, PER_WORD)[None, :]
     x_s = _inputs(x, gate, norm, first + s, (s < width) & (first + s < K), CODE, DTYPE)
     factor = 1.0
     if norm is not None:
@@ -54,11 +77,12 @@ def _own_digits(
         x_i = tl.load(x + i, mask=i < K, other=0.0).to(tl.float32)
         factor = tl.rsqrt(tl.sum(x_i * x_i) / K + eps)
     there, back = scale_of_all(x_s)
-    d_s = digits(x_s * there)
-    words = tl.arange(0, SLICE // 4)
+    bits = digits_of(x_s * there, FORMAT)
+    WIDTH: tl.constexpr = 32 // PER_WORD
+    words = tl.arange(0, SLICE // PER_WORD)
     for digit in tl.static_range(DIGITS):
-        word = ((d_s >> (8 * digit)) & 255) << (8 * tl.arange(0, 4))[None, :]
-        tl.store(room + digit * (SLICE // 4) + words, tl.sum(word, 1))
+        word = ((bits >> (WIDTH * digit)) & ((1 << WIDTH) - 1)) << (WIDTH * tl.arange(0, PER_WORD))[None, :]
+        tl.store(room + digit * (SLICE // PER_WORD) + words, tl.sum(word, 1))
     tl.debug_barrier()
     return factor * back
 
@@ -66,10 +90,12 @@ def _own_digits(
 @triton.jit
 def write_digits(
     x, x_stride, gate, norm, eps, room, back_t, zeros, n_zeros, K,
-    CODE: tl.constexpr, DTYPE: tl.constexpr, ZEROS: tl.constexpr, PAD: tl.constexpr, PDL: tl.constexpr,
+    FORMAT: tl.constexpr, DIGITS: tl.constexpr, CODE: tl.constexpr, DTYPE: tl.constexpr, ZEROS: tl.constexpr,
+    PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The digits of a token's x, of act(gate) * x in DTYPE, or of x after an RMSNorm: rows 4 t to 4 t + 3 of `room`,
-    bytes [4 T, K]; and what sums of them are to be multiplied with. For `zeros` see `clear_share`."""
+    """The digits of a token's x, of act(gate) * x in DTYPE, or of x after an RMSNorm, for weights of the FORMAT: rows
+    DIGITS t and so on of `room`, [DIGITS T, K]; and what sums of them are to be multiplied with. For `zeros` see
+    `clear_share`."""
     t, k = tl.program_id(0), tl.arange(0, PAD)
     if PDL:
         gdc_wait()
@@ -83,20 +109,25 @@ def write_digits(
         h_k = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
         factor = tl.rsqrt(tl.sum(h_k * h_k) / K + eps)
     there, back = scale_of_all(x_k)
-    d_k = digits(x_k * there)
+    bits = digits_of(x_k * there, FORMAT)
     room += t.to(tl.int64) * DIGITS * K
     for digit in tl.static_range(DIGITS):
-        tl.store(room + digit * K + k, (d_k >> (8 * digit)).to(tl.int8), mask=k < K)
+        if FORMAT == INT8:
+            d_k = (bits >> (8 * digit)).to(tl.int8)
+        else:
+            d_k = (bits >> (16 * digit)).to(tl.int16).to(tl.float16, bitcast=True)
+        tl.store(room + digit * K + k, d_k, mask=k < K)
     tl.store(back_t + t, factor * back)
     clear_share(zeros, n_zeros, ZEROS)
 
 
 @triton.jit
-def int8_rows(
+def coded_rows(
     x, gate, norm, eps, a, b, c, a_bias, b_bias, c_bias, a_scale, b_scale, c_scale, y, y_stride, zeros, n_zeros,
-    position, room, back_t, A, B, C, K, T, PIECES, CODE: tl.constexpr, DTYPE: tl.constexpr, ADD: tl.constexpr,
-    SHARED: tl.constexpr, ZEROS: tl.constexpr, PAD: tl.constexpr, SLICE: tl.constexpr, TOKENS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    position, room, back_t, A, B, C, K, T, PIECES, FORMAT: tl.constexpr, DIGITS: tl.constexpr, CODE: tl.constexpr,
+    DTYPE: tl.constexpr, ADD: tl.constexpr, SHARED: tl.constexpr, ZEROS: tl.constexpr, PAD: tl.constexpr,
+    SLICE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = the products of up to three matrices, of A, B and C rows, one after another, with x, with act(gate) * x in
     DTYPE, or with x after an RMSNorm. With ADD they are added to y; where programs are SHARED, by atomics.
@@ -120,27 +151,32 @@ def int8_rows(
     tokens = tl.arange(0, TOKENS)
     if back_t is None:
         room += (tile * tl.num_programs(1) + split) * SLICE
-        back = _own_digits(x, gate, norm, eps, room, first, PIECES * BLOCK, K, CODE, DTYPE, SLICE, PAD)
+        back = _own_digits(x, gate, norm, eps, room, first, PIECES * BLOCK, K, FORMAT, DIGITS, CODE, DTYPE, SLICE, PAD)
         worth_t = tl.where(tokens == 0, back, 0.0)
-        digit_n = room.to(tl.pointer_type(tl.int8)) + n[None, :] * SLICE
+        kind: tl.constexpr = tl.int8 if FORMAT == INT8 else tl.float16
+        digit_n = room.to(tl.pointer_type(kind)) + n[None, :] * SLICE
     else:
         digit_n = room + first + n.to(tl.int64)[None, :] * K
         worth_t = tl.load(back_t + tokens, mask=tokens < T, other=0.0)
-    acc = tl.zeros((ROWS, TOKENS * DIGITS), tl.int32)
+    acc = tl.zeros((ROWS, TOKENS * DIGITS), tl.int32 if FORMAT == INT8 else tl.float32)
     for piece in tl.range(0, PIECES, num_stages=STAGES):
         at = piece * BLOCK + k
         here = (rows < size)[:, None] & (first + at < K)[None, :]
-        w_rk = tl.load(w + at[None, :], mask=here, other=0, eviction_policy="evict_first")
+        w_rk = tl.load(w + at[None, :], mask=here, other=0.0, eviction_policy="evict_first")
         there = (n < T * DIGITS)[None, :]
         if back_t is not None:
             there &= (first + at < K)[:, None]
         d_kn = tl.load(digit_n + at[:, None], mask=there, other=0)
-        acc = tl.dot(w_rk, d_kn, acc, out_dtype=tl.int32)
+        if FORMAT == INT8:
+            acc = tl.dot(w_rk, d_kn, acc, out_dtype=tl.int32)
+        else:
+            acc = tl.dot(as_dtype(w_rk, tl.float16, FORMAT), d_kn, acc, input_precision="ieee")
     if PDL:
         gdc_launch_dependents()
     clear_share(zeros, n_zeros, ZEROS)
+    BITS: tl.constexpr = 7 if FORMAT == INT8 else 11
     digit = tl.arange(0, DIGITS)
-    worth = ((127 - 7 * digit) << 23).to(tl.float32, bitcast=True)
+    worth = ((127 - BITS * digit) << 23).to(tl.float32, bitcast=True)
     total_td = tl.reshape(acc.to(tl.float32), (ROWS, TOKENS, DIGITS)) * worth[None, None, :]
     scale = which_of_three(tile, a_scale, b_scale, c_scale, A, B, C, ROWS)[0]
     bias = None
@@ -162,28 +198,31 @@ def int8_rows(
         tl.store(position, tl.load(position) + 1, mask=(tile == 0) & (split == 0))
 
 
-def int8_rows_config(
-    sizes: list[int], columns: int, device: torch.device, most: int, tokens: int = 1,
+def coded_rows_config(
+    format: str, sizes: list[int], columns: int, device: torch.device, most: int, tokens: int = 1,
     *, rows: int | None = None, block: int | None = None, stages: int = 3, warps: int | None = None,
 ) -> tuple[dict, tuple[int, int]]:  # fmt: skip
-    """Shape of a program of `int8_rows`, and the grid: tiles of rows and slices of columns, `most` of these at most.
+    """Shape of a program of `coded_rows`, and the grid: tiles of rows and slices of columns, `most` of these at most.
 
     All programs run at once, as far as there are tiles enough: two a multiprocessor where its memory has the room. The
-    defaults are those that were fastest (docs/performance.md): one token writes digits too, so it wants long tiles.
+    defaults are those that were fastest for int8 (docs/performance.md): one token writes digits too, so it wants long
+    tiles. Those for fp8 are the nearest ones whose registers let as many programs run.
     """
-    usual = (256, 128, 8) if tokens == 1 else (128, 256, 4)
+    usual = SHAPES[format][tokens > 1]
     rows, block, warps = (given or own for given, own in zip((rows, block, warps), usual, strict=True))
-    width = max(COLUMNS, DIGITS.value * triton.next_power_of_2(tokens))
-    stages = min(stages, shared_memory(device) // ((rows + width) * block))
-    places = max(1, shared_memory(device) // ((rows + width) * block * stages))
+    width, digit = max(COLUMNS[format], DIGITS[format] * triton.next_power_of_2(tokens)), digits_dtype(format).itemsize
+    stages = min(stages, shared_memory(device) // ((rows + digit * width) * block))
+    places = max(1, shared_memory(device) // ((rows + digit * width) * block * stages))
     tiles, pieces = sum(triton.cdiv(size, rows) for size in sizes), triton.cdiv(columns, block)
     slices = max(1, min(places * multiprocessors(device) // tiles, pieces, most))
     each = triton.cdiv(pieces, slices)
     config = {
+        "FORMAT": code_of(format),
+        "DIGITS": DIGITS[format],
         "PIECES": each,
         "PAD": triton.next_power_of_2(columns),
         "SLICE": triton.next_power_of_2(each * block),
-        "TOKENS": width // DIGITS.value,
+        "TOKENS": width // DIGITS[format],
         "ROWS": rows,
         "BLOCK": block,
         "STAGES": stages,
@@ -193,22 +232,28 @@ def int8_rows_config(
     return config, (tiles, triton.cdiv(pieces, each))
 
 
-def write_digits_config(columns: int) -> dict:
+def digits_dtype(format: str) -> torch.dtype:
+    """Of the digits of x that weights of a format are multiplied with."""
+    return torch.int8 if format == "int8" else torch.float16
+
+
+def write_digits_config(format: str, columns: int) -> dict:
     """Columns that a program of `write_digits` takes (all), and its warps."""
     pad = triton.next_power_of_2(columns)
-    return {"PAD": pad, "num_warps": max(4, min(32, pad // 512))}
+    return {"FORMAT": code_of(format), "DIGITS": DIGITS[format], "PAD": pad, "num_warps": max(4, min(32, pad // 512))}
 
 
-@int8_linear.register_kernel("cuda")
-def launch(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    check_arguments(x_TI, weight_OI, scale_O, bias_O)
-    x, weight, scale = x_TI.contiguous(), weight_OI.contiguous(), scale_O.contiguous()
-    bias = None if bias_O is None else bias_O.contiguous()
-    (O, I), T, device = weight.shape, len(x), x.device
+@stored_linear.register_kernel("cuda")
+def launch(x_TI: Tensor, weight: Stored) -> Tensor:
+    check_arguments(x_TI, weight)
+    assert weight.scale is not None
+    x, rows, scale, format = x_TI.contiguous(), codes(weight).contiguous(), weight.scale.contiguous(), weight.format
+    bias = None if weight.bias is None else weight.bias.contiguous()
+    (O, I), T, device = rows.shape, len(x), x.device
     y_TO = torch.empty(T, O, dtype=torch.float32, device=device)
     # two sums are the same in any order
     most = 2 if torch.are_deterministic_algorithms_enabled() else I
-    config, grid = int8_rows_config([O], I, device, most, T)
+    config, grid = coded_rows_config(format, [O], I, device, most, T)
     dependent = dependent_launch(device)
     with torch.cuda.device(device):
         if T == 1:
@@ -216,14 +261,14 @@ def launch(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor, bias_O: Tensor | No
             back_t = None
             clear[(triton.cdiv(O, 1024),)](y_TO, None, O, BLOCK=1024, **dependent)
         else:
-            room = torch.empty(T, DIGITS.value, I, dtype=torch.int8, device=device)
+            room = torch.empty(T, DIGITS[format], I, dtype=digits_dtype(format), device=device)
             back_t = torch.empty(T, dtype=torch.float32, device=device)
             write_digits[(T,)](
                 x, I, None, None, 0.0, room, back_t, y_TO, T * O, I, CODE=0, DTYPE=tl.float32,
-                ZEROS=triton.next_power_of_2(O), **write_digits_config(I), **dependent,
+                ZEROS=triton.next_power_of_2(O), **write_digits_config(format, I), **dependent,
             )  # fmt: skip
-        int8_rows[grid](
-            x, None, None, 0.0, *[weight] * 3, *[bias] * 3, *[scale] * 3, y_TO, O, None, 0, None, room, back_t, O, 0, 0,
+        coded_rows[grid](
+            x, None, None, 0.0, *[rows] * 3, *[bias] * 3, *[scale] * 3, y_TO, O, None, 0, None, room, back_t, O, 0, 0,
             I, T, CODE=0, DTYPE=tl.float32, ADD=False, SHARED=grid[1] > 1, ZEROS=1, **config, **dependent,
         )  # fmt: skip
     return y_TO
