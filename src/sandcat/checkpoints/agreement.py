@@ -69,4 +69,5 @@ def _check_modules(model: nn.Module, twin: nn.Module) -> None:
 
 
 def _form(tensor: Tensor) -> str:
-    return f"{'floats' if tensor.is_floating_point() else 'codes'} {list(tensor.shape)}"
+    is_number = tensor.is_floating_point() and tensor.itemsize > 1  # codes may be floats of one byte
+    return f"{'floats' if is_number else 'codes'} {list(tensor.shape)}"
