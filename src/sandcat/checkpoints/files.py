@@ -6,6 +6,7 @@ of its own folder; and a config may not ask for more numbers than the files have
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 from pathlib import Path
@@ -20,8 +21,13 @@ from sandcat.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-TEXTS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
+TEXTS = (
+    "*.json", "*.jinja", "*.model", "*.tiktoken", "*.bpe", "*.vocab", "*.spm", "*.txt", "*.md", "*.py",
+    "*LICEN[CS]E*", "*NOTICE*", "COPYING*",
+)  # fmt: skip
 """What a repository of the hub has beside its weights; code runs only where it is trusted."""
+TEMPLATES = "additional_chat_templates/*.jinja"
+"""Those that have names."""
 FOLDERS = "*/*"
 """Where repositories keep the same model in other formats."""
 COUNTS = 4096
@@ -30,15 +36,15 @@ BUFFERS = 2**24
 """Numbers that a model may hold beside those in its files, such as the frequencies of its positions."""
 
 
-def fetch_texts(name: str) -> Path:
+def fetch_texts(name: str, revision: str | None = None) -> Path:
     """The folder with a model of the hub, without its weights."""
-    return Path(snapshot_download(name, allow_patterns=[*TEXTS], ignore_patterns=FOLDERS))
+    return Path(snapshot_download(name, revision=revision, allow_patterns=[*TEXTS], ignore_patterns=FOLDERS))
 
 
 def fetch(name: str) -> Path:
     """The folder with a model of the hub: its texts, and the weights that `shards` names."""
-    weights = [path.name for path in shards(fetch_texts(name))]
-    return Path(snapshot_download(name, allow_patterns=[*TEXTS, *weights], ignore_patterns=FOLDERS))
+    weights = [glob.escape(path.name) for path in shards(fetch_texts(name))]
+    return Path(snapshot_download(name, allow_patterns=[*weights, TEMPLATES]))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from sandcat.checkpoints.card import model_card
+from sandcat.checkpoints.companions import copy_companions
 from sandcat.checkpoints.quantizer import plan_of
 from sandcat.models.unwrapped import check_unwrapped
 from sandcat.support.progress import are_shown
@@ -29,6 +30,9 @@ def save(
 ) -> Path:
     """Writes an ordinary Hugging Face folder, whole or not at all (see `whole_folder`).
 
+    What else the folder of the hub or of this machine has that the model was loaded from, such as a processor's config
+    or a licence, comes along (see `companions.py`).
+
     Args:
         overwrite: replace an existing folder; without it one is an error.
         card: the text of README.md; default a short one that names the recipe.
@@ -46,6 +50,7 @@ def save(
         with quiet():
             model.save_pretrained(part, max_shard_size=SHARD)
         tokenizer.save_pretrained(part)
+        copy_companions(model, tokenizer, part)
         (part / "README.md").write_text(card or model_card(plan_of(model)), encoding="utf-8")
         if finish is not None:
             finish(part)
