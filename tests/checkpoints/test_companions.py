@@ -122,7 +122,8 @@ def test_what_is_fetched(tmp_path, monkeypatch):
     repository = {
         "config.json": "{}", "model.safetensors.index.json": index, "model-1.safetensors": "",
         "model-[2].safetensors": "", "model-2.safetensors": "", "original/consolidated.pth": "",
-        "onnx/config.json": "", "pytorch_model.bin": "", "additional_chat_templates/tool_use.jinja": "", "LICENSE": "", "qwen.tiktoken": "",
+        "onnx/config.json": "", "pytorch_model.bin": "",
+        "additional_chat_templates/tool_use.jinja": "", "LICENSE": "", "qwen.tiktoken": "",
     }  # fmt: skip
 
     def download(name, **patterns):
