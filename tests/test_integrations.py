@@ -211,6 +211,8 @@ def test_from_gguf(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf").eval()
+    again, _ = sandcat.load(sandcat.save(model, tokenizer(), tmp_path / "dense"), device="cpu")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
     sandcat.sparsify(model, None, "cats", calibration=text())
     folder = sandcat.save(model, tokenizer(), tmp_path / "out")
     with torch.inference_mode():

@@ -29,8 +29,9 @@ from sandcat.method import Decided, Method
 from sandcat.models.rotary import forget_length
 from sandcat.models.unwrapped import check_unwrapped
 from sandcat.models.view import ModelView
+from sandcat.plans.check import check
 from sandcat.plans.plan import Plan
-from sandcat.plans.recipe import RECIPES, check, parse_recipe
+from sandcat.plans.recipe import RECIPES, parse_recipe
 from sandcat.plans.target import FORMS, Target
 from sandcat.reports.measure import measure_saved
 from sandcat.reports.report import Report

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
 
-from sandcat.checkpoints.embedded import EMBEDDED, resolve
+from sandcat.checkpoints.embedded import resolve
 from sandcat.checkpoints.files import COUNTS, check_counts, check_size, fetch, fetch_texts, read_json, sizes
+from sandcat.checkpoints.refusals import check_is_model, check_readable, unreadable
 from sandcat.checkpoints.save import quiet
 from sandcat.errors import CheckpointError, ParityError, PlanError, SandcatError
 from sandcat.layers.packing import align
 from sandcat.models.families import check_config
 from sandcat.models.host_memory import FilePages
+from sandcat.models.quantised import quantisation_in
+from sandcat.plans.check import check_dense
 from sandcat.plans.plan import Plan
 from sandcat.support.devices import pick_device, pick_dtype
 
@@ -57,7 +61,7 @@ def load(
         dtype: a torch dtype or its name; default the checkpoint's.
         trust_remote_code: run Python code from the checkpoint.
         require_plan: raise unless the model was saved by sandcat.
-        to_sparsify: raise unless models of its family can be made sparse.
+        to_sparsify: raise unless it can be made sparse: a family that is known, a dense model, weights in floats.
         tensor_parallel: split the weights over so many processes, which torchrun has started, each on its own device
             (then `device` has no say).
 
@@ -66,16 +70,15 @@ def load(
 
     Raises:
         CheckpointError: not a model, damaged, not to be had, or it needs code that is not trusted.
-        PlanError: a plan that cannot be read or does not fit. DeviceError, UnsupportedModel.
+        PlanError: a plan that cannot be read or does not fit. DeviceError, UnsupportedModel, PlanConflict.
             What a config.json tells is found before weights are fetched.
     """
     place, kind = pick_device(device), pick_dtype(dtype)
     source = resolve(str(name))
     local = Path(source).is_dir()
-    if not local and (Path(source).exists() or source.startswith((".", "/", "~"))):
-        raise CheckpointError(
-            f"{source!r} is no model folder. Give a folder with a config.json, a hub id, or {EMBEDDED}."
-        )
+    if local or Path(source).exists() or source.startswith((".", "/", "~")):
+        check_is_model(Path(source))
+    data: dict[str, Any] = {}
     try:
         folder = Path(source) if local else fetch_texts(source)
         data = read_json(folder / "config.json")
@@ -89,11 +92,13 @@ def load(
             raise PlanError(f"{source!r} is a dense model: no plan in its config.json. Make one with sandcat sparsify.")
         if to_sparsify:
             check_config(data)
+            check_dense(plan, quantisation_in(data), loaded=False)
+        check_readable(source, plan, quantisation_in(data))
         folder = folder if local else fetch(source)
         numbers = sizes(folder)
         check_counts(data, max(COUNTS, len(numbers)))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        packed = 1 if plan is not None or data.get("quantization_config") is None else PACKED
+        packed = 1 if plan is not None or quantisation_in(data) is None else PACKED
         check_size(config, sum(numbers.values()) * packed, trust_remote_code=trust_remote_code)
         if plan is not None:
             config.quantization_config = (plan.stored if dense else plan).to_json()
@@ -111,18 +116,7 @@ def load(
     except SandcatError:
         raise
     except Exception as error:
-        reason = (
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
-        )
-        if local:
-            raise CheckpointError(
-                f"{source!r} cannot be loaded as a causal language model ({reason}). If a file was cut off or changed, "
-                "fetch or save it again."
-            ) from error
-        raise CheckpointError(
-            f"{source!r} is no folder here, and cannot be had from the hub ({reason}). Without network, give a folder "
-            f"or {EMBEDDED}."
-        ) from error
+        raise CheckpointError(unreadable(source, local, data, error)) from error
     return model.eval(), tokenizer
 
 

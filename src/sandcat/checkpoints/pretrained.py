@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sandcat.checkpoints import tensor_parallel
 from sandcat.checkpoints.agreement import check_state
 from sandcat.errors import PlanError, UnsupportedModel
+from sandcat.models.quantised import FLOATS, method_of
 from sandcat.models.unwrapped import check_unwrapped
 from sandcat.models.view import ModelView
 from sandcat.plans.plan import Plan
@@ -21,7 +22,27 @@ def take_over_saving(model: nn.Module) -> None:
     While a quantizer is there, transformers saves the state that this one gives, and never the caller's.
     """
     model.hf_quantizer = None
+    keep_floats(model)
     model.save_pretrained = partial(save_pretrained, model)
+
+
+def keep_floats(model: nn.Module) -> None:
+    """Lets a model that transformers turned into floats while loading be saved as floats.
+
+    It remembers how it changed what it read, to undo that when it saves: weights read as fp8 would be fp8 again in the
+    files, under a config that says nothing of it. What was read from GGUF it does not save at all.
+    """
+    if method_of(getattr(model.config, "quantization_config", None)) in FLOATS:
+        del model.config.quantization_config
+        model.hf_quantizer = None
+
+    def widens(step: Any) -> bool:
+        return any(hasattr(operation, "hf_quantizer") for operation in getattr(step, "operations", ()))
+
+    remembered = getattr(model, "_weight_conversions", None) or []
+    kept = [step for step in remembered if not widens(step)]
+    if len(kept) < len(remembered):
+        model._weight_conversions = kept
 
 
 def save_pretrained(

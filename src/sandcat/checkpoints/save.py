@@ -10,7 +10,9 @@ from torch import nn
 
 from sandcat.checkpoints.card import model_card
 from sandcat.checkpoints.companions import copy_companions
+from sandcat.checkpoints.pretrained import keep_floats
 from sandcat.checkpoints.quantizer import plan_of
+from sandcat.models.quantised import check_floats
 from sandcat.models.unwrapped import check_unwrapped
 from sandcat.support.progress import are_shown
 from sandcat.support.whole_folder import whole_folder
@@ -42,9 +44,12 @@ def save(
     Raises:
         CheckpointError: the folder exists, or the disk is full or not writable.
         PlanError: what is to be saved is not what loading will build.
-        UnsupportedModel: unmerged adapters, or a wrapper around a model.
+        UnsupportedModel: unmerged adapters, or a wrapper around a model. PlanConflict: weights quantised by others.
     """
     check_unwrapped(model)
+    if plan_of(model) is None:
+        check_floats(getattr(model.config, "quantization_config", None), loaded=True)
+        keep_floats(model)
     folder = Path(folder)
     with whole_folder(folder, overwrite) as part:
         with quiet():

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 
 from sandcat.errors import UnsupportedModel
 from sandcat.models.families import Architecture, activation, family
+from sandcat.models.quantised import START
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,12 @@ class ModelView:
                 raise UnsupportedModel(
                     f"{name} is a {type(linear).__name__}{' with hooks' if hooked else ''}, and the kernels read plain "
                     "nn.Linear weights: merge adapters first, load without offloading."
+                )
+            if type(linear.weight) is not nn.Parameter or linear.weight.itemsize < 2:
+                weight = linear.weight
+                raise UnsupportedModel(
+                    f"the weight of {name} is a {type(weight).__name__} of {weight.dtype}, and the kernels read plain "
+                    f"floats of 16 or 32 bits. {START}"
                 )
 
     def blocks(self) -> Iterator[Block]:

@@ -1,14 +1,13 @@
-"""Recipes: methods in words, and which go together."""
+"""Recipes: methods in words."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-from sandcat.errors import BadRecipe, PlanConflict, suggest
+from sandcat.errors import BadRecipe, suggest
 from sandcat.method import Method
 from sandcat.methods import METHODS
-from sandcat.models.view import ModelView
 
 RECIPES = {"sandcat": ("teal:sites=all+head", "cats:score=output")}
 """Words that stand for several methods. In `sandcat` both want up and down: `allocate` chooses, layer by layer."""
@@ -54,32 +53,3 @@ def parse_recipe(recipe: str | Method | Sequence[str | Method]) -> list[Method]:
         raise BadRecipe("the recipe is empty: name at least one method, as in cats:sparsity=0.5.")
     words = [word for item in items for word in (RECIPES.get(item, [item]) if isinstance(item, str) else [item])]
     return [parse(word) if isinstance(word, str) else word for word in words]
-
-
-def check(methods: list[Method], view: ModelView, *, overlap: bool = False) -> None:
-    """The last point where nothing has changed: every method matches, and no slot of a site is claimed twice.
-
-    Args:
-        overlap: methods with a sparsity may want one slot, as it will be chosen between them.
-
-    Raises:
-        PlanConflict, NothingMatched, UnsupportedModel
-    """
-    quantised = getattr(view.config, "quantization_config", None)
-    if quantised is not None and getattr(quantised, "quant_method", None) != "gguf":  # whose weights are floats by now
-        raise PlanConflict(
-            "this model already has a plan or is quantised (quantization_config in its config.json). Start from the "
-            "dense model (sandcat.load(folder, dense=True)), and give all methods in one recipe."
-        )
-    claimed: dict[tuple[str, str], Method] = {}
-    for method in methods:
-        for site in method.select(view):
-            view.check_plain(site)
-            for name in method.claims(view, site):
-                other = claimed.setdefault((name, method.slot), method)
-                if other is not method and not (overlap and other.has_sparsity and method.has_sparsity):
-                    raise PlanConflict(
-                        f"{other.name} and {method.name} both want the {method.slot} of {name}. Keep one of them, or "
-                        "give each its own layers, as in cats:layers=0:10 relufy:layers=10:, or its own sites, as in "
-                        "cats teal:sites=[q,k,v,o]. If both have a sparsity, a target with allocate=search chooses."
-                    )
