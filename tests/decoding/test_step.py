@@ -7,7 +7,10 @@ import itertools
 import pytest
 import torch
 from conftest import DEVICES, TOLERANCE, assert_close, relative_error
+from layer_classes import RECIPES, concrete, in_a_subclass, with_class
 from tiny import VOCABULARY, text, tiny
+from transformers import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import sandcat
 from sandcat.decoding import fused_cpu
@@ -119,13 +122,57 @@ def test_where_it_does_not_apply(device, family, options, batch):
     assert torch.equal(torch.stack(found), torch.stack(want))
 
 
-@pytest.mark.parametrize("recipe", ["coreinfer", "rsparse:alpha=[0.8]"])
-def test_not_where_it_lacks_a_module(recipe):
-    model = tiny("qwen2", **SIZES)
-    sandcat.sparsify(model, None, recipe, calibration=text())
-    want, found, fused = pair(model)
-    assert fused is None
-    assert torch.equal(torch.stack(found), torch.stack(want))
+REFUSED = ("LowRankLinear", "CoreMLP")
+"""Classes of layers that no fused step computes."""
+
+
+def test_every_class_of_layer_has_a_recipe():
+    assert set(RECIPES) == {kind.__name__ for kind in concrete()} | {"Linear"}
+
+
+@pytest.mark.usefixtures("all_skip")
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name, recipe", [(name, recipe) for name in RECIPES for recipe in RECIPES[name]])
+def test_every_class_of_layer(name, recipe, batch):
+    """It is computed, or refused, and a subclass, which may be something else, is refused. The same on a GPU:
+    ops/interpret_step.py."""
+    model = with_class(name, recipe)
+    want, found, fused = pair(model, batch, length=20, steps=2)
+    assert (fused is None) == (name in REFUSED)
+    for a, b in zip(found, want, strict=True):
+        assert_close(a, b, torch.float32)
+    in_a_subclass(next(module for module in model.modules() if type(module).__name__ == name))
+    assert refused(model, batch)
+
+
+def refused(model, batch=1):
+    """Whether the fused step does not apply, and the model's own runs."""
+    want, found, fused = pair(model, batch, length=20, steps=2)
+    return fused is None and torch.equal(torch.stack(found), torch.stack(want))
+
+
+@pytest.mark.parametrize("name", [
+    "", "model", "model.rotary_emb", "model.norm", "model.layers.1", "model.layers.1.input_layernorm",
+    "model.layers.1.post_attention_layernorm", "model.layers.1.self_attn", "model.layers.1.self_attn.q_norm",
+    "model.layers.1.self_attn.o_proj", "model.layers.1.mlp", "model.layers.1.mlp.act_fn", "model.embed_tokens",
+])  # fmt: skip
+def test_not_where_a_module_is_a_subclass(name):
+    model = tiny("qwen3", **SIZES)
+    assert not refused(model)
+    in_a_subclass(model.get_submodule(name))
+    assert refused(model)
+
+
+def test_not_where_attention_is_somebody_elses():
+    def attention(*args, **kwargs):
+        found, weights = ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+        return found * 2, weights
+
+    ALL_ATTENTION_FUNCTIONS.register("doubled", attention)
+    AttentionMaskInterface.register("doubled", AttentionMaskInterface()["sdpa"])
+    model = tiny("qwen3", **SIZES)
+    model.set_attn_implementation("doubled")
+    assert refused(model)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -345,3 +392,29 @@ def test_rewinds(device):
             assert_close(decoder.step(ids[:, i : i + 1]), want[i - 10].cpu(), torch.float32)
     decoder.prefill(ids[:, :10])
     assert_close(decoder.step(ids[:, 10:11]), want[0].cpu(), torch.float32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.inference_mode()
+def test_the_cache_owns_the_position(device):
+    """Whoever adds a token moves it on, so that fused and eager steps take turns on one cache."""
+    model = tiny("llama", mlp_bias=False, **SIZES).to(device)
+    ids = torch.randint(4, VOCABULARY, (2, 20)).to(device)
+    eager, turns = Decoder(model, 20, batch=2, compile=None), Decoder(model, 20, batch=2)
+    for decoder in (eager, turns):
+        decoder.prefill(ids[:, :10])
+    for i in range(10, 20):
+        want = eager.step(ids[:, i : i + 1])
+        fused = i % 3 != 1
+        found = turns.step(ids[:, i : i + 1]) if fused else turns._forward(ids[:, i : i + 1])
+        assert_close(found, want.cpu(), torch.float32)
+        assert turns.cache.get_seq_length() == turns.cache.position == i + 1
+    assert turns.fused is not None
+    turns.rewind(12)
+    assert_close(turns.step(ids[:, 12:13]), eager_step(model, ids, 12), torch.float32)
+
+
+def eager_step(model, ids, at):
+    decoder = Decoder(model, 20, batch=len(ids), compile=None)
+    decoder.prefill(ids[:, :at])
+    return decoder.step(ids[:, at : at + 1]).cpu()

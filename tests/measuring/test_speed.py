@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from pathlib import Path
 
@@ -12,13 +11,12 @@ from tiny import text, tiny
 from torch import nn
 
 import sandcat
-from sandcat.decoding.decoder import Decoder
 from sandcat.errors import ParityError
 from sandcat.layers.op_module import kernels_of
 from sandcat.layers.sparse_module import sparse_modules
 from sandcat.measuring import speed
 from sandcat.measuring.bytes_read import read_bytes, step_bytes
-from sandcat.measuring.parity import check_by_layers, parity_error
+from sandcat.measuring.parity import parity_error
 
 
 @pytest.fixture
@@ -104,7 +102,7 @@ def test_nothing_is_timed_if_the_kernel_is_wrong(pair, monkeypatch):
         speed.benchmark(dense, sparse, torch.randint(4, 96, (1, 30)), steps=3, runs=2, compile=False)
 
 
-@pytest.mark.parametrize("mode, name", [("default", "dense compiled step"), ("fused", "dense fused .* step")])
+@pytest.mark.parametrize("mode, name", [("default", "dense compiled step"), ("fused", "dense fused step")])
 def test_nothing_is_timed_if_a_step_is_wrong(pair, monkeypatch, mode, name):
     right = speed.Decoder.step
 
@@ -134,29 +132,6 @@ def test_an_activation_on_its_threshold_is_no_error(pair, monkeypatch):
     monkeypatch.setattr(mlp, "sparse_mlp", lambda *args: right(*args[:4], args[4] * (1 - 1e-6), *args[5:]))
     assert parity_error(sparse, ids) < 1e-5
     assert torch.equal(module.threshold, before)
-
-
-@pytest.mark.parametrize("wrong", ["nothing", "the head", "a layer"])
-def test_a_step_is_compared_by_layers_and_its_head_apart(monkeypatch, wrong):
-    """A wrong step is found where it drops something, in layers while the head keeps all and in the head while they do,
-    and a right one is right in both."""
-    model = tiny("llama")
-    sandcat.sparsify(model, None, "teal:sparsity=0.5,sites=all+head", calibration=text())
-    broken = {"nothing": None, "the head": model.lm_head, "a layer": model.model.layers[0].self_attn.q_proj}[wrong]
-    step, compared = Decoder.step, []
-
-    def run(decoder, ids_B1):
-        dropping = broken is not None and float(broken.threshold.max()) > 0
-        compared.append((decoder.compile, float(model.lm_head.threshold.max()) > 0))
-        return step(decoder, ids_B1) * (2 if dropping and decoder.compile == "fused" else 1)
-
-    monkeypatch.setattr(Decoder, "step", run)
-    ids = torch.randint(4, 96, (1, 12))
-    raises = contextlib.nullcontext() if broken is None else pytest.raises(ParityError, match="layers 0 to 1 alone")
-    with raises:
-        check_by_layers(model, ids[:, :-1], ids[:, -1:], "teal fused", "fused")
-    if broken is None:
-        assert compared[:4] == [(None, False), ("fused", False), (None, True), ("fused", True)]
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """Runs the fused step on the CPU by Triton's interpreter and compares it with the step of transformers.
 
-python tests/ops/interpret_step.py float|int8|deterministic|batch
+python tests/ops/interpret_step.py float|int8|deterministic|batch|layers
 
 A program of its own, for the same reason as interpret_triton.py.
 """
@@ -16,11 +16,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from layer_classes import RECIPES as LAYERS
+from layer_classes import in_a_subclass, with_class
 from tiny import VOCABULARY, text, tiny
 
 import sandcat
 from sandcat.decoding.decoder import Decoder
-from sandcat.models.view import ModelView
 from sandcat.ops import FORMATS, pays
 from sandcat.ops.triton.primitives import launch
 
@@ -30,23 +31,16 @@ launch.multiprocessors = lambda device: 2
 launch.shared_memory = lambda device: 200000
 launch.dependent_launch = lambda device: {"PDL": False}
 
-from sandcat.decoding.fused_gpu import GpuStep  # noqa: E402
-from sandcat.decoding.fused_gpu_batch import GpuBatchStep  # noqa: E402  # whose kernels ask for these as they are imported
+from sandcat.decoding import step as decode_step  # noqa: E402  # whose kernels ask for these as they are imported
 
-
-def fused(model, cache):
-    view = ModelView(model)
-    kind = GpuStep if len(cache.layers[0].keys) == 1 else GpuBatchStep
-    step = kind(view, list(view.blocks()), cache)
-    step.position.fill_(20)
-    return step
+decode_step.kernel_name = lambda *_: "triton"
 
 
 def logits(model, ids):
-    """Of four steps after 20 tokens, and the decoder."""
-    decoder = Decoder(model, 24, compile=None, batch=len(ids))
+    """Of the steps after 20 tokens, and the decoder."""
+    decoder = Decoder(model, ids.shape[1], compile=None, batch=len(ids))
     decoder.prefill(ids[:, :20])
-    return [decoder.step(ids[:, i : i + 1]) for i in range(20, 24)], decoder
+    return [decoder.step(ids[:, i : i + 1]) for i in range(20, ids.shape[1])], decoder
 
 
 RECIPES = {
@@ -71,6 +65,8 @@ RECIPES = {
         ("qwen2", "fp8 teal"),
     ],
 }  # fmt: skip
+REFUSED = ("LowRankLinear", "CoreMLP")
+"""Classes of layers that no fused step computes."""
 
 
 def check(family, recipe, sequences, **sizes):
@@ -79,18 +75,35 @@ def check(family, recipe, sequences, **sizes):
     model = tiny(family, tie_word_embeddings="int8" in (recipe or ""), **options, **window, **sizes)
     if recipe:
         sandcat.sparsify(model, None, recipe, calibration=text())
-    ids = torch.randint(4, VOCABULARY, (sequences, 24))
+    assert compare(model, sequences)
+
+
+def compare(model, sequences, steps=4):
+    """Whether the step applies; then it equals that of transformers."""
+    ids = torch.randint(4, VOCABULARY, (sequences, 20 + steps))
     want, decoder = logits(model, ids)
     cached = [(layer.keys.clone(), layer.values.clone()) for layer in decoder.cache.layers]
     for layer in decoder.cache.layers:
         layer.keys[:, :, 20:], layer.values[:, :, 20:] = float("nan"), float("nan")
-    step = fused(model, decoder.cache)
+    decoder.rewind(20)
+    step = decode_step.fused_step(model, decoder.cache)
+    if step is None:
+        return False
     for i, expected in enumerate(want):
         torch.testing.assert_close(step(ids[:, 20 + i : 21 + i]), expected, rtol=1e-4, atol=1e-5)
-    assert step.position == 24
+    assert decoder.cache.position == 20 + steps
     for (keys, values), layer in zip(cached, decoder.cache.layers, strict=True):
         torch.testing.assert_close(layer.keys, keys, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(layer.values, values, rtol=1e-4, atol=1e-5)
+    return True
+
+
+def check_layers(name, recipe, applies, sequences):
+    """A class of layer in a step: it is computed, or refused, and a subclass, which may be something else, refused."""
+    model = with_class(name, recipe, mlp_bias=False, num_hidden_layers=1)
+    assert compare(model, sequences, steps=1) == applies, (name, recipe, sequences)
+    in_a_subclass(next(module for module in model.modules() if type(module).__name__ == name))
+    assert not compare(model, sequences, steps=1)
 
 
 def check_rounding(recipe):
@@ -101,15 +114,15 @@ def check_rounding(recipe):
     torch.manual_seed(0)
     ids = torch.randint(4, VOCABULARY, (1, 24))
     want, decoder = logits(model, ids)
-    step = fused(model, decoder.cache)
+    decoder.rewind(20)
+    step = decode_step.fused_step(model, decoder.cache)
     found = [step(ids[:, i : i + 1]).clone() for i in range(20, 24)]
     exact, _ = logits(model.float(), ids)
     ours, theirs = ((torch.stack(logits) - torch.stack(exact)).norm() for logits in (found, want))
     assert ours <= 1.5 * theirs, (ours, theirs)
 
 
-with torch.inference_mode():
-    kind = sys.argv[1]
+def check_all(kind):
     torch.use_deterministic_algorithms(kind == "deterministic")
     sequences = 3 if kind == "batch" else 1
     for family, recipe in RECIPES[kind]:
@@ -118,4 +131,17 @@ with torch.inference_mode():
     recipe = {"int8": "int8", "batch": "int8 teal:batch=shared"}.get(kind)
     check("llama", recipe, sequences, hidden_size=320)  # more than one slice of the columns
     check_rounding("int8" if kind == "int8" else None)
-print(f"{len(RECIPES[kind]) + 2} steps equal those of transformers")
+    return len(RECIPES[kind]) + 2
+
+
+def check_classes():
+    cases = [(name, recipe, batch) for name, recipes in LAYERS.items() for recipe in recipes for batch in (1, 3)]
+    for name, recipe, batch in cases:
+        print(name, recipe, batch, flush=True)
+        check_layers(name, recipe, name not in REFUSED, batch)
+    return len(cases)
+
+
+with torch.inference_mode():
+    count = check_classes() if sys.argv[1] == "layers" else check_all(sys.argv[1])
+print(f"{count} steps equal those of transformers")

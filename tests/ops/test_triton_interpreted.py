@@ -22,7 +22,9 @@ def test_ops_equal_their_references():
     assert "382 cases equal the reference" in output("interpret_triton.py")
 
 
-@pytest.mark.parametrize("kind, count", [("float", 14), ("int8", 13), ("deterministic", 4), ("batch", 16)])
+@pytest.mark.parametrize(
+    "kind, count", [("float", 14), ("int8", 13), ("deterministic", 4), ("batch", 16), ("layers", 34)]
+)
 def test_fused_step_equals_that_of_transformers(kind, count):
     assert f"{count} steps equal those of transformers" in output("interpret_step.py", kind)
 

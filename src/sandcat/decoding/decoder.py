@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, StaticLayer
 
+from sandcat.decoding.static_cache import DecodeCache
 from sandcat.decoding.step import Step, fused_step
 from sandcat.errors import DataError, UnsupportedModel
 from sandcat.models.rotary import forget_length, grows, length_to_read_again
@@ -36,9 +36,8 @@ class Decoder:
         self, model: nn.Module, max_length: int, *, batch: int = 1, compile: str | None = "fused", capture: bool = True
     ):
         self.model, self.max_length, self.batch = model, max_length, batch
-        # Full-length layers for sliding windows too: their masks look at positions, so a graph can be replayed.
-        count = model.config.get_text_config().num_hidden_layers
-        self.cache = Cache(layers=[StaticLayer(max_cache_len=max_length) for _ in range(count)])
+        layers = model.config.get_text_config().num_hidden_layers
+        self.cache = DecodeCache(layers, max_length, model.device)
         self.forward: Callable[[Tensor], Tensor] | Step = self._forward
         self.compile = compile
         self.prepared = False
@@ -56,6 +55,7 @@ class Decoder:
         self.capture = capture and model.device.type == "cuda" and not grows(model.config)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.length = 0
+        """`cache.position`, without asking the device."""
 
     def _forward(self, ids_B1: Tensor) -> Tensor:
         return self.model(ids_B1, past_key_values=self.cache, use_cache=True).logits[:, -1]
@@ -113,7 +113,6 @@ class Decoder:
         self.prepared = True
         self.fused = fused_step(self.model, self.cache)
         self.forward = self.fused or self.forward
-        self._set_length(self.length)
 
     def _capture(self, ids_B1: Tensor) -> torch.cuda.CUDAGraph:
         """Compiles and warms the step up, captures it, and sets the cache back to where it was."""
@@ -144,7 +143,4 @@ class Decoder:
 
     def _set_length(self, length: int) -> None:
         self.length = length
-        for layer in self.cache.layers:
-            layer.cumulative_length.fill_(length)
-        if self.fused is not None:
-            self.fused.position.fill_(length)
+        self.cache.position.fill_(length)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
+from sandcat.decoding.static_cache import DecodeCache
 from sandcat.layers.sparse_linear import SparseLinear
 from sandcat.layers.sparse_mlp import SparseMLP
 from sandcat.layers.sparse_module import Sparse, sparse_modules
@@ -55,7 +55,7 @@ def _linears(block: Block) -> dict[str, nn.Module]:
 def _by_inputs(block: Block, name: str) -> bool:
     """Whether a layer's weight is stored [I, O]: where inputs can be skipped."""
     mlp = block.mlp.module
-    return mlp.packed if name == "down" and isinstance(mlp, SparseMLP) else _packed(_linears(block)[name])
+    return mlp.packed if name == "down" and type(mlp) is SparseMLP else _packed(_linears(block)[name])
 
 
 def _packed(linear: nn.Module) -> bool:
@@ -82,7 +82,7 @@ class CpuStep:
     or whose rows are too short to skip, are stored as those of dense ones from then on, until one needs them otherwise.
     """
 
-    def __init__(self, view: ModelView, blocks: list[Block], cache: Cache):
+    def __init__(self, view: ModelView, blocks: list[Block], cache: DecodeCache):
         model, decoder = view.model, view.decoder
         table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
         self.dtype, self.vocabulary = table.dtype, len(table)
@@ -102,8 +102,8 @@ class CpuStep:
         tiles = HAS_TILES and batch > 1 and self.dtype == torch.bfloat16
         positions = torch.arange(length)[None]
         cos, sin = decoder.rotary_emb(torch.zeros(1, 1, hidden, dtype=self.dtype), position_ids=positions)
-        self.position = torch.zeros(1, dtype=torch.int32)
         self.tokens = torch.zeros(batch, dtype=torch.int64)
+        self.state = torch.zeros(batch, hidden)
         self.logits = torch.zeros(batch, head.out_features, dtype=self.dtype)
 
         def rooms(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -111,10 +111,10 @@ class CpuStep:
 
         self.model = np.zeros(1, step.MODEL)
         self._fill(
-            self.model[0], sequences=batch, rows=rows, tokens=self.tokens, position=self.position,
+            self.model[0], sequences=batch, rows=rows, tokens=self.tokens, position=cache.position,
             table=table.data_ptr(), table_row=table.stride(0), table_column=table.stride(1), vocabulary=len(table),
             cos=cos[0], sin=sin[0],
-            h=torch.zeros(batch, hidden), qkv=torch.zeros(rows, (heads + 2 * groups) * size),
+            h=self.state, qkv=torch.zeros(rows, (heads + 2 * groups) * size),
             partial=torch.zeros(batch, heads, parts, size + 2), parts=parts, hidden=torch.zeros(rows, most),
             scores=torch.zeros(rows, head.out_features), logits=self.logits, norm=decoder.norm.weight,
             eps=decoder.norm.variance_epsilon, layers=len(blocks), heads=heads, groups=groups, D=size, H=hidden,
@@ -177,7 +177,7 @@ class CpuStep:
             entry, input_norm=block.input_norm.weight, q_norm=q_norm, k_norm=k_norm, mlp_norm=block.mlp_norm.weight,
             keys=keys, values=values, window=block.window or keys.shape[2], skips=skips,
             masks=masks, shared=skips and mlp.shares(self.x_B1H), neurons=linears["down"].in_features,
-            activation=CODES[mlp.activation if isinstance(mlp, SparseMLP) else block.mlp.activation],
+            activation=CODES[mlp.activation if type(mlp) is SparseMLP else block.mlp.activation],
             neuron_threshold=mlp.threshold if thresholds else None, input_eps=block.input_norm.variance_epsilon,
             head_eps=0 if block.q_norm is None else block.q_norm.variance_epsilon,
             mlp_eps=block.mlp_norm.variance_epsilon, scaling=block.scaling,

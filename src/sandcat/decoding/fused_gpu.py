@@ -6,9 +6,9 @@ from itertools import groupby
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from sandcat.decoding.fused_gpu_common import Parts, format_of, projections, share_of, sizes, three, tiles
+from sandcat.decoding.static_cache import DecodeCache
 from sandcat.layers.sparse_linear import SparseLinear
 from sandcat.layers.sparse_mlp import SparseMLP
 from sandcat.layers.stored_linear import StoredLinear
@@ -33,7 +33,7 @@ def _is_known(linear: nn.Module) -> bool:
 def _plain(block: Block) -> bool:
     attention = [block.q, block.k, block.v]
     *gate_up, down = mlp = projections(block)
-    if isinstance(block.mlp.module, SparseMLP) and SparseLinear in map(type, mlp[1:]):
+    if type(block.mlp.module) is SparseMLP and SparseLinear in map(type, mlp[1:]):
         return False
     alike = all(len({linear.bias is None for linear in linears}) == 1 for linears in (attention, gate_up))
     return alike and down.bias is None and all(_is_known(m) for m in [*attention, block.o, *mlp])
@@ -44,7 +44,7 @@ class GpuStep(Parts):
     and two more for `SparseMLP`s under `torch.use_deterministic_algorithms`, where all sums have a fixed order.
     """
 
-    def __init__(self, view: ModelView, blocks: list[Block], cache: Cache):
+    def __init__(self, view: ModelView, blocks: list[Block], cache: DecodeCache):
         super().__init__(view, blocks, cache)
         self.h, self.attended = self.h[0], self.attended[0]
         neurons, qkv = self.neurons, self.Q + 2 * self.K
@@ -61,7 +61,7 @@ class GpuStep(Parts):
         for block, cached in self.layers:
             self._project(block.input_norm, [block.q, block.k, block.v], self.qkv)
             q, k, v = (part[None] for part in self.qkv.split([self.Q, self.K, self.K]))
-            out = None if isinstance(block.o, SparseLinear) else self.attended  # a sparse o adds parts up itself
+            out = None if type(block.o) is SparseLinear else self.attended  # a sparse o adds parts up itself
             self.attend(block, cached.keys, cached.values, q, k, v, out)
             self._add(self.attended, block.o, zeros=self.sums)
             self._mlp(block)
@@ -70,8 +70,8 @@ class GpuStep(Parts):
 
     def _mlp(self, block: Block) -> None:
         norm, (gate, up, down), code = block.mlp_norm, projections(block), sparse_mlp.CODES[block.mlp.activation]
-        if isinstance(block.mlp.module, SparseMLP):
-            self._skip_neurons(norm, block.mlp.module, gate, code)
+        if type(block.mlp.module) is SparseMLP:
+            self._skip_neurons(norm, block.mlp.module, gate)
         elif type(gate) is type(up) is nn.Linear:
             config, grid = self._whole_rows(gate.weight, matrices=2)
             step.gate_up[grid](
@@ -83,10 +83,11 @@ class GpuStep(Parts):
             self._project(norm, [gate, up], self.gate_up)
             self._add(self.gate_up[gate.out_features :], down, gate=self.gate_up, code=code)
 
-    def _skip_neurons(self, norm: nn.Module, mlp: SparseMLP, gate: nn.Module, code: int) -> None:
+    def _skip_neurons(self, norm: nn.Module, mlp: SparseMLP, gate: nn.Module) -> None:
         """gate, and the list of the neurons to keep; then their up and down."""
+        code = sparse_mlp.CODES[mlp.activation]
         count = self.count if self.parts is None else None
-        if isinstance(gate, SparseLinear):
+        if type(gate) is SparseLinear:
             self._sparse_rows(self.h, [gate], None, norm=norm, neurons=mlp.threshold, count=count, code=code)
         else:
             config = sparse_mlp.gate_config(gate.weight.element_size())
@@ -129,7 +130,7 @@ class GpuStep(Parts):
         self, x: Tensor, linear: nn.Module, *, gate: Tensor | None = None, code: int = 0, zeros: Tensor | None = None
     ) -> None:
         """h += the layer's product with x, or with act(gate) * x; and zeros = 0."""
-        if isinstance(linear, SparseLinear):
+        if type(linear) is SparseLinear:
             self._sparse_rows(x, [linear], self.h, gate=gate, code=code, zeros=zeros)
         elif stored_of(linear).format != "float":
             self._coded_rows(x, [linear], self.h, gate=gate, code=code, zeros=zeros)

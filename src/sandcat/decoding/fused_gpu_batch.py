@@ -9,9 +9,9 @@ from itertools import groupby
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from sandcat.decoding.fused_gpu_common import Parts, format_of, projections, share_of, sizes, three, tiles
+from sandcat.decoding.static_cache import DecodeCache
 from sandcat.layers.sparse_linear import SparseLinear
 from sandcat.layers.sparse_mlp import SparseMLP
 from sandcat.layers.stored_linear import StoredLinear
@@ -30,7 +30,7 @@ def applies(batch: int) -> bool:
 class GpuBatchStep(Parts):
     """The step of B sequences on CUDA; see `Step`."""
 
-    def __init__(self, view: ModelView, blocks: list[Block], cache: Cache):
+    def __init__(self, view: ModelView, blocks: list[Block], cache: DecodeCache):
         super().__init__(view, blocks, cache)
         self.x = self.buffer(self.B, 1, self.H)
         self.qkv, self.gate_up = self.floats(self.B, self.Q + 2 * self.K), self.floats(self.B, 2 * self.neurons)
@@ -53,12 +53,12 @@ class GpuBatchStep(Parts):
     def _kind(self, linear: nn.Module) -> tuple | None:
         """What runs a layer here, the kernels of "own" or "shared" lists or of "all" rows, and what else layers of one
         launch have in common; None: the layer itself."""
-        if not isinstance(linear, SparseLinear | StoredLinear) or not linear.pays(self.x):
+        if type(linear) not in (SparseLinear, StoredLinear) or not linear.pays(self.x):
             return None
-        if isinstance(linear, SparseLinear) and linear.runs_dense(self.x):
+        if type(linear) is SparseLinear and linear.runs_dense(self.x):
             return None
-        lists = "shared" if isinstance(linear, SparseLinear) and linear.shares(self.x) else "own"
-        return "all" if isinstance(linear, StoredLinear) else lists, stored_of(linear).format, linear.bias is None
+        lists = "shared" if type(linear) is SparseLinear and linear.shares(self.x) else "own"
+        return "all" if type(linear) is StoredLinear else lists, stored_of(linear).format, linear.bias is None
 
     def _normalize(self, norm: nn.Module, zeros: Tensor | None = None, position: Tensor | None = None) -> None:
         """h += what is due; x = h after the norm; and zeros = 0."""
@@ -92,7 +92,7 @@ class GpuBatchStep(Parts):
     def _mlp(self, block: Block) -> None:
         gate, up, down = projections(block)
         kind = self._kind(gate)
-        if isinstance(block.mlp.module, SparseMLP):
+        if type(block.mlp.module) is SparseMLP:
             self._normalize(block.mlp_norm)
             self.due = block.mlp.module(self.x)[:, 0]
             return

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
+from sandcat.decoding.static_cache import DecodeCache
 from sandcat.layers.weights import stored_of
 from sandcat.models.view import Block, ModelView
 from sandcat.ops.triton import step
@@ -15,9 +15,9 @@ from sandcat.ops.triton.primitives import launch
 
 
 class Parts:
-    """The state of a step of B sequences: `h`, float32 [B, H], what is attended to [B, Q], and the cache."""
+    """What a step of B sequences writes: `state` and `h`, float32 [B, H], what is attended to [B, Q], and the cache."""
 
-    def __init__(self, view: ModelView, blocks: list[Block], cache: Cache):
+    def __init__(self, view: ModelView, blocks: list[Block], cache: DecodeCache):
         decoder = view.decoder
         self.table = view.model.get_input_embeddings().weight
         self.head, self.norm = view.model.get_output_embeddings(), decoder.norm
@@ -28,12 +28,13 @@ class Parts:
         self.H, self.Q = self.table.shape[1], blocks[0].q.out_features
         self.K, self.neurons = self.kv_heads * self.D, max(projections(b)[2].in_features for b in blocks)
         self.tl_dtype, self.room = launch.tl_dtype(self.dtype), launch.Workspace(self.device)
-        self.h, self.attended = self.floats(self.B, self.H), self.buffer(self.B, self.Q)
+        self.state, self.attended = self.floats(self.B, self.H), self.buffer(self.B, self.Q)
+        self.h = self.state
         every = self.B * self.kv_heads
         self.splits = step.attend_splits(every, self.max_length, self.multiprocessors)
         self.top, self.sum = (self.floats(self.B * self.Q // self.D, self.splits) for _ in range(2))
         self.acc = self.floats(self.B * self.Q // self.D, self.splits, self.D)
-        self.heads_arrived, self.position = self.buffer(every, dtype=torch.int32), self.buffer(1, dtype=torch.int32)
+        self.heads_arrived, self.position = self.buffer(every, dtype=torch.int32), cache.position
         positions = torch.arange(self.max_length, device=self.device)[None]
         cos, sin = decoder.rotary_emb(self.buffer(1, 1, self.H), position_ids=positions)
         self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()

@@ -11,39 +11,42 @@ from __future__ import annotations
 from typing import Protocol
 
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
+from sandcat.decoding.static_cache import DecodeCache
 from sandcat.errors import UnsupportedModel
+from sandcat.layers.sparse_linear import SparseLinear
 from sandcat.layers.sparse_mlp import SparseMLP
-from sandcat.layers.sparse_module import Sparse
-from sandcat.models.view import ModelView
+from sandcat.layers.stored_linear import StoredLinear
+from sandcat.models.view import Block, ModelView
 from sandcat.ops import FORMATS, kernel_name
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles do not depend on how long the sequence is."""
+_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Implementations that all attend to the whole cache."""
+_LINEARS = (nn.Linear, StoredLinear, SparseLinear)
 
 
 class Step(Protocol):
     """Called with ids [B, 1]: the logits [B, vocabulary] that follow; the tokens are added to the cache.
 
-    The logits are overwritten by the next call. The B sequences are of one length and without padding, of which a
-    step knows nothing: it sees all positions of the cache that are taken.
+    The logits are overwritten by the next call, and the cache's position goes on by one. The B sequences are of one
+    length and without padding, of which a step knows nothing: it sees all positions of the cache that are taken.
     """
 
-    position: Tensor
-    """int32 [1]: how many positions of the cache are taken."""
+    state: Tensor
+    """float32 [B, H]: the residual state after the layers."""
 
     def __call__(self, ids_B1: Tensor) -> Tensor: ...
 
 
-def fused_step(model: nn.Module, cache: Cache) -> Step | None:
-    """The fused step of a model over a static cache that holds a prompt; None where it does not apply.
+def fused_step(model: nn.Module, cache: DecodeCache) -> Step | None:
+    """The fused step of a model over a cache that holds a prompt; None where it does not apply.
 
     It applies to up to `ops.MAX_TOKENS` sequences on CUDA with Triton and on a CPU with OpenMP, to families with
     `Architecture.fused_step` whose weights have one dtype (or are codes with scales of that) and lie on one device, and
-    whose modules are without hooks and adapters, which it would pass over. For one sequence on CUDA down projections
-    have no bias; for several, `torch.use_deterministic_algorithms` is off. Each module skips or runs dense as it does
-    in the step of transformers.
+    to modules that it knows (see `knows_all`). For one sequence on CUDA down projections have no bias; for several,
+    `torch.use_deterministic_algorithms` is off. Each module skips or runs dense as it does in the step of transformers.
     """
     kernels = kernel_name("sparse_mlp", model.device)
     if kernels not in ("triton", "numba"):
@@ -55,9 +58,7 @@ def fused_step(model: nn.Module, cache: Cache) -> Step | None:
         blocks = list(view.blocks())
     except UnsupportedModel:
         return None
-    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()):
-        return None
-    if any(isinstance(block.mlp.module, Sparse) and not isinstance(block.mlp.module, SparseMLP) for block in blocks):
+    if not knows_all(view, blocks) or model.config._attn_implementation not in _ATTENTION:
         return None
     codes = {row.codes for row in FORMATS.values()}
     if len({(p.dtype, p.device) for p in model.parameters() if p.dtype not in codes}) != 1:
@@ -75,3 +76,20 @@ def fused_step(model: nn.Module, cache: Cache) -> Step | None:
     if batch > 1:
         return fused_gpu_batch.GpuBatchStep(view, blocks, cache) if fused_gpu_batch.applies(batch) else None
     return fused_gpu.GpuStep(view, blocks, cache) if fused_gpu.applies(view, blocks) else None
+
+
+def knows_all(view: ModelView, blocks: list[Block]) -> bool:
+    """Whether each module of the model is exactly of a class that every fused step knows.
+
+    A subclass may compute something else, and so may a module with a hook, with an adapter, or with a `forward` of its
+    own: then none of them applies.
+    """
+    modules = list(view.model.modules())
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules):
+        return False
+    linears = {linear for block in blocks for linear in block.linears} | {view.model.get_output_embeddings()}
+    mlps = {block.mlp.module for block in blocks}
+    return all(
+        type(m) in _LINEARS if m in linears else (m in mlps and type(m) is SparseMLP) or view.is_stock(m)
+        for m in modules
+    )

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sandcat.decoding.decoder import Decoder
 from sandcat.layers.op_module import kernel_modules
-from sandcat.layers.sparse_module import sparse_modules
 from sandcat.measuring.bytes_read import step_bytes
-from sandcat.measuring.parity import check_step, parity_error
+from sandcat.measuring.parity import parity_error
+from sandcat.measuring.step_parity import check_step
 from sandcat.models.rotary import grows
 from sandcat.support.progress import track
 
@@ -174,7 +174,6 @@ def prepared_steps(
     """
     prompt, first = ids_BT[:, :-steps], ids_BT[:, -steps:][:, :1].to(model.device)
     decoders: dict[str, Decoder] = {}
-    skips = bool(sparse_modules(model))
     for mode, compiled in track(modes.items(), f"preparing {which} steps", total=len(modes)):
         if mode == "compiled" and not compile_fused and f"{which} fused" in decoders:
             continue
@@ -183,10 +182,10 @@ def prepared_steps(
         logits = decoder.step(first).double()  # compiles
         if mode == "eager":
             eager = logits.clone()
-        by_layers = mode == "fused" or skips
-        check_step(f"{which} {mode}", logits, eager, model, prompt, first, compiled, by_layers=by_layers)
-        if mode != "fused" or decoder.fused is not None:
-            decoders[f"{which} {mode}"] = decoder
+        if mode == "fused" and decoder.fused is None:
+            continue
+        check_step(f"{which} {mode}", model, prompt, first, compiled, logits, eager)
+        decoders[f"{which} {mode}"] = decoder
     return decoders
 
 

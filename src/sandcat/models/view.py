@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from sandcat.errors import UnsupportedModel
 from sandcat.models.families import Architecture, activation, family
@@ -55,6 +56,12 @@ class Block:
     mlp_norm: nn.Module
     mlp: Site
 
+    @property
+    def linears(self) -> list[nn.Module]:
+        """q, k, v, o, gate, up and down."""
+        row = self.mlp.architecture
+        return [self.q, self.k, self.v, self.o, *(getattr(self.mlp.module, n) for n in (row.gate, row.up, row.down))]
+
 
 class ModelView:
     """A Hugging Face causal language model seen as layers and sites; the only one that replaces modules.
@@ -93,6 +100,17 @@ class ModelView:
     def decoder(self) -> nn.Module:
         """What holds the layers, the final norm and the embedding table: the text model, without a vision tower."""
         return self.model.get_submodule(self.architecture.layers.rpartition(".")[0])
+
+    def is_stock(self, module: nn.Module) -> bool:
+        """Whether a module is just what transformers has for this family, or a container: no subclass of that, which
+        may compute something else."""
+        model_type = self.config.model_type
+        activation = getattr(self.text_config, self.architecture.activation, None)
+        return (
+            type(module).__module__ == f"transformers.models.{model_type}.modeling_{model_type}"
+            or type(module) in (nn.ModuleList, nn.Embedding)
+            or (activation in ACT2FN and type(module) is type(ACT2FN[activation]))
+        )
 
     @property
     def stages(self) -> list[Callable[..., Tensor]]:

@@ -29,16 +29,35 @@ def shared_units(scores: Tensor, threshold_U: Tensor) -> Tensor:
     is how many of them a sequence keeps by its own thresholds, on average and rounded, halves to the even number; among
     equals the first ones. A NaN comes before all.
     """
-    B, U = len(scores), len(threshold_U)
-    inverse_U = 1 / threshold_U.float().clamp(min=LEAST_THRESHOLD)
+    total_gu, count_g = _ranked(scores, threshold_U)
+    place_gu = total_gu.argsort(stable=True, dim=-1, descending=True).argsort(-1)
+    return (place_gu < count_g).flatten(-2)[..., : len(threshold_U)]
+
+
+def near_the_cut(scores: Tensor, threshold_U: Tensor, margin_U: Tensor) -> Tensor:
+    """Units, bool [..., U], that `shared_units` might have decided otherwise over if scores were off by the margins."""
+    total_gu, count_g = _ranked(scores, threshold_U)
+    size_gu = total_gu.clamp(min=0).sqrt()
+    ordered_gu = size_gu.sort(dim=-1, descending=True).values
+    last_g = ordered_gu.gather(-1, (count_g - 1).clamp(min=0))
+    first_g = ordered_gu.gather(-1, count_g.clamp(max=GROUP - 1))
+    off_U = torch.where(threshold_U > 0, margin_U / threshold_U.float().clamp(min=LEAST_THRESHOLD), 0)
+    off_g = 2 * len(scores) ** 0.5 * _grouped(off_U, 0).amax(-1, keepdim=True)  # of two units, and of all sequences
+    near_gu = (size_gu - first_g <= off_g) & (last_g - size_gu <= off_g) & (count_g > 0) & (count_g < GROUP)
+    return near_gu.flatten(-2)[..., : len(threshold_U)]
+
+
+def _ranked(scores: Tensor, threshold_U: Tensor) -> tuple[Tensor, Tensor]:
+    """By what units of a group come first, [..., groups, GROUP], and how many of them are shared, [..., groups, 1]."""
+    B, inverse_U = len(scores), 1 / threshold_U.float().clamp(min=LEAST_THRESHOLD)
     total = reduce(torch.add, ((s.float() * inverse_U).square() for s in scores))  # in this order, as the kernel adds
     total = torch.where(total.isnan(), torch.inf, total)
-    kept = (~(scores <= threshold_U)).sum(0)
-    total_gu = F.pad(total, (0, -U % GROUP), value=-1).unflatten(-1, (-1, GROUP))
-    kept_g = F.pad(kept, (0, -U % GROUP)).unflatten(-1, (-1, GROUP)).sum(-1, keepdim=True)
-    place_gu = total_gu.argsort(stable=True, dim=-1, descending=True).argsort(-1)
-    count_g = (2 * kept_g + B - 1 + kept_g // B % 2) // (2 * B)
-    return (place_gu < count_g).flatten(-2)[..., :U]
+    kept_g = _grouped((~(scores <= threshold_U)).sum(0), 0).sum(-1, keepdim=True)
+    return _grouped(total, -1), (2 * kept_g + B - 1 + kept_g // B % 2) // (2 * B)
+
+
+def _grouped(values: Tensor, rest: float) -> Tensor:
+    return F.pad(values, (0, -values.shape[-1] % GROUP), value=rest).unflatten(-1, (-1, GROUP))
 
 
 def reference_linear(x_BI: Tensor, weight: Stored, threshold_I: Tensor) -> Tensor:
