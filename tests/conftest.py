@@ -27,6 +27,18 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Which paths of the CPU kernels ran, and where."""
+    from sandcat.measuring.machine import machine
+    from sandcat.ops.numba.primitives import processor
+
+    reports = terminalreporter.getreports("passed")
+    forced = [value for report in reports for key, value in report.user_properties if key == "path"]
+    terminalreporter.write_line(f"CPU paths on {machine('cpu')['cpu']}: {processor.path()}")
+    for path in sorted(forced):
+        terminalreporter.write_line(f"  and forced: {path}")
+
+
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """RMS of the difference over RMS of the expected; NaN and infinities must stand at the same places."""
     found, expected = found.detach().double().cpu(), expected.detach().double().cpu()

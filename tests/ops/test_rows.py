@@ -9,6 +9,7 @@ from numba import njit
 from sandcat.ops.numba.primitives.rows import add_rows, dot_rows
 
 MOST = 50
+TOKENS = [1, 2, 3, 4, 5, 7, 8, 16]
 
 
 def as_bfloat16(x: np.ndarray) -> np.ndarray:
@@ -21,6 +22,8 @@ def stored(rows: np.ndarray, storage: str) -> tuple[np.ndarray, np.ndarray]:
     if storage == "int8":
         rows = np.clip(np.round(rows * 50), -127, 127)
         return rows.astype(np.int8), rows
+    if storage == "float16":
+        return rows.astype(np.float16).view(np.int16), rows.astype(np.float16).astype(np.float32)
     if storage == "float32":
         return rows.astype(np.float32), rows.astype(np.float32)
     return (as_bfloat16(rows).view(np.uint32) >> 16).astype(np.uint16), as_bfloat16(rows)
@@ -41,25 +44,31 @@ def assert_near(found: np.ndarray, want: np.ndarray, scale: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["bfloat16", "other numbers"])
-@pytest.mark.parametrize("storage", ["bfloat16", "int8", "float32"])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 7, 8, 16])
+@pytest.mark.parametrize("storage", ["bfloat16", "int8", "float32", "float16"])
+@pytest.mark.parametrize("tokens", TOKENS)
 def test_of_any_size(tokens, storage, exact):
-    """Tokens, numbers and rows that fill registers and blocks, and that do not; of all rows and of a list."""
+    """Of all rows, and of a list."""
+    check(tokens, storage, exact, all_rows=True)
+    check(tokens, storage, exact, all_rows=False)
+
+
+def check(tokens: int, storage: str, exact: bool, *, all_rows: bool) -> None:
+    """Tokens, numbers and rows that fill registers and blocks, and that do not."""
     random = np.random.default_rng(tokens)
     given = as_bfloat16 if exact else np.float32
     for size in (7, 32, 64, 96, 100, 576):
         for count in (1, 3, 4, 9, MOST):
             rows, values = stored(random.standard_normal((count, size)), storage)
             some = np.sort(random.choice(count, max(1, count // 2), replace=False))
-            for units in (None, some):
-                kept = (values if units is None else values[units]).astype(np.float64)
-                x = given(random.standard_normal((tokens, size)))
-                out = np.full((tokens, len(kept)), np.nan, np.float32)
-                dot(x, rows, units, out)
-                assert_near(out, x @ kept.T, np.abs(x) @ np.abs(kept.T))
-                for first in (0, 3):
-                    h = given(random.standard_normal((tokens, len(kept))))
-                    y = random.standard_normal((tokens, size - first)).astype(np.float32)
-                    want, scale = y + h @ kept[:, first:], np.abs(y) + np.abs(h) @ np.abs(kept[:, first:])
-                    add(y, h, rows, units, first)
-                    assert_near(y, want, scale)
+            units = None if all_rows else some
+            kept = (values if all_rows else values[some]).astype(np.float64)
+            x = given(random.standard_normal((tokens, size)))
+            out = np.full((tokens, len(kept)), np.nan, np.float32)
+            dot(x, rows, units, out)
+            assert_near(out, x @ kept.T, np.abs(x) @ np.abs(kept.T))
+            for first in (0, 3):
+                h = given(random.standard_normal((tokens, len(kept))))
+                y = random.standard_normal((tokens, size - first)).astype(np.float32)
+                want, scale = y + h @ kept[:, first:], np.abs(y) + np.abs(h) @ np.abs(kept[:, first:])
+                add(y, h, rows, units, first)
+                assert_near(y, want, scale)

@@ -8,7 +8,8 @@ import torch
 from conftest import assert_close
 from numba import njit
 
-from sandcat.ops.numba.primitives.amx import HAS_TILES, release_tiles
+from sandcat.ops.numba.primitives.amx import release_tiles
+from sandcat.ops.numba.primitives.processor import HAS_TILES
 from sandcat.ops.numba.primitives.rows import add_rows, dot_rows
 from sandcat.ops.numba.primitives.rows_amx import add_rows_tiled, dot_rows_tiled, pack_columns, room_of
 
@@ -38,6 +39,14 @@ SHAPES = [(1, 5, 5), (63, 40, 33), (576, 33, 16), (129, 191, 77), (4097, 70, 70)
 """Inputs, rows, and how many of these are listed."""
 
 
+OTHER = {torch.bfloat16: torch.int8, torch.int8: torch.bfloat16}
+
+
+def codes(rows: torch.Tensor) -> np.ndarray:
+    """As a kernel reads them."""
+    return rows.numpy() if rows.dtype == torch.int8 else rows.view(torch.uint16).numpy()
+
+
 def exact(random: np.random.Generator, *shape: int) -> torch.Tensor:
     """Numbers that bfloat16 has."""
     return torch.tensor(random.standard_normal(shape), dtype=torch.bfloat16).float()
@@ -47,17 +56,17 @@ def exact(random: np.random.Generator, *shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 16])
 def test_equals_torch(product, stored, tokens):
+    """Products of rows that are stored so, and sums of rows that are stored the other way."""
     random = np.random.default_rng(0)
     for inputs, count, listed in SHAPES:
         x, h, rows = exact(random, tokens, inputs), exact(random, tokens, listed), exact(random, count, inputs)
-        rows = (rows * 50).to(stored)
-        codes = rows.numpy() if stored == torch.int8 else rows.view(torch.uint16).numpy()
+        rows, columns = ((rows * 50).to(kind) for kind in (stored, OTHER[stored]))
         units = np.sort(random.permutation(count)[:listed])
         out, start = np.full((tokens, listed), np.nan, np.float32), random.standard_normal((tokens, inputs - 1))
         y = np.full((tokens, inputs + 3), np.nan, np.float32)[:, 1:inputs]  # rows that are not aligned
         y[:] = start
         room = np.zeros(room_of(max(inputs, listed, 32)), np.int32)
-        product(x.numpy(), codes, units, out, y, h.numpy(), codes, 1, room)
-        kept = rows.double()[units]
-        assert_close(torch.tensor(out), x.double() @ kept.T, torch.float32)
-        assert_close(torch.tensor(y), torch.tensor(start) + h.double() @ kept[:, 1:], torch.float32)
+        product(x.numpy(), codes(rows), units, out, y, h.numpy(), codes(columns), 1, room)
+        assert_close(torch.tensor(out), x.double() @ rows.double()[units].T, torch.float32)
+        want = torch.tensor(start) + h.double() @ columns.double()[units, 1:]
+        assert_close(torch.tensor(y), want, torch.float32)

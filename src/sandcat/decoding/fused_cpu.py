@@ -17,11 +17,10 @@ from sandcat.models.host_memory import use_large_pages
 from sandcat.models.view import Block, ModelView
 from sandcat.ops import CODED, FORMATS, MAX_TOKENS
 from sandcat.ops.numba.primitives.activations import CODES
-from sandcat.ops.numba.primitives.amx import HAS_TILES
 from sandcat.ops.numba.primitives.dtypes import STORAGE, unit_of
+from sandcat.ops.numba.primitives.processor import HAS_TILES, ONE_BY_ONE, SHORT_ROW
 from sandcat.ops.numba.primitives.registers import LANES
 from sandcat.ops.numba.primitives.rows_amx import room_of
-from sandcat.ops.numba.primitives.rows_streamed import ONE_BY_ONE, SHORT_ROW
 from sandcat.ops.numba.primitives.threads import HAS_BARRIER, VERSION, threads_of
 from sandcat.ops.numba.step import step
 from sandcat.ops.numba.step.attention import parts_of

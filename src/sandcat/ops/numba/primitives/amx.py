@@ -6,11 +6,7 @@ must be written out where one is called.
 
 from __future__ import annotations
 
-import ctypes
-import platform
-import sys
-
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -18,19 +14,6 @@ from sandcat.ops.numba.primitives.dtypes import widened
 from sandcat.ops.numba.primitives.registers import LANES, indices
 
 _i16, _i32 = ir.IntType(16), ir.IntType(32)
-
-
-def _permitted() -> bool:
-    """Whether the processor has the unit and Linux lets this process use it."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return False
-    if not binding.get_host_cpu_features().get("amx-bf16"):
-        return False
-    arch_prctl, request, tile_data = 158, 0x1023, 18
-    return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
-
-
-HAS_TILES = _permitted()
 
 
 def _call(builder, name: str, *args) -> None:

@@ -12,6 +12,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from sandcat.ops.numba.primitives.int8_vnni import register, register_at
+from sandcat.ops.numba.primitives.processor import HAS_PAIRS
 from sandcat.ops.numba.primitives.registers import (
     LANES,
     apart,
@@ -26,7 +27,6 @@ from sandcat.ops.numba.primitives.registers import (
     vector,
 )
 
-HAS_PAIRS = bool(binding.get_host_cpu_features().get("avx512bf16"))
 if HAS_PAIRS:
     binding.initialize_native_asmparser()
 PAIRED = 2 * LANES

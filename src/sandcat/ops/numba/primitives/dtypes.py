@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from sandcat.ops.numba.primitives.float16 import narrow_half, widen_half
 from sandcat.ops.weights import Stored
 
 STORAGE = {
@@ -34,34 +35,24 @@ def widened(builder, value, stored, lanes: int = 0):
         sixteen = ir.Constant(kind(_i32), [16] * lanes if lanes else 16)
         return builder.bitcast(builder.shl(builder.zext(value, kind(_i32)), sixteen), kind(_f32))
     if stored == types.int16:
-        return builder.fpext(builder.bitcast(value, kind(ir.HalfType())), kind(_f32))
+        return widen_half(builder, value, lanes)
     if stored == types.int8:
         return builder.sitofp(value, kind(_f32))
     if stored == types.uint8:
-        return _e4m3(builder, value, kind)
+        return _e4m3(builder, value, lanes)
     return value
 
 
-HAS_HALVES = "x86" not in binding.get_default_triple() or bool(binding.get_host_cpu_features().get("f16c"))
-"""Whether the processor widens float16 by itself."""
-
-
-def _e4m3(builder, value, kind):
+def _e4m3(builder, value, lanes: int):
     """e4m3 as float32, divided by 256. A sign, four bits of exponent and three of mantissa, put where float16 has
     these, are the number over 256, for exponent 0 too. (NaN becomes 480: codes are finite.)"""
+    kind = ir.VectorType(_i16, lanes) if lanes else _i16
 
-    def constant(scalar, number):
-        shaped = kind(scalar)
-        return ir.Constant(shaped, [number] * shaped.count if isinstance(shaped, ir.VectorType) else number)
+    def constant(number):
+        return ir.Constant(kind, [number] * lanes if lanes else number)
 
-    def placed(scalar, shift, mask):
-        moved = builder.shl(builder.sext(value, kind(scalar)), constant(scalar, shift))
-        return builder.and_(moved, constant(scalar, mask))
-
-    if HAS_HALVES:
-        return builder.fpext(builder.bitcast(placed(_i16, 7, 0xBF80 - 0x10000), kind(ir.HalfType())), kind(_f32))
-    bits = builder.bitcast(placed(_i32, 20, 0x87F00000 - 0x100000000), kind(_f32))
-    return builder.fmul(bits, constant(_f32, 2.0**112))
+    moved = builder.shl(builder.sext(value, kind), constant(7))
+    return widen_half(builder, builder.and_(moved, constant(0xBF80 - 0x10000)), lanes)
 
 
 def storage(format: str, dtype: torch.dtype) -> np.dtype:
@@ -110,7 +101,7 @@ def rounded(typing, value, like):
         if like == types.uint16:
             return _near(builder, number)
         if like == types.int16:
-            return builder.fpext(builder.fptrunc(number, ir.HalfType()), _f32)
+            return widen_half(builder, narrow_half(builder, number))
         return number
 
     return types.float32(types.float32, like), generate
@@ -125,7 +116,7 @@ def narrow(typing, value, like):
         if like == types.uint16:
             return builder.trunc(builder.lshr(builder.bitcast(_near(builder, number), _i32), _i32(16)), _i16)
         if like == types.int16:
-            return builder.bitcast(builder.fptrunc(number, ir.HalfType()), _i16)
+            return narrow_half(builder, number)
         return number
 
     return like(types.float32, like), generate

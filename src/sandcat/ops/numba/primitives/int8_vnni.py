@@ -13,9 +13,9 @@ from llvmlite import binding, ir
 from numba import njit, types
 from numba.extending import intrinsic, models, register_model
 
+from sandcat.ops.numba.primitives.processor import HAS_FOURS
 from sandcat.ops.numba.primitives.registers import LANES, fma, splat, vector
 
-HAS_FOURS = bool(binding.get_host_cpu_features().get("avx512vnni"))
 if HAS_FOURS:
     binding.initialize_native_asmparser()
 WIDTH = 4 * LANES

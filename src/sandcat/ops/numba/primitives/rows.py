@@ -8,9 +8,9 @@ import numpy as np
 from numba import njit
 
 from sandcat.ops.numba.primitives.dtypes import rounded, widen
+from sandcat.ops.numba.primitives.processor import ONE_BY_ONE
 from sandcat.ops.numba.primitives.registers import LANES, LINE, apart, ask, fma, load, splat, store, totals
 from sandcat.ops.numba.primitives.rows_streamed import (
-    ONE_BY_ONE,
     add,
     add_one_by_one,
     dot,

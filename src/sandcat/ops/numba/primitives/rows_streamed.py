@@ -5,13 +5,13 @@ multiply int8 or bfloat16 directly, so do the rows of an int8 layer, and those o
 from __future__ import annotations
 
 import numpy as np
-from llvmlite import binding
 from numba import njit, types
 from numba.extending import overload
 
-from sandcat.ops.numba.primitives.bfloat16_pairs import HAS_PAIRS, PAIRED, add4x2, dot1x2, dot4x4, halve
+from sandcat.ops.numba.primitives.bfloat16_pairs import PAIRED, add4x2, dot1x2, dot4x4, halve
 from sandcat.ops.numba.primitives.dtypes import widen
-from sandcat.ops.numba.primitives.int8_vnni import HAS_FOURS, WIDTH, split, sums_of_fours
+from sandcat.ops.numba.primitives.int8_vnni import WIDTH, split, sums_of_fours
+from sandcat.ops.numba.primitives.processor import HAS_FOURS, HAS_PAIRS
 from sandcat.ops.numba.primitives.registers import (
     LANES,
     LINE,
@@ -27,11 +27,6 @@ from sandcat.ops.numba.primitives.registers import (
 )
 from sandcat.ops.numba.primitives.threads import piece
 
-ONE_BY_ONE = binding.get_host_cpu_name().startswith("znver")
-"""Whether rows are read one after another, as AMD's processors read ahead of those by themselves, and faster than of
-four at once or than what is asked for (docs/performance.md)."""
-SHORT_ROW = 2048 if ONE_BY_ONE else 0
-"""Bytes of rows that are not worth skipping: it breaks the reading ahead, which costs about half as many."""
 AT_ONCE = 8
 """Rows that one token is multiplied with before the next one: few enough to stay in the nearest cache."""
 ROWS_AHEAD = 8
