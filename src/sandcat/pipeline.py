@@ -252,6 +252,6 @@ def calibration_device(device: str, offload: bool) -> tuple[torch.device | None,
     if not offload:
         return None, device
     place = pick_device(device)
-    if place.type == "cpu":
+    if str(place) == "cpu":
         raise DeviceError("--offload brings layers from the host to a GPU, and --device is cpu here: leave it out.")
     return place, "cpu"

@@ -15,7 +15,7 @@ from sandcat.plans.recipe import parse_recipe
 
 RECIPES = [
     "cats", "cats:batch=shared", "relufy", "teal:sparsity=0.4,sites=all+head", "rsparse:sparsity=0.4,alpha=[0.7]",
-    "coreinfer", "int8", "int8 teal:sparsity=0.4", "int8 cats",
+    "coreinfer", "int8", "int8 teal:sparsity=0.4", "int8 cats", "fp8",
 ]  # fmt: skip
 DTYPES = [torch.bfloat16, torch.float16]
 

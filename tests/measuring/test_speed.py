@@ -70,7 +70,7 @@ def test_the_report_says_above_which_batch_a_step_is_dense(pair, monkeypatch):
     dense, sparse = pair
     assert kernels_of(sparse) == {"sparse_mlp": "numba, dense above batch 1"}
     assert kernels_of(dense) == {}
-    table = {(op, "cpu", torch.float32, False): (2, 4) for op in ("shared_linear", "shared_up_down")}
+    table = {(op, "cpu", torch.float32, "float"): (2, 4) for op in ("shared_linear", "shared_up_down")}
     monkeypatch.setattr(pays, "_MOST_TOKENS", table)
     monkeypatch.setattr(pays, "LARGE", 32 * 32)
     shared = copy.deepcopy(dense)

@@ -192,7 +192,7 @@ def test_arguments_that_do_not_fit():
     with pytest.raises(ValueError, match=f"1 to {MAX_TOKENS} tokens"):
         shared_linear(*linear(MAX_TOKENS + 1, 64, 96, torch.float32))
     args = up_down(2, 64, 96, torch.float32)
-    with pytest.raises(ValueError, match=r"shared_up_down: a is .* must be"):
+    with pytest.raises(ValueError, match=r"shared_up_down: a: .* must be"):
         shared_up_down(args[0], args[1][:, :5], *args[2:])
 
 

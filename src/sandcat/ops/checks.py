@@ -40,11 +40,6 @@ def check_tensors(
         dtype = FORMATS[weight.format].codes
         expected[f"codes of {name}, {weight.format}"] = weight.codes, shape, dtype or x.dtype
         expected |= {f"{part} of {name}": (getattr(weight, part), shape[:1], x.dtype) for part in ("scale", "bias")}
-        if (weight.scale is None) != (dtype is None):
-            raise ValueError(
-                f"sandcat::{op}: {name} is stored as {weight.format}, so it must have "
-                f"{'no ' * (dtype is None)}scales: codes have, numbers of the activations' dtype have not."
-            )
     for name, (tensor, shape, dtype) in expected.items():
         if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype or tensor.device != x.device):
             raise ValueError(

@@ -47,10 +47,15 @@ class Op:
         return self.op(*self.flat(*args))
 
     def flat(self, *args: Any) -> tuple:
-        """The arguments as the op of torch takes them."""
+        """The arguments as the op of torch takes them.
+
+        Raises:
+            ValueError: scales that a matrix's format has not, or lacks.
+        """
         found: list[Any] = []
         for arg in args:
             if isinstance(arg, Stored):
+                arg.check(f"sandcat::{self.name}: a matrix")
                 found += arg
             else:
                 found.append(arg)

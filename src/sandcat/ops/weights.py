@@ -40,6 +40,21 @@ class Stored(NamedTuple):
         """A tensor in the dtype of the activations."""
         return self.codes if self.scale is None else self.scale
 
+    def check(self, what: str) -> None:
+        """
+        Args:
+            what: is said of it in the error.
+
+        Raises:
+            ValueError: codes without scales, or numbers of the activations' dtype with them.
+        """
+        numbers = FORMATS[self.format].codes is None
+        if (self.scale is None) != numbers:
+            raise ValueError(
+                f"{what} is stored as {self.format}, so it must have {'no ' * numbers}scales: codes have, numbers of "
+                "the activations' dtype have not."
+            )
+
     def rows(self, part: slice) -> Stored:
         """Some of the outputs, as a view."""
         scale, zero, bias = (None if t is None else t[part] for t in (self.scale, self.zero, self.bias))
