@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for a GPU that need not be here, and prints registers and spilled bytes of each.
 
-python tests/ops/compile_triton.py [compute capability, default 90]
+python tests/ops/compile_triton.py [format of weights, default all] [compute capability, default 90]
 """
 
 import subprocess
@@ -115,9 +115,9 @@ def check(kernel, dtype: str, capability: int, *, format: str = "float", **const
     return f"{kernel.fn.__name__:14} {types} {shape} {warps} warps: {registers} registers, {spilled[-1]}"
 
 
-def main(capability: int) -> None:
+def main(formats: tuple[str, ...], capability: int) -> None:
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        for format in ("float", *CODES):
+        for format in formats:
             if format != "float" and dtype == "fp16":
                 continue  # as bf16
             size = itemsize if format == "float" else 1
@@ -126,9 +126,13 @@ def main(capability: int) -> None:
             if dtype == "bf16":  # fp16 is alike, and in fp32 several tokens run dense
                 for kernel, constants in of_tokens(size, itemsize, dtype, format):
                     print(check(kernel, dtype, capability, format=format, **constants))
+        if "float" not in formats:
+            continue  # what follows has no weights
         for norms, crowded in product((dict.fromkeys(["q_norm", "k_norm"]), {}), (False, True)):
             config = step.attend_config(1, 128, itemsize, 521, 4, crowded)
             print(check(step.attend, dtype, capability, **norms, **config))
+    if "float" not in formats:
+        return
     for config in teal_published.CONFIGS:
         constants = config.kwargs | {"num_warps": config.num_warps}
         print(check(teal_published.masked_rows, "bf16", capability, **constants))
@@ -196,4 +200,6 @@ def of_tokens(itemsize: int, of_x: int, dtype: str, format: str) -> Iterator[tup
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 90)
+    _, *given = sys.argv
+    formats = tuple(word for word in given if not word.isdecimal()) or ("float", *CODES)
+    main(formats, next((int(word) for word in given if word.isdecimal()), 90))
