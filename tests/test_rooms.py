@@ -25,6 +25,7 @@ PUBLIC = {
     "errors": ["SandcatError"],
     "evaluate": ["evaluate_text"],
     "generate": ["Decoder", "encode", "generate", "sample"],
+    "layers.modes": ["every_token_sparse", "prompt_of"],
     "lm_eval_model": [],
     "method": ["Method", "Spec", "Tensors", "option"],
     "methods": ["METHODS", "Cats", "Coreinfer", "Int8", "Relufy", "Rsparse", "Teal"],

@@ -145,6 +145,10 @@ class SandcatLM(AfterPrompts):
         with every_token_sparse(self.model):
             return Exact._loglikelihood_tokens(self, requests, *args, **kwargs)
 
+    def generate_until(self, *args, **kwargs):
+        with every_token_sparse(self.model):  # `generate` says what is the prompt of a model that chooses in it
+            return super().generate_until(*args, **kwargs)
+
 
 def share(model: LM) -> None:
     """Lets several processes share what a model is asked; each then has all answers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tiny import text, tiny
 
 import sandcat
 from sandcat.errors import DataError
-from sandcat.layers.modes import every_token_sparse
+from sandcat.layers.modes import every_token_sparse, prompt_of
 from sandcat.layers.sparse_module import sparse_modules
 from sandcat.measuring.quality import evaluate_text
 from sandcat.measuring.sparsity import histograms, layer_sparsity
@@ -62,7 +63,8 @@ def test_lockstep_is_what_decoding_gives(recipe):
     ids = text(3 * 12, 12, seed=3).ids_NL
     with every_token_sparse(sparse, lockstep=True):
         found = sparse(ids).logits
-    cache = sparse(ids[:, :1]).past_key_values
+    with prompt_of(sparse, 0):  # as if the first token had been decoded too
+        cache = sparse(ids[:, :1]).past_key_values
     steps = [sparse(ids[:, i : i + 1], past_key_values=cache).logits for i in range(1, 12)]
     assert_close(found[:, 1:], torch.cat(steps, 1), torch.float32)
     assert (found - sparse(ids).logits).norm() > 0.05 * found.norm()  # which is what each sequence gives alone
@@ -86,7 +88,8 @@ def test_a_batch_of_windows(pair):
     assert found.kl > 1.2 * own.kl
     for site, share in realised.items():  # as long as the lists of one sequence, on average
         assert share == pytest.approx(own_realised[site], abs=0.05)
-    assert not any(module.lockstep for module in sparse_modules(shared).values())
+    alone = shared(words.ids_NL[:2]).logits  # afterwards prompts share nothing
+    assert_close(alone, torch.cat([shared(words.ids_NL[i : i + 1]).logits for i in (0, 1)]), torch.float32)
     with pytest.raises(DataError, match="a batch of 8 needs as many windows"):
         evaluate_text(dense, [shared], words, batch=8)
 
@@ -98,13 +101,36 @@ def test_a_model_against_itself(pair):
 
 
 def test_every_token_is_sparse_even_with_dense_prompt(pair):
-    """And the option is back afterwards."""
+    """And it is as it was afterwards."""
     dense, sparse, plan = pair
+    hooks = [(dict(m._forward_pre_hooks), dict(m._forward_hooks)) for m in sparse.modules()]
     ((_, realised),) = evaluate_text(dense, [sparse], text())
     for row in layer_sparsity(plan, realised):
         assert row.target == 0.5 and abs(row.realised - 0.5) < 0.05 and abs(row.calibrated - 0.5) < 0.005
     assert all(module.dense_prompt for module in sparse_modules(sparse).values())
-    assert not any(m._forward_pre_hooks for m in sparse.modules())
+    assert hooks == [(dict(m._forward_pre_hooks), dict(m._forward_hooks)) for m in sparse.modules()]
+    with torch.inference_mode():
+        assert_close(sparse(text().ids_NL[:1]).logits, dense(text().ids_NL[:1]).logits, torch.float32)
+
+
+@torch.inference_mode()
+def test_what_is_told_ends_with_its_context_and_is_of_its_thread(pair):
+    """However it ends, within another one, and whatever another thread does meanwhile."""
+    dense, sparse, _ = pair
+    ids = text(64, 32).ids_NL
+    exact, found = dense(ids).logits, []
+    with pytest.raises(ZeroDivisionError), every_token_sparse(sparse):
+        masked = sparse(ids).logits
+        with prompt_of(sparse, 32):
+            assert_close(sparse(ids).logits, exact, torch.float32)
+        thread = threading.Thread(target=torch.inference_mode()(lambda: found.append(sparse(ids).logits)))
+        thread.start()
+        thread.join()
+        assert torch.equal(sparse(ids).logits, masked)
+        assert 1 / 0
+    assert_close(found[0], exact, torch.float32)
+    assert_close(sparse(ids).logits, exact, torch.float32)
+    assert (masked - exact).norm() > 0.05 * exact.norm()
 
 
 def test_histograms_count_every_neuron_once(pair):

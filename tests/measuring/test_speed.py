@@ -60,22 +60,22 @@ def test_bytes_of_a_batch(pair):
     thresholds = 2 * 72 * 4
     assert step_bytes(shared, many) == step_bytes(dense, many) + thresholds
     found = speed.benchmark(dense, shared, many, steps=3, runs=1, compile=False)
-    assert found.kernel == "dense" and found.parity_error == 0
+    assert found.kernel == "masked" and found.parity_error == 0
     assert speed.benchmark(dense, shared, many[:4], steps=3, runs=1, compile=False).kernel == "numba"
 
 
-def test_the_report_says_above_which_batch_a_step_is_dense(pair, monkeypatch):
+def test_the_report_says_above_which_batch_a_step_is_masked(pair, monkeypatch):
     from sandcat.ops import pays
 
     dense, sparse = pair
-    assert kernels_of(sparse) == {"sparse_mlp": "numba, dense above batch 1"}
+    assert kernels_of(sparse) == {"sparse_mlp": "numba, masked above batch 1"}
     assert kernels_of(dense) == {}
     table = {(op, "cpu", torch.float32, "float"): (2, 4) for op in ("shared_linear", "shared_up_down")}
     monkeypatch.setattr(pays, "_MOST_TOKENS", table)
     monkeypatch.setattr(pays, "LARGE", 32 * 32)
     shared = copy.deepcopy(dense)
     sandcat.sparsify(shared, None, "teal:batch=shared", calibration=text())
-    assert kernels_of(shared) == {"shared_linear": "numba, dense above batch 2 to 4", "sparse_linear": "numba"}
+    assert kernels_of(shared) == {"shared_linear": "numba, masked above batch 2 to 4", "sparse_linear": "numba"}
 
 
 def test_a_tied_head_is_read(pair):

@@ -159,16 +159,67 @@ def test_a_sparse_model_that_drops_nothing_equals_the_dense_one(dense, sparse, t
     assert (result.dense, result.dense_error) == (result.sparse, result.sparse_error)
 
 
-def test_prompts_are_computed_sparsely_whatever_the_model_ships(dense, sparse, tokenizer, tmp_path, monkeypatch):
-    shipped = copy.deepcopy(sparse)
-    for module in sparse_modules(shipped).values():
-        module.dense_prompt = True
-    seen = set()
-    forward = type(module).forward
-    monkeypatch.setattr(type(module), "forward", lambda self, x: seen.add(self.dense_prompt) or forward(self, x))
-    run_tasks(dense, shipped, tokenizer, [written(tmp_path, PIQA)], limit=2)
-    assert seen == {False}
-    assert all(module.dense_prompt for module in sparse_modules(shipped).values())
+@pytest.fixture(scope="module")
+def shipped(dense, sparse, tokenizer):
+    """`sparse`, but that it computes its prompts whole."""
+    model = copy.deepcopy(dense)
+    text = Text(torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0)), "random", "")
+    sandcat.sparsify(model, tokenizer, "cats:sparsity=0.7,dense_prompt=true", calibration=text)
+    for module, other in zip(*(sparse_modules(m).values() for m in (model, sparse)), strict=True):
+        assert torch.equal(module.threshold, other.threshold)
+    return model
+
+
+def test_prompts_are_computed_sparsely_whatever_the_model_ships(dense, sparse, shipped, tokenizer, tmp_path):
+    path = written(tmp_path, PIQA)
+    assert tasks.run_tasks(dense, [sparse], tokenizer, [path]) == tasks.run_tasks(dense, [shipped], tokenizer, [path])
+    ids = torch.tensor([tokenizer("a question")["input_ids"]])
+    with torch.inference_mode():
+        with every_token_sparse(shipped):
+            assert torch.equal(shipped(ids).logits, sparse(ids).logits)
+        assert not torch.equal(shipped(ids).logits, sparse(ids).logits)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+@torch.inference_mode()
+def test_generated_answers_are_those_of_each_question_alone(
+    dense, sparse, shipped, tokenizer, tmp_path, monkeypatch, one_list, batch_size
+):
+    """Whatever the batch, and the saved model's prompts: also through lm-eval's own command line."""
+    from lm_eval.api.instance import Instance
+
+    from sandcat import lm_eval_model
+
+    def written_on(model, row):
+        ids = tokenizer(row, return_tensors="pt")["input_ids"]
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=None
+        )
+        return tokenizer.decode(out[0, ids.shape[1] :])
+
+    rows = [row["goal"] for row in PIQA]  # but for where a model ends: there lm-eval's batches go on, and leave it out
+    rows = [row for row in rows if "<end>" not in written_on(sparse, row) + written_on(dense, row)]
+    want, exact = ([written_on(model, row) for row in rows] for model in (sparse, dense))
+    assert len(rows) > 3
+    assert want != exact
+    options = {"until": ["<end>"], "max_gen_toks": 8}
+    asked = [Instance("generate_until", {}, (row, options), number) for number, row in enumerate(rows)]
+    monkeypatch.setattr(lm_eval_model, "load", lambda *args, **kwargs: (shipped, copy.deepcopy(tokenizer)))
+    found = lm_eval_model.SandcatLM("folder", batch_size=batch_size).generate_until(asked, disable_tqdm=True)
+    assert found == want
+
+    answered = [{"query": row, "choices": [text], "gold": 0} for row, text in zip(rows, want, strict=True)]
+    task = described(
+        tmp_path, "written", answered, output_type="generate_until", doc_to_choice=None, generation_kwargs=options,
+        doc_to_target="{{choices[0]}}",
+        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    )  # fmt: skip
+    (tmp_path / "task.yaml").write_text(json.dumps(task))
+    [[of_sparse], [of_shipped]] = tasks.run_tasks(
+        dense, [sparse, shipped], tokenizer, [str(tmp_path / "task.yaml")], batch_size=batch_size
+    )
+    assert of_sparse == of_shipped
+    assert (of_sparse.metric, of_sparse.sparse) == ("exact_match", 1.0) and of_sparse.dense < 1
 
 
 def test_limit_and_repeated_names(dense, sparse, tokenizer, tmp_path):

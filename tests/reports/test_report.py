@@ -215,12 +215,16 @@ def test_the_reference_is_said():
     assert any("the reference ran" in note for note in without.notes())
 
 
-def test_a_dense_step_is_said():
-    report = full(dataclasses.replace(FAST, batch=8, kernel="dense"))
+@pytest.mark.parametrize(
+    "kernel, said", [("masked", "here: what is dropped is read"), ("dense", "here, so the step runs")]
+)
+def test_a_step_that_saves_nothing_is_said(kernel, said):
+    """Reports of before call it dense, as it was then."""
+    report = full(dataclasses.replace(FAST, batch=8, kernel=kernel))
     for text in spoken(report).values():
-        assert "Batch 8: skipping does not pay for so many sequences at once here, so the step runs dense" in text
-        assert "eager, dense" in text
-    assert "so the step runs dense" in report.summary()
+        assert f"Batch 8: skipping does not pay for so many sequences at once {said}" in text
+        assert f"eager, {kernel}" in text
+    assert said in report.summary() and "nothing is saved" in report.summary()
 
 
 def test_a_report_from_before_batches():

@@ -20,7 +20,7 @@ from sandcat.calibration import calibrate
 from sandcat.calibration.cost_curves import LEVELS, Curve, Savings, collect, savings
 from sandcat.data import Text
 from sandcat.errors import BadRecipe, BudgetError, suggest
-from sandcat.layers.core_mlp import follow_prompts
+from sandcat.layers.sparse_module import follow_prompts
 from sandcat.measuring.bytes_read import read_bytes
 from sandcat.measuring.quality import TextResult, evaluate_text
 from sandcat.method import Decided, Method

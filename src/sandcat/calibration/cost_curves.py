@@ -17,9 +17,8 @@ import torch
 
 from sandcat.calibration.seeing import backward
 from sandcat.data import Text
-from sandcat.layers.core_mlp import follow_prompts
 from sandcat.layers.modes import every_token_sparse
-from sandcat.layers.sparse_module import Sparse
+from sandcat.layers.sparse_module import Sparse, follow_prompts
 from sandcat.measuring.quality import PROMPT_SHARE
 from sandcat.method import Method, Seen
 from sandcat.models.view import ModelView, Site

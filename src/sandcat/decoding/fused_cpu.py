@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sandcat.decoding.static_cache import DecodeCache
 from sandcat.layers.sparse_linear import SparseLinear
 from sandcat.layers.sparse_mlp import SparseMLP
-from sandcat.layers.sparse_module import Sparse, sparse_modules
+from sandcat.layers.sparse_module import Sparse
 from sandcat.layers.stored_linear import StoredLinear
 from sandcat.layers.weights import stored_of
 from sandcat.models.host_memory import use_large_pages
@@ -18,7 +18,7 @@ from sandcat.models.view import Block, ModelView
 from sandcat.ops import CODED, FORMATS, MAX_TOKENS
 from sandcat.ops.numba.primitives.activations import CODES
 from sandcat.ops.numba.primitives.dtypes import STORAGE, unit_of
-from sandcat.ops.numba.primitives.processor import HAS_TILES, ONE_BY_ONE, SHORT_ROW
+from sandcat.ops.numba.primitives.processor import HAS_TILES, ONE_BY_ONE
 from sandcat.ops.numba.primitives.registers import LANES
 from sandcat.ops.numba.primitives.rows_amx import room_of
 from sandcat.ops.numba.primitives.threads import HAS_BARRIER, VERSION, threads_of
@@ -77,8 +77,8 @@ def _odd_lines(size: int) -> int:
 
 
 class CpuStep:
-    """The step on a CPU; see `step.Step`. Weights of modules that skip nothing in a step of so many sequences,
-    or whose rows are too short to skip, are stored as those of dense ones from then on, until one needs them otherwise.
+    """The step on a CPU; see `step.Step`. It reads weights as they lie: where those that could be
+    skipped are stored as a dense layer's, or skipping does not pay for so many sequences, it masks.
     """
 
     def __init__(self, view: ModelView, blocks: list[Block], cache: DecodeCache):
@@ -88,8 +88,6 @@ class CpuStep:
         batch, groups, length, size = cache.layers[0].keys.shape
         rows = batch if batch == 1 or ONE_BY_ONE else -(-batch // 4) * 4
         self.x_B1H = torch.empty(batch, 1, 0, dtype=self.dtype)
-        for module in sparse_modules(model).values():
-            module.pack() if self._skips(module) and not self._masks(module) else module.unpack()
         self.formats: set[str] = set()
         self.held = [table.detach()]  # by its address, as it need not be contiguous
         heads, hidden = blocks[0].q.out_features // size, table.shape[1]
@@ -141,32 +139,28 @@ class CpuStep:
             entry[name] = 0 if value is None else value
 
     def _skips(self, module: nn.Module) -> bool:
-        """Whether it drops something in a step of these sequences."""
-        return isinstance(module, Sparse) and not module.runs_dense(self.x_B1H)
+        """Whether what it drops is not read in a step of these sequences."""
+        return isinstance(module, Sparse) and module.packed and not module.reads_all(self.x_B1H)
 
-    def _masks(self, module: Sparse) -> bool:
+    def _masks(self, module: nn.Module) -> bool:
         """Whether it reads what it drops, and counts it as 0."""
-        weight = module.skipped
-        return len(self.x_B1H) == 1 and self._skips(module) and weight.shape[0] * weight.itemsize < SHORT_ROW
+        return isinstance(module, Sparse) and not self._skips(module)
 
     def _fill_linear(self, entry: np.void, linear: nn.Module, rows: Tensor, *, by_inputs: bool, skips: bool) -> None:
-        has_thresholds = skips and isinstance(linear, Sparse)
+        is_sparse = isinstance(linear, Sparse)
         format = stored_of(linear).format
         self.formats.add(format)
         self._fill(
             entry, weight=rows, format=FORMATS[format].code, unit=float(unit_of(format)), scale=stored_of(linear).scale,
-            bias=linear.bias, by_inputs=by_inputs, skips=skips,
+            bias=linear.bias, by_inputs=by_inputs, skips=skips, masks=self._masks(linear),
+            threshold=linear.threshold if is_sparse else None, shared=is_sparse and linear.shares(self.x_B1H),
             summed=is_summed(by_inputs, skips, linear.out_features * rows.itemsize, self.threads),
-            threshold=linear.threshold if has_thresholds else None,
-            shared=has_thresholds and linear.shares(self.x_B1H),
             outputs=linear.out_features, inputs=linear.in_features,
         )  # fmt: skip
 
     def _fill_layer(self, entry: np.void, block: Block, keys: Tensor, values: Tensor) -> None:
         mlp = block.mlp.module
-        thresholds = self._skips(mlp)
-        masks = thresholds and self._masks(mlp)
-        skips = thresholds and not masks
+        skips, masks = self._skips(mlp), self._masks(mlp)
         linears = _linears(block)
         for name, linear in linears.items():
             by_inputs, skipping = _by_inputs(block, name), self._skips(linear) or (name == "down" and skips)
@@ -175,9 +169,9 @@ class CpuStep:
         self._fill(
             entry, input_norm=block.input_norm.weight, q_norm=q_norm, k_norm=k_norm, mlp_norm=block.mlp_norm.weight,
             keys=keys, values=values, window=block.window or keys.shape[2], skips=skips,
-            masks=masks, shared=skips and mlp.shares(self.x_B1H), neurons=linears["down"].in_features,
+            masks=masks, shared=(skips or masks) and mlp.shares(self.x_B1H), neurons=linears["down"].in_features,
             activation=CODES[mlp.activation if type(mlp) is SparseMLP else block.mlp.activation],
-            neuron_threshold=mlp.threshold if thresholds else None, input_eps=block.input_norm.variance_epsilon,
+            neuron_threshold=mlp.threshold if skips or masks else None, input_eps=block.input_norm.variance_epsilon,
             head_eps=0 if block.q_norm is None else block.q_norm.variance_epsilon,
             mlp_eps=block.mlp_norm.variance_epsilon, scaling=block.scaling,
         )  # fmt: skip

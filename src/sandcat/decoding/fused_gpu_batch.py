@@ -55,8 +55,6 @@ class GpuBatchStep(Parts):
         launch have in common; None: the layer itself."""
         if type(linear) not in (SparseLinear, StoredLinear) or not linear.pays(self.x):
             return None
-        if type(linear) is SparseLinear and linear.runs_dense(self.x):
-            return None
         lists = "shared" if type(linear) is SparseLinear and linear.shares(self.x) else "own"
         return "all" if type(linear) is StoredLinear else lists, stored_of(linear).format, linear.bias is None
 
@@ -131,9 +129,6 @@ class GpuBatchStep(Parts):
     def _listed_rows(
         self, x: Tensor, linears: list[nn.Module], y: Tensor, gate: Tensor | None, code: int, *, shared: bool
     ) -> None:
-        for linear in linears:
-            if not linear.packed:
-                linear.pack()
         K = linears[0].in_features
         config, (across, splits) = sparse_linear_batch.listed_rows_config(
             [linear.out_features for linear in linears], K, self.dtype.itemsize, self.multiprocessors

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from sandcat.decoding.static_cache import DecodeCache
 from sandcat.errors import UnsupportedModel
+from sandcat.layers.prompts import only_follows
 from sandcat.layers.sparse_linear import SparseLinear
 from sandcat.layers.sparse_mlp import SparseMLP
+from sandcat.layers.sparse_module import sparse_modules
 from sandcat.layers.stored_linear import StoredLinear
 from sandcat.models.view import Block, ModelView
 from sandcat.ops import FORMATS, kernel_name
@@ -46,7 +48,7 @@ def fused_step(model: nn.Module, cache: DecodeCache) -> Step | None:
     It applies to up to `ops.MAX_TOKENS` sequences on CUDA with Triton and on a CPU with OpenMP, to families with
     `Architecture.fused_step` whose weights have one dtype (or are codes with scales of that) and lie on one device, and
     to modules that it knows (see `knows_all`). For one sequence on CUDA down projections have no bias; for several,
-    `torch.use_deterministic_algorithms` is off. Each module skips or runs dense as it does in the step of transformers.
+    `torch.use_deterministic_algorithms` is off. Each module skips or masks as it does in the step of transformers.
     """
     kernels = kernel_name("sparse_mlp", model.device)
     if kernels not in ("triton", "numba"):
@@ -59,6 +61,8 @@ def fused_step(model: nn.Module, cache: DecodeCache) -> Step | None:
     except UnsupportedModel:
         return None
     if not knows_all(view, blocks) or model.config._attn_implementation not in _ATTENTION:
+        return None
+    if kernels == "triton" and not all(module.packed for module in sparse_modules(model).values()):
         return None
     codes = {row.codes for row in FORMATS.values()}
     if len({(p.dtype, p.device) for p in model.parameters() if p.dtype not in codes}) != 1:
@@ -85,7 +89,7 @@ def knows_all(view: ModelView, blocks: list[Block]) -> bool:
     own: then none of them applies.
     """
     modules = list(view.model.modules())
-    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules):
+    if any(map(_is_changed, modules)):
         return False
     linears = {linear for block in blocks for linear in block.linears} | {view.model.get_output_embeddings()}
     mlps = {block.mlp.module for block in blocks}
@@ -93,3 +97,9 @@ def knows_all(view: ModelView, blocks: list[Block]) -> bool:
         type(m) in _LINEARS if m in linears else (m in mlps and type(m) is SparseMLP) or view.is_stock(m)
         for m in modules
     )
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a module does more than its class says: by hooks, but for those that follow prompts, or by a forward."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return "forward" in vars(module) or not all(map(only_follows, hooks))

@@ -1,4 +1,4 @@
-"""A gated MLP whose neurons are chosen once a prompt; and which prompt each forward of a model belongs to.
+"""A gated MLP whose neurons are chosen once a prompt.
 
 Shapes: B sequences, T tokens a sequence, H hidden size, I neurons, C clusters.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sandcat.errors import GenerationError, UnsupportedModel
-from sandcat.layers.prompts import Prompts
+from sandcat.layers.reading import Prompt
 from sandcat.layers.sparse_mlp import GatedMLP
 from sandcat.layers.weights import stored_of
 from sandcat.models.view import Site
@@ -37,8 +37,6 @@ class CoreMLP(GatedMLP):
     def __init__(self, site: Site, *, kept_neurons: int, votes: float, signed: bool, clusters: int = 0):
         super().__init__(site, dense_prompt=True)
         self.layer, self.kept_neurons, self.votes, self.signed = site.layer, kept_neurons, votes, signed
-        self.prompt_tokens = 1
-        self.prompts: Prompts | None = None
         if clusters:
             self.register_buffer(
                 "centres", stored_of(self.down).like.detach().new_zeros(clusters, self.down.in_features)
@@ -50,51 +48,58 @@ class CoreMLP(GatedMLP):
                 "coreinfer reads the weights of gate, up and down itself, and passes over what stands around them. Put "
                 "adapters on q, k, v and o, or merge them before sparsifying; load without offloading."
             )
-        prompts = self.prompts
-        if prompts is None:  # not part of a whole model yet
+        reading = self.reading()
+        if reading is None:  # not part of a whole model yet
             return self._whole(x)[0]
-        prompts.check_thread()
-        cores = prompts.cores
-        if not prompts.fresh:
-            return self._by_core(x, cores[self.layer])
-        real_BT = prompts.real
-        split = self.prompt_tokens if prompts.cacheless and not self.dense_prompt else x.shape[1]
-        y, votes_BI = self._whole(x[:, :split], None if real_BT is None else real_BT[:, :split])
-        core_BI = self.core(votes_BI)
+        kept, real_BT = reading.kept, reading.real_BT
+        y = []
+        if first := reading.first:
+            found, *votes = self._whole(x[:, :first], None if real_BT is None else real_BT[:, :first])
+            if not reading.again:
+                self._vote(kept, *votes)
+            y.append(found)
+        if first < x.shape[1]:
+            y.append(self._by_core(x[:, first:], kept.cores[self.layer]))
+        return y[0] if len(y) == 1 else torch.cat(y, 1)
+
+    def _vote(self, kept: Prompt, votes_BI: Tensor, sums_BI: Tensor) -> None:
+        """Adds the votes of a part of a prompt to those of the parts before it, and chooses by all of them."""
+        if self.layer in kept.votes:
+            before_BI, sums_before_BI = kept.votes[self.layer]
+            self._check_prompts(before_BI, len(votes_BI))
+            votes_BI, sums_BI = before_BI + votes_BI, sums_before_BI + sums_BI
+        kept.votes[self.layer] = votes_BI, sums_BI
+        core_BI, cores = self.core(told_apart(votes_BI, sums_BI)), kept.cores
         if self.layer in cores and cores[self.layer].shape == core_BI.shape:
             cores[self.layer].copy_(core_BI)  # where a captured graph looks for it
         else:
             with torch.inference_mode(False):  # so that it can be overwritten in any mode
                 cores[self.layer] = torch.empty_like(core_BI).copy_(core_BI)
-        return y if split >= x.shape[1] else torch.cat([y, self._by_core(x[:, split:], core_BI)], 1)
 
-    def _whole(self, x: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _whole(self, x: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The dense MLP, and the votes of the tokens that are no padding."""
-        y, votes_BI = [], 0
+        y, votes_BI, sums_BI = [], 0, 0
         for first in range(0, x.shape[1], PROMPT_CHUNK):
             part = slice(first, first + PROMPT_CHUNK)
             h_BTI = self.values(x[:, part])
             y.append(product(h_BTI, stored_of(self.down)))
-            votes_BI = votes_BI + self.count_votes(h_BTI, None if real_BT is None else real_BT[:, part])
-        return torch.cat(y, 1), votes_BI
+            votes, sums = self.count_votes(h_BTI, None if real_BT is None else real_BT[:, part])
+            votes_BI, sums_BI = votes_BI + votes, sums_BI + sums
+        return torch.cat(y, 1), votes_BI, sums_BI
 
     def values(self, x: Tensor) -> Tensor:
         """act(gate) * up of every neuron."""
         return ACTIVATIONS[self.activation](product(x, self.gate())) * product(x, self.up())
 
-    def count_votes(self, h_BTI: Tensor, real_BT: Tensor | None = None) -> Tensor:
-        """For each neuron the number of tokens that have it among their first, as float32 [B, I].
-
-        Neurons with as many votes are told apart by less than a vote: by what they give in all.
-        """
+    def count_votes(self, h_BTI: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """For each neuron the number of tokens that have it among their first, and the sum of what it scores, both
+        float32 [B, I]."""
         score_BTI = (h_BTI if self.signed else h_BTI.abs()).float().clamp(min=0)
         if real_BT is not None:
             score_BTI = score_BTI * real_BT[..., None]
         count = max(1, round(self.votes * score_BTI.shape[-1]))
         least_BT1 = score_BTI.topk(count, -1).values[..., -1:]
-        votes_BI = ((score_BTI >= least_BT1) & (score_BTI > 0)).sum(1)
-        sum_BI = score_BTI.sum(1)
-        return votes_BI + sum_BI / (2 * sum_BI.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny))
+        return ((score_BTI >= least_BT1) & (score_BTI > 0)).sum(1).float(), score_BTI.sum(1)
 
     def core(self, votes_BI: Tensor) -> Tensor:
         """The neurons to go on with, bool [B, I]."""
@@ -102,17 +107,13 @@ class CoreMLP(GatedMLP):
             centres_CI = self.centres.float()
             near_BC = F.normalize(votes_BI, dim=-1) @ F.normalize(centres_CI, dim=-1).t()
             votes_BI = centres_CI[near_BC.argmax(-1)]
-        first_BK = votes_BI.topk(self.kept_neurons, -1).indices
+        first_BK = votes_BI.argsort(dim=-1, descending=True, stable=True)[
+            :, : self.kept_neurons
+        ]  # equals: in their order
         return torch.zeros_like(votes_BI, dtype=torch.bool).scatter(-1, first_BK, True)
 
     def _by_core(self, x: Tensor, core_BI: Tensor) -> Tensor:
-        if len(core_BI) != len(x):
-            raise GenerationError(
-                f"this cache's core neurons are those of {len(core_BI)} prompts, and {len(x)} sequences go on with it. "
-                "Give the sequences their own prompts, with an empty cache."
-            )
-        if self.runs_dense(x):
-            return self.dense_step(x)
+        self._check_prompts(core_BI, len(x))
         core_TI = core_BI.repeat_interleave(x.shape[1], 0)
         x_TH = x.reshape(-1, x.shape[-1])
         run = self.by_kernel if self.pays(x_TH) and not self.by_reference else self.by_definition
@@ -122,9 +123,14 @@ class CoreMLP(GatedMLP):
         ]
         return torch.cat(y_TH).view(x.shape)
 
+    def _check_prompts(self, kept_BI: Tensor, sequences: int) -> None:
+        if len(kept_BI) != sequences:
+            raise GenerationError(
+                f"this cache's core neurons are those of {len(kept_BI)} prompts, and {sequences} sequences go on with "
+                "it. Give the sequences their own prompts, with an empty cache."
+            )
+
     def by_kernel(self, x_TH: Tensor, core_TI: Tensor) -> Tensor:  # type: ignore[override]
-        if not self.packed:
-            self.pack()
         return core_mlp(*self._arguments(x_TH, core_TI))
 
     def by_definition(self, x_TH: Tensor, core_TI: Tensor) -> Tensor:  # type: ignore[override]
@@ -134,10 +140,10 @@ class CoreMLP(GatedMLP):
         return x_TH, self.gate(), self.up(), stored_of(self.down), core_TI, self.activation
 
     def kept(self, x: Tensor) -> Tensor:
-        """The core of the last forward, which a token after its prompt keeps."""
-        assert self.prompts is not None  # it has run
-        core_BI = self.prompts.cores[self.layer]
-        return core_BI[:, None].expand(-1, x.shape[1], -1)
+        """The core of what the running forward goes on with, which a token after its prompt keeps."""
+        reading = self.reading()
+        assert reading is not None  # it is asked within a forward
+        return reading.kept.cores[self.layer][:, None].expand(-1, x.shape[1], -1)
 
     def weight_bytes(self, kept: float = 1.0) -> int:
         matrices = (self.gate(), self.up(), stored_of(self.down))
@@ -147,13 +153,6 @@ class CoreMLP(GatedMLP):
         return f"kept_neurons={self.kept_neurons}, votes={self.votes}, signed={self.signed}, {super().extra_repr()}"
 
 
-def follow_prompts(decoder: nn.Module) -> None:
-    """Ties the `CoreMLP`s inside a decoder to its forwards."""
-    modules = [module for module in decoder.modules() if isinstance(module, CoreMLP)]
-    if not modules:
-        return
-    prompts = Prompts()
-    decoder.register_forward_pre_hook(prompts.enter, with_kwargs=True)
-    decoder.register_forward_hook(prompts.leave)
-    for module in modules:
-        module.prompts = prompts
+def told_apart(votes_BI: Tensor, sums_BI: Tensor) -> Tensor:
+    """Votes in which neurons that have as many differ by less than one: by what they score in all."""
+    return votes_BI + sums_BI / (2 * sums_BI.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import Tensor, nn
 
-from sandcat.layers.sparse_module import Sparse, Thresholded, sparse_modules
+from sandcat.layers.reading import Told
+from sandcat.layers.sparse_module import Sparse, sparse_modules
 
 
 def chooses_in_prompt(model: nn.Module) -> bool:
@@ -19,29 +20,33 @@ def chooses_in_prompt(model: nn.Module) -> bool:
 def every_token_sparse(model: nn.Module, *, prompt: int = 1, lockstep: bool = False) -> Iterator[None]:
     """Within this context prompts are computed sparsely too, so that a whole text measures what decoding would give.
 
+    It holds for this thread's forwards, and changes nothing in the model. Sequences share nothing but in lockstep, in
+    whatever batches they come.
+
     Args:
-        prompt: the first so many tokens of each forward without a cache are what a model that chooses in a prompt
-            chooses by; it computes them whole, and the others as decoding would after them.
+        prompt: the first so many tokens of each sequence are what a model that chooses in a prompt chooses by; it
+            computes them whole, and the others as decoding would after them.
         lockstep: the sequences of a forward go on together, so that they share at each position what they would share
             in a decode step.
     """
-    modules = sparse_modules(model).values()
-    together = [module for module in modules if lockstep and isinstance(module, Thresholded)]
-    changed = [module for module in modules if module.dense_prompt]
-    for module in changed:
-        module.dense_prompt = False
-    for module in modules:
-        if module.chooses_in_prompt:
-            module.prompt_tokens = max(1, prompt)
-    for module in together:
-        module.lockstep = True
-    try:
+    with _told(model, Told(max(1, prompt), sparse=True, together=lockstep)):
         yield
-    finally:
-        for module in together:
-            module.lockstep = False
-        for module in changed:
-            module.dense_prompt = True
+
+
+@contextmanager
+def prompt_of(model: nn.Module, tokens: int) -> Iterator[None]:
+    """Within this context the first so many tokens of each sequence are its prompt (padding included), however they are
+    put into forwards: for loops of your own, which read a prompt in chunks or verify drafts. `generate` knows it.
+    """
+    with _told(model, Told(tokens)):
+        yield
+
+
+@contextmanager
+def _told(model: nn.Module, told: Told) -> Iterator[None]:
+    prompts = next((module.prompts for module in sparse_modules(model).values() if module.prompts is not None), None)
+    with nullcontext() if prompts is None else prompts.tell(told):
+        yield
 
 
 @contextmanager

@@ -85,7 +85,7 @@ class Kernel(nn.Module, ABC):
         return y_1TO.view(*x.shape[:-1], y_1TO.shape[-1])
 
     def pays(self, x: Tensor) -> bool:
-        """Whether the kernel is the faster way for these tokens."""
+        """Whether the kernel is the faster way for these tokens; by dense products they come to the same."""
         return tokens_of(x) <= self.most_tokens(x)
 
     def most_tokens(self, x: Tensor) -> int:
@@ -97,11 +97,12 @@ class Kernel(nn.Module, ABC):
         return self.op
 
     def largest_batch(self, x: Tensor) -> int | None:
-        """Above how many sequences a step runs dense, for steps like x; None: never."""
+        """Above how many sequences a step reads what it drops, for steps like x; None: it drops nothing."""
         return None
 
     def step_kernel(self, x: Tensor) -> str:
-        """What runs a decode step of these sequences, x [B, 1, H]: as `kernel`, or "dense" where nothing is skipped."""
+        """What runs a decode step of these sequences, x [B, 1, H]: as `kernel`, or "masked" where what is dropped is
+        read, and counts as 0."""
         return self.kernel(x.device) if self.pays(x) else "reference"
 
     def kernel(self, device: torch.device) -> str:
@@ -114,7 +115,8 @@ def tokens_of(x: Tensor) -> int:
 
 
 def kernels_of(model: nn.Module) -> dict[str, str]:
-    """What runs each op of a model on its device, and above which batch its modules run dense (by their sizes)."""
+    """What runs each op of a model on its device, and above which batch its modules read everything, masked (by their
+    sizes)."""
     two_21H = torch.empty(2, 1, 0, dtype=model.dtype, device=model.device)
     kernels: dict[str, str] = {}
     largest: dict[str, set[int]] = {}
@@ -125,7 +127,7 @@ def kernels_of(model: nn.Module) -> dict[str, str]:
     texts = {}
     for op, kernel in sorted(kernels.items()):
         batches = " to ".join(map(str, sorted({min(largest[op]), max(largest[op])}))) if op in largest else ""
-        texts[op] = f"{kernel}, dense above batch {batches}" if batches and kernel != "reference" else kernel
+        texts[op] = f"{kernel}, masked above batch {batches}" if batches and kernel != "reference" else kernel
     return texts
 
 

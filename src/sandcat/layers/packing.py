@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from sandcat.layers.core_mlp import follow_prompts
-from sandcat.layers.sparse_module import sparse_modules
+from sandcat.layers.generation import follow_generation
+from sandcat.layers.sparse_module import follow_prompts, sparse_modules
 from sandcat.models.host_memory import FilePages
 from sandcat.models.view import ModelView
 
 
 def pack(model: nn.Module, pages: FilePages | None = None) -> None:
-    """Lays the weights out for the kernels.
+    """Lays the weights out for the kernels, once, and has the modules follow the model's forwards.
 
     Args:
         pages: of the files that the model was just loaded from, to give back what has moved.
@@ -21,7 +21,9 @@ def pack(model: nn.Module, pages: FilePages | None = None) -> None:
         module.pack()
         if pages:
             pages.give_back()
-    follow_prompts(ModelView(model).decoder)
+    prompts = follow_prompts(ModelView(model).decoder)
+    if prompts is not None:
+        follow_generation(model, prompts)
     align(model, pages)
 
 

@@ -52,14 +52,10 @@ class SparseLinear(Thresholded, nn.Linear):
 
     def masked(self, x: Tensor) -> Tensor:
         """x with what is dropped of it set to 0."""
-        if self.runs_dense(x) or (self.dense_prompt and x.shape[-2] > 1):
-            return x
-        return torch.where(self.kept(x), x, 0)
+        return self.in_parts(x, lambda whole: whole, lambda rest: torch.where(self.kept(rest), rest, 0))
 
     def by_kernel(self, x: Tensor) -> Tensor:
         run = shared_linear if self.shares(x) else sparse_linear
-        if not self.packed:
-            self.pack()
         return run(x.flatten(0, -2), stored_of(self), self.threshold)
 
     def by_definition(self, x: Tensor) -> Tensor:

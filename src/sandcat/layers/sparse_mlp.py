@@ -113,11 +113,13 @@ class SparseMLP(GatedMLP, Thresholded):
             gate, up = self.get_submodule(self.gate_name)(x).chunk(2, -1)
         else:
             gate, up = self.get_submodule(self.gate_name)(x), self.get_submodule(self.up_name)(x)
-        a = ACTIVATIONS[self.activation](gate)
-        if not (self.runs_dense(x) or (self.dense_prompt and x.shape[-2] > 1)):
-            dropped = ~shared_units(a.abs(), self.threshold) if self.shares(x) else a.abs() <= self.threshold
-            a = torch.where(dropped, 0, a)
+        a = self.in_parts(ACTIVATIONS[self.activation](gate), lambda whole: whole, self.masked)
         return self.down(a * up)
+
+    def masked(self, a: Tensor) -> Tensor:
+        """Activations with those of dropped neurons set to 0."""
+        shares = self.shares(a)
+        return torch.where(~shared_units(a.abs(), self.threshold) if shares else a.abs() <= self.threshold, 0, a)
 
     @property
     def op(self) -> str:  # type: ignore[override]  # of the others it is known without looking at the gate
@@ -128,8 +130,6 @@ class SparseMLP(GatedMLP, Thresholded):
         return isinstance(self.get_submodule(self.gate_name), Sparse)
 
     def by_kernel(self, x: Tensor) -> Tensor:
-        if not self.packed:
-            self.pack()
         return self._run(x, sparse_mlp, sparse_up_down, shared_up_down, flat=True)
 
     def by_definition(self, x: Tensor) -> Tensor:

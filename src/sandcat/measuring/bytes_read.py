@@ -19,13 +19,12 @@ def step_bytes(model: nn.Module, ids_BT: Tensor) -> int:
     A neuron counts if any sequence of the batch uses it. Embedding rows are too few to count.
     """
     read: dict[nn.Module, int] = {}
-    modules = kernel_modules(model)
+    decoder = Decoder(model, ids_BT.shape[1])
+    decoder.prefill(ids_BT[:, :-1])  # not counted: in it some methods choose what they read afterwards
     handles = [
         module.register_forward_pre_hook(lambda m, args: read.__setitem__(m, m.bytes_read(args[0])))
-        for module in modules.values()
+        for module in kernel_modules(model).values()
     ]
-    decoder = Decoder(model, ids_BT.shape[1])
-    decoder.prefill(ids_BT[:, :-1])
     try:
         model(ids_BT[:, -1:].to(model.device), past_key_values=decoder.cache, use_cache=True)
     finally:

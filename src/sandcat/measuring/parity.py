@@ -26,30 +26,26 @@ def parity_error(sparse: nn.Module, ids_BT: Tensor) -> float:
     Raises:
         ParityError: above `TOLERANCE` for the model's dtype, or not a number.
     """
-    with thresholds_restored(thresholded(sparse)):
-        inputs = _inputs(sparse, ids_BT)
-        return max((_error(module, x) for module, x in inputs.items()), default=0.0)
-
-
-def _inputs(sparse: nn.Module, ids_BT: Tensor) -> dict[Kernel, Tensor]:
-    """What each module gets in a decode step, in which thresholds move off the edge."""
-    inputs: dict[Kernel, Tensor] = {}
-    decoder = Decoder(sparse, ids_BT.shape[1], batch=len(ids_BT))
+    decoder = Decoder(sparse, ids_BT.shape[1], batch=len(ids_BT), compile=None, capture=False)
     decoder.prefill(ids_BT[:, :-1])
-    with ExitStack() as stack:
-        stack.enter_context(off_the_edge(sparse))
-        for module in kernel_modules(sparse).values():
-            hook = module.register_forward_pre_hook(lambda m, args: inputs.__setitem__(m, args[0]))
-            stack.callback(hook.remove)
-        sparse(ids_BT[:, -1:].to(sparse.device), past_key_values=decoder.cache, use_cache=True)
-    return inputs
+    errors = [0.0]
+    with thresholds_restored(thresholded(sparse)):
+        with off_the_edge(sparse):
+            decoder.step(ids_BT[:, -1:])
+        decoder.rewind(ids_BT.shape[1] - 1)
+        with ExitStack() as stack:  # within a step, as what a module computes may follow from what that comes after
+            for module in kernel_modules(sparse).values():
+                hook = module.register_forward_pre_hook(lambda m, args: errors.append(_error(m, args[0])))
+                stack.callback(hook.remove)
+            decoder.step(ids_BT[:, -1:])
+    return max(errors)
 
 
 def _error(module: Kernel, x: Tensor) -> float:
-    found = module(x).double()
+    found = module.forward(x).double()
     module.by_reference = True  # not those inside it, so that both choose by the same activations
     try:
-        want = module(x).double()
+        want = module.forward(x).double()
     finally:
         module.by_reference = False
     error, tolerance = (

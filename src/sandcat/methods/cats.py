@@ -41,7 +41,7 @@ class Cats(Method):
         "activation: |a_j|, the paper's; value: |a_j| * sqrt(E[u_j^2]), CHESS's; output: that times the norm of row j "
         "of Wd; all at one cost",
     )
-    dense_prompt: bool = option(False, "compute prompts (more than one token a sequence) with all neurons")
+    dense_prompt: bool = option(False, "compute the tokens of prompts with all neurons")
     batch: Literal["own", "shared"] = option(
         "own",
         "decoding several sequences at once: own: each keeps its neurons; shared: all use one list of that length",

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sandcat.errors import BadRecipe
-from sandcat.layers.core_mlp import CoreMLP
+from sandcat.layers.core_mlp import CoreMLP, told_apart
 from sandcat.method import Method, Seen, Spec, Tensors
 from sandcat.models.view import ModelView, Site
 from sandcat.support.options import option
@@ -100,7 +100,7 @@ class Coreinfer(Method):
 def _sentence_votes(module: CoreMLP, x_TH: Tensor) -> Tensor:
     """The votes of each run of `SENTENCE` tokens, as shares of its tokens, [S, I]."""
     x_STH = x_TH[: len(x_TH) // SENTENCE * SENTENCE].view(-1, SENTENCE, x_TH.shape[-1])
-    return module.count_votes(module.values(x_STH)) / SENTENCE
+    return told_apart(*module.count_votes(module.values(x_STH))) / SENTENCE
 
 
 def centres_of(votes_SI: Tensor, clusters: int) -> Tensor:

@@ -48,7 +48,7 @@ class Rsparse(Method):
         "output: principal directions of what dropped channels add; weight: of W, the paper's singular vectors",
     )
     sites: str | tuple[str, ...] = option("all", 'linear layers to change: "all", or a list [q,k,v,o,gate,up,down]')
-    dense_prompt: bool = option(False, "compute prompts (more than one token a sequence) with all channels")
+    dense_prompt: bool = option(False, "compute the tokens of prompts with all channels")
 
     def __post_init__(self) -> None:
         super().__post_init__()

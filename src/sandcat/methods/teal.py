@@ -40,7 +40,7 @@ class Teal(Method):
     sites: str | tuple[str, ...] = option(
         "all", 'linear layers to change: "all" of the decoder layers, "all+head", or a list [q,k,v,o,gate,up,down,head]'
     )
-    dense_prompt: bool = option(False, "compute prompts (more than one token a sequence) with all channels")
+    dense_prompt: bool = option(False, "compute the tokens of prompts with all channels")
     batch: Literal["own", "shared"] = option(
         "own",
         "decoding several sequences at once: own: each keeps its channels; shared: all use one list of that length",
@@ -69,4 +69,5 @@ class Teal(Method):
         return {"threshold": common, "sparsity": dropped}, {"threshold": threshold_I}
 
     def build(self, site: Site, spec: Spec) -> SparseLinear:
-        return SparseLinear(site.module, dense_prompt=self.dense_prompt, batch=self.batch)
+        dense_prompt = self.dense_prompt and site.kind != "head"  # of which nothing is kept with the prompt
+        return SparseLinear(site.module, dense_prompt=dense_prompt, batch=self.batch)

@@ -1,4 +1,4 @@
-"""Up to how many tokens at once a kernel is the fastest way of its layer."""
+"""Where a kernel is the fastest way of its layer, and how weights lie for it."""
 
 from __future__ import annotations
 
@@ -42,3 +42,15 @@ def most_tokens(op: str, device: torch.device | str, dtype: torch.dtype, size: i
     if dtype not in _FLOATS or (format != "float" and kernel_name(op, device, format) == "reference"):
         return 0
     return _MOST_TOKENS.get((op, torch.device(device).type, dtype, format), (1, 1))[size >= LARGE]
+
+
+def skips_rows(device: torch.device | str, row_bytes: int) -> bool:
+    """Whether a weight whose inputs can be skipped is stored by inputs there; else as a dense layer's, and masked.
+
+    One token decides it, for which a weight is stored once: products of several read it as it lies.
+    """
+    if torch.device(device).type != "cpu" or kernel_name("sparse_linear", "cpu") != "numba":
+        return True
+    from sandcat.ops.numba.primitives import processor  # here, as Numba takes a while to import
+
+    return row_bytes >= processor.SHORT_ROW

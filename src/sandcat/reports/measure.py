@@ -19,6 +19,7 @@ from sandcat.decoding.generate import generate
 from sandcat.defaults import EVALUATION_TEXT
 from sandcat.errors import DataError, PlanError
 from sandcat.layers.op_module import kernel_modules, kernels_of
+from sandcat.layers.packing import pack
 from sandcat.layers.sparse_module import Thresholded
 from sandcat.measuring.bytes_read import bytes_share
 from sandcat.measuring.machine import machine
@@ -171,11 +172,12 @@ def _others(
     """Each method with a model of its own, which shares all weights with `sparse`."""
     models = []
     sequential = plan.calibration is None or plan.calibration.sequential
+    weights = dict(sparse.named_parameters())
     for method in methods:
-        _, tensors = calibrate.decide(ModelView(dense), [method], text, sequential=sequential)
-        model = copy.deepcopy(sparse, {id(parameter): parameter for parameter in sparse.parameters()})
-        for (_, name), found in tensors.items():
-            method.fill(model.get_submodule(name), found)
+        other, tensors = calibrate.decide(ModelView(dense), [method], text, sequential=sequential)
+        model = copy.deepcopy(dense, {id(parameter): weights[name] for name, parameter in dense.named_parameters()})
+        other.place(ModelView(model), tensors)  # anew: what a module is made of may follow from the sparsity
+        pack(model)
         models.append((method, model))
     return models
 

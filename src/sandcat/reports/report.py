@@ -106,11 +106,12 @@ class Report:
             for s in self.speed
             if s.gain < 1
         ]
-        without = [f"{op}: {wording.REFERENCE_NOTE}." for op, kernel in self.kernels.items() if kernel == "reference"]
+        why = wording.NOTHING_SAVED
+        without = [f"{op}: {why[kernel]}." for op, kernel in self.kernels.items() if kernel == "reference"]
         if not without and any(speed.kernel == "reference" for speed in self.speed):
-            without = [f"{wording.REFERENCE_NOTE[0].upper()}{wording.REFERENCE_NOTE[1:]}."]
-        dense = [f"Batch {s.batch}: {wording.DENSE_NOTE}." for s in self.speed if s.kernel == "dense"]
-        return notes + without + dense
+            without = [f"{why['reference'][0].upper()}{why['reference'][1:]}."]
+        batches = [f"Batch {s.batch}: {why[s.kernel]}." for s in self.speed if s.kernel in ("masked", "dense")]
+        return notes + without + batches
 
     def summary(self) -> str:
         """What it costs and what it gains, in one sentence."""

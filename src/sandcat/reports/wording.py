@@ -12,8 +12,13 @@ if TYPE_CHECKING:
     from sandcat.measuring.tasks import TaskResult
     from sandcat.plans.plan import Budget
 
-REFERENCE_NOTE = "no kernel pays for this device and batch: the reference ran, nothing is saved"
-DENSE_NOTE = "skipping does not pay for so many sequences at once here, so the step runs dense, and nothing is saved"
+NOTHING_SAVED = {
+    "reference": "no kernel pays for this device and batch: the reference ran, nothing is saved",
+    "masked": "skipping does not pay for so many sequences at once here: what is dropped is read, and counts as 0, so "
+    "nothing is saved",
+    "dense": "skipping does not pay for so many sequences at once here, so the step runs dense, and nothing is saved",
+}
+"""By what ran a step, why it saves nothing; in reports from before it was masked, "dense"."""
 
 
 class Pair(NamedTuple):
@@ -92,7 +97,7 @@ def more(speed: SpeedResult) -> str:
 
 def speed_pairs(s: SpeedResult) -> list[Pair]:
     """Time, bytes and gain of one decode step. What the reference runs saves nothing, and its row says so."""
-    saved = s.kernel not in ("reference", "dense")
+    saved = s.kernel not in NOTHING_SAVED
     rates = [s.batch / seconds for seconds in (s.dense_seconds, s.sparse_seconds)]
     used = [count / seconds / s.read_bandwidth for count, seconds in
             ((s.dense_bytes, s.dense_seconds), (s.sparse_bytes, s.sparse_seconds))]  # fmt: skip
@@ -130,7 +135,7 @@ def speed_gain(s: SpeedResult) -> str:
     times = f"{_unit(s)} takes {milliseconds(s.sparse_seconds)} instead of {milliseconds(s.dense_seconds)}"
     gain = f"slower than dense by {more(s)}" if s.gain < 1 else f"{s.gain:.2f}x as fast"
     verb = "would allow" if s.gain < 1 or s.kernel == "reference" else "allow"
-    note = {"reference": REFERENCE_NOTE, "dense": DENSE_NOTE}.get(s.kernel)
+    note = NOTHING_SAVED.get(s.kernel)
     end = f"; {note}" if note else ""
     return f"{times}: {gain}, where the bytes {verb} {s.allowed_gain:.2f}x{end}"
 

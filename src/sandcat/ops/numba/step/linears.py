@@ -27,12 +27,12 @@ def record(integers: str, reals: str = "", **nested: np.dtype) -> np.dtype:
     return np.dtype(fields + list(nested.items()))
 
 
-LINEAR = record("weight format scale bias threshold by_inputs summed skips shared outputs inputs", "unit")
+LINEAR = record("weight format scale bias threshold by_inputs summed skips masks shared outputs inputs", "unit")
 """A matrix by its addresses and sizes, 0 for what it lacks. It is stored [outputs, inputs], and `by_inputs` [inputs,
-outputs]; `format` is a code of `FORMATS`, and `unit` that of `unit_of`. Where it `skips`, inputs that are not above
-their threshold, or 0 if there is none, are not read (stored by outputs: are read, and count as 0), and several
-sequences use one list of them if `shared` (see ops/shared_units.py). `summed`: each thread adds up its share of the
-inputs, see `is_summed`."""
+outputs]; `format` is a code of `FORMATS`, and `unit` that of `unit_of`. Where it `skips`, which needs a weight stored
+by inputs, those that are not above their threshold, or 0 if there is none, are not read; where it `masks`, they are
+read, and count as 0. Several sequences use one list of them if `shared` (see ops/shared_units.py). `summed`: each
+thread adds up its share of the inputs, see `is_summed`."""
 
 PAGE = 4096
 """Bytes within which the processor reads ahead: threads that take less of each row would fetch each other's."""
@@ -211,9 +211,17 @@ def _keep(site, x, work):
 def _masked(site, x, work):
     """x with what is dropped of it set to 0."""
     threshold, size = numbers(site.threshold, (site.inputs,), work.like), site.inputs
-    for b in range(work.B):
-        x_b = piece(x, b, 0, size)
-        keep_above(x_b, x_b, threshold, work.values[b, :size])
+    if site.shared:
+        count = list_shared(x[: work.B], threshold, work.kept)
+        work.values[: work.B, :size] = 0
+        for b in range(work.B):
+            for c in range(count):
+                k = work.kept[c]
+                work.values[b, k] = x[b, k]
+    else:
+        for b in range(work.B):
+            x_b = piece(x, b, 0, size)
+            keep_above(x_b, x_b, threshold, work.values[b, :size])
     return work.values[:, :size]
 
 
@@ -232,6 +240,8 @@ def _by_inputs(site, x, first, y, work, like):
         mine = _keep(site, x, work)
         _add_rows(y, work.values[:, mine], rows, kept[mine], work.room, first)
         return
+    if site.masks:
+        x = _masked(site, x, work)
     at, to = share(site.inputs, work) if site.summed else (0, site.inputs)
     for k in range(at, to):  # a list of all: code for no list would have to be compiled, too
         kept[k] = k
@@ -249,9 +259,13 @@ def _multiplied(site, x, rest, work, like):
         _by_inputs(site, x, first, y, work, like)
     else:
         rows = numbers(site.weight, (site.outputs, site.inputs), like)
-        if site.skips:
-            x = _masked(site, x, work)
-        _dot_rows(x, rows[first:end], None, y[:, first:end], work.room)
+        used = x
+        if site.masks:
+            used = _masked(site, x, work)
+            _pack(used, work.room)
+        _dot_rows(used, rows[first:end], None, y[:, first:end], work.room)
+        if site.masks:
+            _pack(x, work.room)  # for the layers after it that have the same x
 
 
 _begin = _by_format(_multiplied)

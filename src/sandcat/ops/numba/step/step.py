@@ -41,8 +41,8 @@ LAYER = record(
     "input_eps head_eps mlp_eps scaling",
     **dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), LINEAR),
 )
-"""`skips`: neurons with |activation| <= neuron_threshold are skipped, and `shared`: by one list for all sequences;
-`masks`: they are read, and count as 0."""
+"""`skips`: neurons with |activation| <= neuron_threshold are skipped; `masks`: they are read, and count as 0; `shared`:
+by one list for all sequences."""
 MODEL = record(
     "sequences rows tokens position table table_row table_column vocabulary cos sin h qkv partial hidden scores logits "
     "norm layers heads groups parts D H L x y kept wanted values sums room most stride tiles",
@@ -112,6 +112,21 @@ def _shared_neurons(layer, x, a, first, end, work, hidden):
 
 
 @njit
+def _mask_shared(layer, a, first, end, work, hidden):
+    """hidden[:, first:end] = 0 of the neurons that the sequences do not share."""
+    threshold, wanted = numbers(layer.neuron_threshold, (layer.neurons,), work.like), work.wanted
+    _barrier()
+    count = list_shared(a[: work.B], threshold, work.kept)
+    wanted[: layer.neurons] = False
+    for c in range(count):
+        wanted[work.kept[c]] = True
+    for b in range(work.B):
+        for j in range(first, end):
+            if not wanted[j]:
+                hidden[b, j] = 0
+
+
+@njit
 def _neurons(layer, x, a, first, end, work, hidden):
     """hidden[:, first:end] = activation(gate(x)) * up(x)."""
     gate, up, I, like = layer.gate, layer.up, layer.neurons, work.like[0]
@@ -141,9 +156,11 @@ def _neurons(layer, x, a, first, end, work, hidden):
             a_b, hidden_b = piece(a, b, first, end), piece(hidden, b, first, end)
             for j in range(hidden_b.size):
                 hidden_b[j] = rounded(a_b[j] * rounded(hidden_b[j], like), like)
-            if layer.masks:
+            if layer.masks and not layer.shared:
                 threshold = numbers(layer.neuron_threshold, (layer.neurons,), work.like)[first:end]
                 keep_above(hidden_b, a_b, threshold, hidden_b)
+        if layer.masks and layer.shared:
+            _mask_shared(layer, a, first, end, work, hidden)
 
 
 @njit
