@@ -18,7 +18,7 @@ from transformers import ContinuousBatchingConfig, DynamicCache, StaticCache
 
 import sandcat
 from sandcat.decoding.decoder import Decoder
-from sandcat.errors import GenerationError
+from sandcat.errors import GenerationError, SandcatError
 from sandcat.layers.modes import every_token_sparse, prompt_of
 from sandcat.layers.sparse_module import sparse_modules
 from sandcat.layers.weights import stored_of
@@ -346,11 +346,13 @@ def test_copies_and_pickles_generate_for_themselves():
         assert other.generate.prompts is not model.generate.prompts
         check(one_by_one(other, PROMPTS[:1], prompt_lookup_num_tokens=3), alone, PROMPTS[:1])
         assert inspect.signature(other.generate) == inspect.signature(tiny("llama").generate)
-        method, gone = other.generate, weakref.ref(other)
+        methods, gone = (other.generate, other.save_pretrained), weakref.ref(other)
+        assert all(method.model is other for method in methods)
         del other
         assert gone() is None  # nothing waits for a collection of circles
-        with pytest.raises(GenerationError, match="is gone"):
-            method()
+        for method in methods:
+            with pytest.raises(SandcatError, match="is gone"):
+                method(None)
 
 
 THREADS = """

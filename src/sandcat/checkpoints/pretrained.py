@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from sandcat.checkpoints import tensor_parallel
 from sandcat.checkpoints.agreement import check_state
 from sandcat.errors import PlanError, UnsupportedModel
+from sandcat.models.in_place import InPlace
 from sandcat.models.quantised import FLOATS, method_of
 from sandcat.models.unwrapped import check_unwrapped
 from sandcat.models.view import ModelView
@@ -23,7 +23,7 @@ def take_over_saving(model: nn.Module) -> None:
     """
     model.hf_quantizer = None
     keep_floats(model)
-    model.save_pretrained = partial(save_pretrained, model)
+    model.save_pretrained = SavePretrained(model)
 
 
 def keep_floats(model: nn.Module) -> None:
@@ -45,37 +45,38 @@ def keep_floats(model: nn.Module) -> None:
         model._weight_conversions = kept
 
 
-def save_pretrained(
-    model: nn.Module,
-    save_directory,
-    is_main_process: bool = True,
-    state_dict: dict[str, Tensor] | None = None,
-    **options: Any,
-) -> None:
-    """As that of transformers, which it calls; of a model with adapters it saves those alone, as there.
+class SavePretrained(InPlace):
+    """It saves what loading will build, and a state that it is given."""
 
-    Args:
-        state_dict: the tensors to save in place of the model's own; those of the plan have to be among them.
-        is_main_process: of several processes the others give, as a rule, an empty state, and write nothing.
+    name = "save_pretrained"
 
-    Raises:
-        PlanError: what is to be saved is not what loading will build.
-        UnsupportedModel: unmerged adapters, or a model that is split over devices.
-    """
-    save = type(model).save_pretrained
-    if getattr(model, "_hf_peft_config_loaded", False):
-        return save(model, save_directory, is_main_process, state_dict, **options)
-    check_unwrapped(model)
-    if state_dict is None and tensor_parallel.is_split(model):
-        raise UnsupportedModel("this model is split over devices: save the whole one, in one process.")
-    state = dict(model.state_dict() if state_dict is None else state_dict)
-    if is_main_process:
-        plan = getattr(getattr(model.config, "quantization_config", None), "plan", None)
-        if not isinstance(plan, Plan):
-            raise PlanError("this model is sparse, and its config has no plan, without which it cannot be loaded.")
-        check_state(model, plan, state)
-    _forget_tied(model, state)
-    return save(model, save_directory, is_main_process, state, **options)
+    def __call__(
+        self, save_directory, is_main_process: bool = True, state_dict: dict[str, Tensor] | None = None, **options: Any
+    ) -> None:
+        """As that of transformers, which it calls; of a model with adapters it saves those alone, as there.
+
+        Args:
+            state_dict: the tensors to save in place of the model's own; those of the plan have to be among them.
+            is_main_process: of several processes the others give, as a rule, an empty state, and write nothing.
+
+        Raises:
+            PlanError: what is to be saved is not what loading will build.
+            UnsupportedModel: unmerged adapters, or a model that is split over devices.
+        """
+        model, save = self.model, self.__wrapped__
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return save(save_directory, is_main_process, state_dict, **options)
+        check_unwrapped(model)
+        if state_dict is None and tensor_parallel.is_split(model):
+            raise UnsupportedModel("this model is split over devices: save the whole one, in one process.")
+        state = dict(model.state_dict() if state_dict is None else state_dict)
+        if is_main_process:
+            plan = getattr(getattr(model.config, "quantization_config", None), "plan", None)
+            if not isinstance(plan, Plan):
+                raise PlanError("this model is sparse, and its config has no plan, without which it cannot be loaded.")
+            check_state(model, plan, state)
+        _forget_tied(model, state)
+        return save(save_directory, is_main_process, state, **options)
 
 
 def _forget_tied(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
@@ -15,43 +12,18 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 from sandcat.errors import GenerationError
 from sandcat.layers.prompts import PAGED, PROMPT, Prompts
 from sandcat.layers.reading import Told
+from sandcat.models.in_place import InPlace
 
 
-class InPlace(ABC):
-    """Stands in the place of a model's method of that name, as an attribute of the model, and calls it.
-
-    It does not keep the model alive, follows it into a copy, and can be pickled with it.
-    """
-
-    name: ClassVar[str]
+class _Telling(InPlace):
+    """A way to generate that says what it knows to the prompts of its model."""
 
     def __init__(self, model: nn.Module, prompts: Prompts):
-        self._model, self.prompts = weakref.ref(model), prompts
-
-    @property
-    def model(self) -> nn.Module:
-        model = self._model()
-        if model is None:
-            raise GenerationError(f"the model whose {self.name} this is is gone: keep it, not the method alone.")
-        return model
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        """The method of the model's class: its signature and its help are this one's."""
-        return getattr(type(self.model), self.name).__get__(self.model)
-
-    def __deepcopy__(self, memo: dict) -> InPlace:
-        model = self.model
-        return type(self)(memo.get(id(model), model), copy.deepcopy(self.prompts, memo))
-
-    def __reduce__(self) -> tuple:
-        return type(self), (self.model, self.prompts)
-
-    @abstractmethod
-    def __call__(self, *args, **kwargs) -> Any: ...
+        super().__init__(model, prompts)
+        self.prompts = prompts
 
 
-class Generate(InPlace):
+class Generate(_Telling):
     """What is given is the prompt, what is written is not, in whatever parts the model reads it."""
 
     name = "generate"
@@ -77,7 +49,7 @@ class Generate(InPlace):
         return told
 
 
-class ContinuousBatching(InPlace):
+class ContinuousBatching(_Telling):
     """Refused here, as what a background thread raises does not reach who called it."""
 
     name = "init_continuous_batching"
