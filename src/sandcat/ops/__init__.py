@@ -6,6 +6,7 @@
 from sandcat.ops.checks import MAX_TOKENS, PROMPT_CHUNK
 from sandcat.ops.core_mlp import core_mlp
 from sandcat.ops.masks import drop_up, mask
+from sandcat.ops.paged_attention import paged_attention, paged_write
 from sandcat.ops.pays import most_tokens
 from sandcat.ops.registry import kernel_name
 from sandcat.ops.shared_units import shared_linear, shared_up_down
@@ -17,6 +18,6 @@ from sandcat.ops.weights import CODED, FORMATS, Stored
 
 __all__ = [
     "CODED", "FORMATS", "MAX_TOKENS", "PROMPT_CHUNK", "Stored", "core_mlp", "drop_up", "kernel_name", "mask",
-    "most_tokens", "shared_linear", "shared_up_down", "sparse_linear", "sparse_mlp", "sparse_up", "sparse_up_down",
-    "stored_linear",
+    "most_tokens", "paged_attention", "paged_write", "shared_linear", "shared_up_down", "sparse_linear", "sparse_mlp",
+    "sparse_up", "sparse_up_down", "stored_linear",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sandcat.ops.core_mlp import core_mlp
 from sandcat.ops.op import Op
+from sandcat.ops.paged_attention import paged_attention
 from sandcat.ops.shared_units import shared_linear, shared_up_down
 from sandcat.ops.sparse_linear import sparse_linear
 from sandcat.ops.sparse_mlp import sparse_mlp, sparse_up_down
@@ -19,6 +20,7 @@ from sandcat.ops.stored_linear import stored_linear
 
 OPS: dict[str, tuple[Op, str]] = {
     "core_mlp": (core_mlp, "core_mlp"),
+    "paged_attention": (paged_attention, "paged_attention"),
     "shared_linear": (shared_linear, "shared_units"),
     "shared_up_down": (shared_up_down, "shared_units"),
     "sparse_linear": (sparse_linear, "sparse_linear"),
