@@ -65,6 +65,21 @@ SCALES = {
 }  # fmt: skip
 
 
+def resources(source: ASTSource, capability: int, options: dict) -> tuple[str, str]:
+    """Registers a thread of a compiled kernel, and what it says of spilled bytes."""
+    built = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
+        file.write(built.asm["ptx"].encode())
+        file.flush()
+        arch = f"sm_{capability}{'a' if capability == 90 else ''}"
+        said = subprocess.run(
+            [ptxas, "-v", f"-arch={arch}", file.name, "-o", "/dev/null"], capture_output=True, text=True, check=True
+        ).stderr
+    registers = next(w for line in said.splitlines() if "Used" in line for w in [line.split("Used ")[1].split()[0]])
+    return registers, [line.strip().split(",")[1].strip() for line in said.splitlines() if "spill stores" in line][-1]
+
+
 def check(kernel, dtype: str, capability: int, *, format: str = "float", **constants) -> str:
     """Registers a thread and bytes spilled, of one kernel for one dtype."""
     options = {name: constants.pop(name) for name in ("num_warps", "maxnreg") if name in constants}
@@ -97,22 +112,12 @@ def check(kernel, dtype: str, capability: int, *, format: str = "float", **const
         {(kernel.arg_names.index(k),): v for k, v in constants.items()},
         {(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    built = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
-        file.write(built.asm["ptx"].encode())
-        file.flush()
-        arch = f"sm_{capability}{'a' if capability == 90 else ''}"
-        said = subprocess.run(
-            [ptxas, "-v", f"-arch={arch}", file.name, "-o", "/dev/null"], capture_output=True, text=True, check=True
-        ).stderr
-    registers = next(w for line in said.splitlines() if "Used" in line for w in [line.split("Used ")[1].split()[0]])
-    spilled = [line.strip().split(",")[1].strip() for line in said.splitlines() if "spill stores" in line]
+    registers, spilled = resources(source, capability, options)
     shape = " ".join(
         f"{name.lower()} {constants[name]}" for name in ("TOKENS", "ROWS", "NEURONS", "BLOCK") if name in constants
     )
     types = dtype if format == "float" else f"{dtype} and {format}"
-    return f"{kernel.fn.__name__:14} {types} {shape} {warps} warps: {registers} registers, {spilled[-1]}"
+    return f"{kernel.fn.__name__:14} {types} {shape} {warps} warps: {registers} registers, {spilled}"
 
 
 def main(formats: tuple[str, ...], capability: int) -> None:

@@ -22,6 +22,10 @@ def test_ops_equal_their_references():
     assert "382 cases equal the reference" in output("interpret_triton.py")
 
 
+def test_attention_over_pages_equals_its_reference():
+    assert "90 cases equal the reference" in output("interpret_paged.py")
+
+
 @pytest.mark.parametrize(
     "kind, count", [("float", 14), ("int8", 13), ("deterministic", 4), ("batch", 16), ("layers", 34)]
 )
@@ -33,3 +37,8 @@ def test_fused_step_equals_that_of_transformers(kind, count):
 def test_compiles_without_spilling_registers(format, least):
     lines = output("compile_triton.py", format).splitlines()
     assert len(lines) > least and not [line for line in lines if int(line.split()[-4])]
+
+
+def test_attention_over_pages_compiles_without_spilling_registers():
+    lines = output("compile_paged.py").splitlines()
+    assert len(lines) == 5 and not [line for line in lines if int(line.split()[-4])]

@@ -35,7 +35,7 @@ def attend_config(most: int, group: int, size: int, page: int, itemsize: int, sh
     """
     rows = 1 if most == 1 else max(1, min(most, 64 // group))
     block, heads = max(16, triton.next_power_of_2(size)), triton.next_power_of_2(rows * group)
-    small = heads <= 16 and itemsize < 4
+    small = heads <= 16 and itemsize < 4 and not shifts
     positions = max(16, min(128, (16384 if small else 32768) // (block * itemsize**2)))
     if shifts:
         positions = max(16, min(positions, triton.next_power_of_2(page)))
@@ -43,7 +43,7 @@ def attend_config(most: int, group: int, size: int, page: int, itemsize: int, sh
         "ROWS": rows, "BLOCKS": triton.cdiv(most, rows), "GROUP": max(16, heads), "HEADS": heads, "BLOCK": block,
         "POSITIONS": positions, "GATHER": not shifts and page % positions != 0,
         "NEWS": max(16, triton.next_power_of_2(rows)), "PARTS": max(1, min(16, 8192 // (heads * block))), "STAGES": 3,
-        "AHEAD": 128, "num_warps": 2 if small else 4, "per_multiprocessor": 4 if small else 2,
+        "AHEAD": 128, "num_warps": 2 if small else 8 if shifts else 4, "per_multiprocessor": 4 if small else 2,
     }  # fmt: skip
 
 
