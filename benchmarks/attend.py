@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sandcat.measuring.speed import Timer, read_bandwidth
 from sandcat.ops import kernel_name, paged_attention
-from sandcat.ops.paged_attention import Pages
+from sandcat.ops.paged_attention import Pages, Rows
 from sandcat.support.devices import pick_device, pick_dtype
 
 COPIES_BYTES = 512 << 20
@@ -114,7 +114,7 @@ def paged(q_BHD: Tensor, lengths: list[int], N: int, page: int, copies: int, lay
     first_B = torch.arange(B + 1, dtype=torch.int32, device=device)
 
     def run(cached: Pages) -> Tensor:
-        return paged_attention(q_BHD, *cached, first_B, 1, D**-0.5)
+        return paged_attention(q_BHD, cached, Rows(first_B, 1), D**-0.5, None, None)
 
     for b in range(B):
         index = torch.arange(lengths[b], device=device)

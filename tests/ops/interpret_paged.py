@@ -43,19 +43,13 @@ def check(found, want, dtype):
 
 def writing(args, k, v, norms, programs):
     """What `attend` makes of rows whose keys and values it writes itself; lengths are those before them."""
-    q, keys, first = args["q_RHD"], args["keys"], args["first_B"]
-    R, H, D = q.shape
-    grid = grid_of(H, args["most"], keys[0], args["table_BNM"], shifts="shift_BNM" in args, multiprocessors=1)
-    before = args["length_BN"] - first.diff()[:, None]
-    cached = cached_of(keys, args["values"], args["table_BNM"], args.get("shift_BNM"), args["start_BN"], before)
-    turn, out = (
-        Turn(args["position_R"], args["cos_LD"], args["sin_LD"], *norms, 1e-6),
-        torch.empty(R, H, D, dtype=q.dtype),
-    )
-    grid = grid._replace(programs=programs)
+    q, pages, rows, scaling, window, cap = args
+    grid = grid_of(q.shape[1], rows.most, pages, 1)._replace(programs=programs)
+    before = pages._replace(length_BN=pages.length_BN - rows.first_B.diff()[:, None])
+    out = torch.empty(*q.shape, dtype=q.dtype)
     paged.attend[(programs,)](
-        q, out, first, cached, turn, New(k, v, k.stride(0), v.stride(0)), room_of(grid, q.device), H * D,
-        *scalings(args["scaling"], args.get("cap")), grid.items, args.get("window"), PDL=False, **grid.config,
+        q, out, rows.first_B, cached_of(before), Turn(*rows[2:], *norms, 1e-6), New(k, v, k.stride(0), v.stride(0)),
+        room_of(grid, q.device), q.stride(0), *scalings(scaling, cap), grid.items, window, PDL=False, **grid.config,
     )  # fmt: skip
     return out
 
@@ -65,40 +59,42 @@ def normed(x, weight):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight.float()
 
 
+def copied(pages):
+    """Pages with a memory of their own."""
+    pools = ([chunk[:, :, : 1 if chunk.stride(2) == 0 else None].clone() for chunk in pool] for pool in pages[:2])
+    N = pages.table_BNM.shape[1]
+    keys, values = ([chunk.expand(-1, -1, N, -1) for chunk in pool] for pool in pools)
+    return pages._replace(keys=keys, values=values)
+
+
 def check_writing(dtype, programs, *, norms=False, **options):
     """Its results, and the pages that it leaves, are those of the references."""
-    args = arguments(**options, dtype=dtype, turned=True)
-    (R, _, D), N = args["q_RHD"].shape, args["table_BNM"].shape[1]
-    if "shift_BNM" in args:  # pages that are still written have none
-        args["shift_BNM"][:, :, -3:] = 0
-    k, v = (torch.randn(R, N, D).to(dtype) for _ in range(2))
-    weights = [torch.rand(D).to(dtype) if norms else None for _ in range(2)]
-    want = dict(args)
-    for name in ("keys", "values"):
-        want[name] = [chunk[:, :, : 1 if chunk.stride(2) == 0 else N].clone().expand_as(chunk) for chunk in args[name]]
-    angles = [args[name][args["position_R"].long()][:, None].float() for name in ("cos_LD", "sin_LD")]
+    q, pages, rows, *rest = args = arguments(**options, dtype=dtype, turned=True)
+    if pages.shift_BNM is not None:  # pages that are still written have none
+        pages.shift_BNM[:, :, -3:] = 0
+    k, v = (torch.randn(len(q), pages.table_BNM.shape[1], q.shape[2]).to(dtype) for _ in range(2))
+    weights = [torch.rand(q.shape[2]).to(dtype) if norms else None for _ in range(2)]
+    want, angles = copied(pages), [t[rows.position_R.long()][:, None].float() for t in rows[3:]]
     turned = rotated(normed(k, weights[1]) if norms else k.float(), *angles).to(dtype)
-    write_reference(turned, v, want["keys"], want["values"], args["table_BNM"], args["length_BN"], args["first_B"])
-    want["q_RHD"] = normed(args["q_RHD"], weights[0]).to(dtype) if norms else args["q_RHD"]
-    check(writing(args, k, v, weights, programs), reference(**want), dtype)
-    for name in ("keys", "values"):
-        check(torch.cat(args[name]), torch.cat(want[name]), dtype)
+    write_reference(turned, v, want, rows.first_B)
+    expected = reference(normed(q, weights[0]).to(dtype) if norms else q, want, rows, *rest)
+    check(writing(args, k, v, weights, programs), expected, dtype)
+    for found, pool in zip(pages[:2], want[:2], strict=True):
+        check(torch.cat(found), torch.cat(pool), dtype)
 
 
 for multiprocessors, dtype in ((1, torch.float32), (3, torch.float16)):
     paged.multiprocessors = lambda device, count=multiprocessors: count
     for case in CASES.values():
         args = arguments(**case, dtype=dtype)
-        check(paged.launch(**args), exact(args), dtype)
+        check(paged.launch(*args), exact(*args), dtype)
 for layout in ("own", "token", "head"):
-    args = arguments([40, 9, 90], [3, 0, 20], layout=layout, chunks=3, page=7)
-    want = {name: [chunk[:, :, : 1 if layout == "own" else 2].clone().expand_as(chunk) for chunk in args[name]]
-            for name in ("keys", "values")}  # fmt: skip
-    rest, (k, v) = [args[name] for name in ("table_BNM", "length_BN", "first_B")], torch.randn(2, 25, 2, 64)
-    write_reference(k, v, want["keys"], want["values"], *rest)
-    paged.launch_write(k, v, args["keys"], args["values"], *rest)
-    for name in ("keys", "values"):
-        check(torch.cat(args[name]), torch.cat(want[name]), torch.float32)
+    _, pages, rows, *_ = arguments([40, 9, 90], [3, 0, 20], layout=layout, chunks=3, page=7)
+    want, (k, v) = copied(pages), torch.randn(2, 25, 2, 64)
+    write_reference(k, v, want, rows.first_B)
+    paged.launch_write(k, v, pages, rows.first_B)
+    for found, pool in zip(pages[:2], want[:2], strict=True):
+        check(torch.cat(found), torch.cat(pool), torch.float32)
 for programs, dtype in ((1, torch.float32), (7, torch.float16)):
     check_writing(dtype, programs, lengths=[300, 3, 41, 30], rows=[1, 1, 1, 1], starts=[0, 2, 17, 0])
     check_writing(dtype, programs, lengths=[1, 5], rows=[1, 1])

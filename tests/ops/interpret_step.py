@@ -31,7 +31,7 @@ launch.multiprocessors = lambda device: 2
 launch.shared_memory = lambda device: 200000
 launch.dependent_launch = lambda device: {"PDL": False}
 
-from sandcat.decoding import step as decode_step  # noqa: E402  # whose kernels ask for these as they are imported
+from sandcat.decoding import step as decode_step  # whose kernels ask for these as they are imported
 
 decode_step.kernel_name = lambda *_: "triton"
 

@@ -12,7 +12,7 @@ from conftest import DEVICES, assert_close
 from torch import Tensor
 
 from sandcat.ops import kernel_name, paged_attention, paged_write
-from sandcat.ops.paged_attention import reference
+from sandcat.ops.paged_attention import Pages, Rows, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["own", "token", "head"]
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 def arguments(
     lengths: Sequence[int], rows: Sequence[int], *, dtype=torch.float32, device="cpu", starts=0, heads=(4, 2), size=64,
-    page=16, chunks=1, layout="own", turned=False, shifts=False, seed=0, **options,
-) -> dict:  # fmt: skip
+    page=16, chunks=1, layout="own", turned=False, shifts=False, scaling=None, window=None, cap=None, seed=0,
+) -> tuple:  # fmt: skip
     """Random arguments: pages in random order, NaN and numbers of no page wherever nothing may look. The last head has
     cached 5 tokens less than the first, where it can."""
     generator = torch.Generator().manual_seed(seed)
@@ -54,28 +54,26 @@ def arguments(
     if layout == "head":
         pools = pools.transpose(2, 3).contiguous().transpose(2, 3)
     keys, values = ([c.expand(-1, -1, N, -1).to(device) for c in pool.split(P)] for pool in pools.to(device))
-    first_B = torch.tensor([0, *itertools.accumulate(rows)], dtype=torch.int32)
-    found = {
-        "q_RHD": randn(sum(rows), H, size), "keys": keys, "values": values, "table_BNM": table_BNM,
-        "start_BN": start_BN, "length_BN": length_BN, "first_B": first_B, "most": max(rows),
-        "scaling": size**-0.5, **options,
-    }  # fmt: skip
+    place = torch.device(device)
+    pages = Pages(keys, values, *(t.to(place) for t in (table_BNM, start_BN, length_BN)))
+    rest = Rows(torch.tensor([0, *itertools.accumulate(rows)], dtype=torch.int32, device=place), max(rows))
     if turned:
         turn_LD = torch.arange(max(lengths))[:, None] * 0.3 ** torch.arange(size // 2).repeat(2)
-        found |= {"cos_LD": turn_LD.cos().to(dtype), "sin_LD": turn_LD.sin().to(dtype)}
         position = [t for length, count in zip(lengths, rows, strict=True) for t in range(length - count, length)]
-        found["position_R"] = torch.tensor(position, dtype=torch.int32)
+        angles = [angle.to(dtype).to(place) for angle in (turn_LD.cos(), turn_LD.sin())]
+        rest = Rows(rest.first_B, rest.most, torch.tensor(position, dtype=torch.int32, device=place), *angles)
         if shifts:
-            found["shift_BNM"] = torch.randint(0, min(position) + 1, table_BNM.shape, generator=generator).int()
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in found.items()}
+            shift_BNM = torch.randint(0, min(position) + 1, table_BNM.shape, generator=generator)
+            pages = pages._replace(shift_BNM=shift_BNM.int().to(place))
+    return randn(sum(rows), H, size).to(place), pages, rest, scaling or size**-0.5, window, cap
 
 
-def exact(args: dict) -> Tensor:
+def exact(q_RHD: Tensor, pages: Pages, rows: Rows, *options) -> Tensor:
     """The reference in float32; what is turned is rounded as in the dtype."""
-    if "cos_LD" not in args and args["q_RHD"].device.type == "cpu":
-        args = {name: [t.float() for t in v] if isinstance(v, list) else v for name, v in args.items()}
-        args["q_RHD"] = args["q_RHD"].float()
-    return reference(**args)
+    if rows.position_R is None:
+        keys, values = ([chunk.float() for chunk in pool] for pool in pages[:2])
+        q_RHD, pages = q_RHD.float(), pages._replace(keys=keys, values=values)
+    return reference(q_RHD, pages, rows, *options)
 
 
 CASES = {
@@ -108,7 +106,7 @@ CASES = {
 @pytest.mark.parametrize("device", DEVICES)
 def test_equals_reference(name, dtype, device):
     args = arguments(**CASES[name], dtype=dtype, device=device)
-    assert_close(paged_attention(**args), exact(args), dtype)
+    assert_close(paged_attention(*args), exact(*args), dtype)
     assert kernel_name("paged_attention", device) == {"cpu": "numba", "cuda": "triton"}[device]
 
 
@@ -117,17 +115,15 @@ def test_equals_reference(name, dtype, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_pages_of_any_owner(layout, page, device):
     args = arguments([300, 3, 41], [1, 2, 1], layout=layout, page=page, chunks=2, heads=(8, 4), device=device)
-    assert_close(paged_attention(**args), reference(**args), torch.float32)
+    assert_close(paged_attention(*args), reference(*args), torch.float32)
 
 
 def test_reference_equals_attention_of_torch():
-    args = arguments([45], [45], layout="token")
-    args["length_BN"] = torch.full_like(args["length_BN"], 40)
-    q, first = args["q_RHD"][:40], torch.tensor([0, 40], dtype=torch.int32)
-    entry = args["table_BNM"][0, 0, :3].long()
-    k, v = (args[name][0][entry].flatten(0, 1)[:40].transpose(0, 1) for name in ("keys", "values"))
-    want = F.scaled_dot_product_attention(q.transpose(0, 1), k, v, is_causal=True, enable_gqa=True)
-    assert_close(reference(**args | {"q_RHD": q, "first_B": first}), want.transpose(0, 1), torch.float32)
+    q_RHD, pages, rows, *options = arguments([40], [40], layout="token")
+    entry = pages.table_BNM[0, 0, :3].long()
+    k, v = (pool[0][entry].flatten(0, 1)[:40].transpose(0, 1) for pool in pages[:2])
+    want = F.scaled_dot_product_attention(q_RHD.transpose(0, 1), k, v, is_causal=True, enable_gqa=True)
+    assert_close(reference(q_RHD, pages, rows, *options), want.transpose(0, 1), torch.float32)
 
 
 def test_work_is_shared_among_threads():
@@ -136,7 +132,7 @@ def test_work_is_shared_among_threads():
     try:
         for count in (1, 2, 7):
             torch.set_num_threads(count)
-            assert_close(paged_attention(**args), reference(**args), torch.float32)
+            assert_close(paged_attention(*args), reference(*args), torch.float32)
     finally:
         torch.set_num_threads(threads)
 
@@ -145,33 +141,30 @@ def test_work_is_shared_among_threads():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_writes_the_last_tokens(dtype, layout, device):
-    args = arguments([40, 9, 90], [3, 0, 20], layout=layout, chunks=3, page=7, dtype=dtype, device=device)
-    pages = {name: args[name] for name in ("table_BNM", "length_BN", "first_B")}
-    before = {name: [chunk.clone() for chunk in args[name]] for name in ("keys", "values")}
+    _, pages, rows, *_ = arguments([40, 9, 90], [3, 0, 20], layout=layout, chunks=3, page=7, dtype=dtype, device=device)
+    before = [[chunk.clone() for chunk in pool] for pool in pages[:2]]
     k, v = (torch.randn(25, 2, 64).to(dtype).to(device) for _ in range(2))  # the last two belong to no sequence
-    paged_write(k, v, args["keys"], args["values"], **pages)
-    S, P = args["keys"][0].shape[1], len(args["keys"][0])
-    for b, n, (first, end) in itertools.product((0, 1, 2), (0, 1), [(0, 3), (3, 3), (3, 23)]):
-        if (first, end) != tuple(args["first_B"][b : b + 2].tolist()):
-            continue
-        index = torch.arange(int(args["length_BN"][b, n]) - (end - first), int(args["length_BN"][b, n]))
-        for i, row in zip(index.tolist(), range(first, end), strict=True):
-            page = int(args["table_BNM"][b, n, i // S])
-            for name, new in (("keys", k), ("values", v)):
-                assert torch.equal(args[name][page // P][page % P, i % S, n], new[row, n])
-                before[name][page // P][page % P, i % S, slice(None) if layout == "own" else n] = new[row, n]
-    for name, chunks in before.items():  # and nothing else is written
-        assert all(torch.equal(*(t.nan_to_num(7) for t in pair)) for pair in zip(args[name], chunks, strict=True))
+    paged_write(k, v, pages, rows.first_B)
+    (P, S), first = pages.keys[0].shape[:2], rows.first_B.tolist()
+    for b, n in itertools.product(range(3), range(2)):
+        for row in range(first[b], first[b + 1]):
+            index = int(pages.length_BN[b, n]) - first[b + 1] + row
+            chunk, page = divmod(int(pages.table_BNM[b, n, index // S]), P)
+            for pool, was, new in zip(pages[:2], before, (k, v), strict=True):
+                assert torch.equal(pool[chunk][page, index % S, n], new[row, n])
+                was[chunk][page, index % S, slice(None) if layout == "own" else n] = new[row, n]
+    for pool, was in zip(pages[:2], before, strict=True):  # and nothing else is written
+        assert all(torch.equal(*(t.nan_to_num(7) for t in pair)) for pair in zip(pool, was, strict=True))
 
 
 def test_is_an_op_of_torch():
     args = arguments([20, 9], [2, 1], turned=True, shifts=True, window=8)
-    torch.library.opcheck(paged_attention, (), args, test_utils=("test_schema", "test_faketensor"))
-    assert torch.equal(torch.compile(paged_attention, fullgraph=True)(**args), paged_attention(**args))
-    k, v = (torch.randn(3, 2, 64) for _ in range(2))
-    args = arguments([20, 9], [2, 1], layout="token")
-    write = (k, v, args["keys"], args["values"], *(args[name] for name in ("table_BNM", "length_BN", "first_B")))
-    torch.library.opcheck(paged_write, write, test_utils=("test_schema", "test_faketensor"))
+    flat = paged_attention.flat(*args)
+    torch.library.opcheck(paged_attention.op, flat, test_utils=("test_schema", "test_faketensor"))
+    assert torch.equal(torch.compile(lambda: paged_attention(*args), fullgraph=True)(), paged_attention(*args))
+    _, pages, rows, *_ = arguments([20, 9], [2, 1], layout="token")
+    flat = paged_write.flat(*torch.randn(2, 3, 2, 64), pages, rows.first_B)
+    torch.library.opcheck(paged_write.op, flat, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(
@@ -187,5 +180,9 @@ def test_is_an_op_of_torch():
     ],
 )
 def test_refuses_what_it_cannot_read(wrong, match):
+    q_RHD, pages, rows, *options = arguments([30], [1])
+    pages, rows = (
+        t._replace(**{name: value for name, value in wrong.items() if name in t._fields}) for t in (pages, rows)
+    )
     with pytest.raises((ValueError, IndexError), match=match):
-        paged_attention(**arguments([30], [1]) | wrong)
+        paged_attention(wrong.get("q_RHD", q_RHD), pages, rows, *options)

@@ -20,7 +20,7 @@ from sandcat.ops.numba.primitives.dtypes import STORAGE, exp, narrow, widen
 from sandcat.ops.numba.primitives.registers import apart
 from sandcat.ops.numba.primitives.threads import VERSION, float32s, numbers, on_all_threads, piece, pointer, threads_of
 from sandcat.ops.numba.step.linears import record
-from sandcat.ops.paged_attention import check_arguments, check_pages, paged_attention
+from sandcat.ops.paged_attention import Pages, Rows, check_arguments, check_pages, paged_attention
 
 ROWS = 8
 """Rows of a sequence that look at keys together."""
@@ -271,47 +271,29 @@ def _fill_pool(entry: np.void, chunks: Sequence[Tensor]) -> np.ndarray:
 
 
 @paged_attention.register_kernel("cpu")
-def _(
-    q_RHD: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    table_BNM: Tensor,
-    start_BN: Tensor,
-    length_BN: Tensor,
-    first_B: Tensor,
-    most: int,
-    scaling: float,
-    window: int | None = None,
-    cap: float | None = None,
-    shift_BNM: Tensor | None = None,
-    position_R: Tensor | None = None,
-    cos_LD: Tensor | None = None,
-    sin_LD: Tensor | None = None,
-) -> Tensor:
-    tensors = (table_BNM, start_BN, length_BN, first_B, shift_BNM, position_R, cos_LD, sin_LD)
-    check_arguments("paged_attention", q_RHD, keys, values, *tensors)
-    check_pages("paged_attention", keys, table_BNM, start_BN, length_BN)
-    (R, H, D), (B, N, M), threads = q_RHD.shape, table_BNM.shape, threads_of()
-    items, job = N * int((first_B.diff() + (ROWS - 1)).div(ROWS, rounding_mode="floor").sum()), np.zeros(1, JOB)
-    partial = torch.empty(items + threads, ROWS * (H // N), D + 2)
-    out = torch.empty(q_RHD.shape, dtype=q_RHD.dtype)
-    held = {
-        "q": q_RHD, "out": out, "first": first_B, "start": start_BN, "length": length_BN, "shift": shift_BNM,
-        "position": position_R, "cos": cos_LD, "sin": sin_LD, "partial": partial,
+def _(q_RHD: Tensor, pages: Pages, rows: Rows, scaling: float, window: int | None, cap: float | None) -> Tensor:
+    check_arguments("paged_attention", q_RHD, pages, rows)
+    check_pages("paged_attention", pages)
+    (R, H, D), (B, N, M), threads = q_RHD.shape, pages.table_BNM.shape, threads_of()
+    items = N * int((rows.first_B.diff() + (ROWS - 1)).div(ROWS, rounding_mode="floor").sum())
+    job, out_RHD = np.zeros(1, JOB), torch.empty(q_RHD.shape, dtype=q_RHD.dtype)
+    tensors = {
+        "q": q_RHD, "out": out_RHD, "first": rows.first_B, "start": pages.start_BN, "length": pages.length_BN,
+        "shift": pages.shift_BNM, "position": rows.position_R, "cos": rows.cos_LD, "sin": rows.sin_LD,
+        "partial": torch.empty(items + threads, ROWS * (H // N), D + 2),
     }  # fmt: skip
-    held = {name: None if tensor is None else tensor.contiguous() for name, tensor in held.items()}
-    sizes = {
-        "B": B, "H": H, "N": N, "D": D, "P": len(keys[0]), "S": keys[0].shape[1], "M": M, "R": R, "items": items,
-        "L": 0 if cos_LD is None else len(cos_LD), "window": window or 2**31, "itemsize": q_RHD.itemsize,
-        "scaling": scaling, "cap": cap or 0, "table": table_BNM.data_ptr(),
+    held = {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
+    fields = {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in held.items()}
+    fields |= {
+        "B": B, "H": H, "N": N, "D": D, "P": len(pages.keys[0]), "S": pages.keys[0].shape[1], "M": M, "R": R,
+        "L": 0 if rows.cos_LD is None else len(rows.cos_LD), "items": items, "window": window or 2**31,
+        "itemsize": q_RHD.itemsize, "scaling": scaling, "cap": cap or 0, "table": pages.table_BNM.data_ptr(),
     }  # fmt: skip
-    sizes |= dict(zip(("table_b", "table_n", "table_m"), table_BNM.stride(), strict=True))
-    for name, value in sizes.items():
+    fields |= dict(zip(("table_b", "table_n", "table_m"), pages.table_BNM.stride(), strict=True))
+    for name, value in fields.items():
         job[0][name] = value
-    for name, tensor in held.items():
-        job[0][name] = 0 if tensor is None else tensor.data_ptr()
-    chunks = _fill_pool(job[0]["keys"], keys), _fill_pool(job[0]["values"], values)
+    chunks = _fill_pool(job[0]["keys"], pages.keys), _fill_pool(job[0]["values"], pages.values)
     for kernel in _kernels(q_RHD.dtype):
         kernel([job.ctypes.data, VERSION], threads)
     del chunks, held  # which were read by address
-    return out
+    return out_RHD

@@ -8,15 +8,13 @@ whole. An item that several programs have parts of is added up by the last of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sandcat.ops.paged_attention import check_arguments, paged_attention, paged_write
+from sandcat.ops.paged_attention import Pages, Rows, check_arguments, paged_attention, paged_write
 from sandcat.ops.triton.primitives.launch import multiprocessors
 from sandcat.ops.triton.primitives.page_grid import cached_of, grid_of, room_of, scalings
 from sandcat.ops.triton.primitives.pages import (
@@ -40,7 +38,6 @@ from sandcat.ops.triton.primitives.pages import (
 )  # fmt: skip
 
 OPS = ("paged_attention", "paged_write")
-INT8_OPS = ()
 
 
 @triton.jit
@@ -182,56 +179,27 @@ def write(
 
 
 @paged_attention.register_kernel("cuda")
-def launch(
-    q_RHD: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    table_BNM: Tensor,
-    start_BN: Tensor,
-    length_BN: Tensor,
-    first_B: Tensor,
-    most: int,
-    scaling: float,
-    window: int | None = None,
-    cap: float | None = None,
-    shift_BNM: Tensor | None = None,
-    position_R: Tensor | None = None,
-    cos_LD: Tensor | None = None,
-    sin_LD: Tensor | None = None,
-) -> Tensor:
-    tensors = (table_BNM, start_BN, length_BN, first_B, shift_BNM, position_R, cos_LD, sin_LD)
-    check_arguments("paged_attention", q_RHD, keys, values, *tensors)
+def launch(q_RHD: Tensor, pages: Pages, rows: Rows, scaling: float, window: int | None, cap: float | None) -> Tensor:
+    check_arguments("paged_attention", q_RHD, pages, rows)
     q_RHD, (_, H, D), device = q_RHD.contiguous(), q_RHD.shape, q_RHD.device
-    out_RHD = torch.empty_like(q_RHD)
-    grid = grid_of(
-        H, most, keys[0], table_BNM, shifts=shift_BNM is not None, multiprocessors=multiprocessors(device)
-    )  # fmt: skip
-    turn = Turn(*(None if t is None else t.contiguous() for t in (position_R, cos_LD, sin_LD)))
+    out_RHD, grid = torch.empty_like(q_RHD), grid_of(H, rows.most, pages, multiprocessors(device))
+    first_B, _, *turn = (t.contiguous() if isinstance(t, Tensor) else t for t in rows)
     with torch.cuda.device(device):
         attend[(grid.programs,)](
-            q_RHD, out_RHD, first_B.contiguous(), cached_of(keys, values, table_BNM, shift_BNM, start_BN, length_BN),
-            turn, New(), room_of(grid, device), H * D, *scalings(scaling, cap), grid.items, window, PDL=False,
-            **grid.config,
+            q_RHD, out_RHD, first_B, cached_of(pages), Turn(*turn), New(), room_of(grid, device), H * D,
+            *scalings(scaling, cap), grid.items, window, PDL=False, **grid.config,
         )  # fmt: skip
     return out_RHD
 
 
 @paged_write.register_kernel("cuda")
-def launch_write(
-    k_RND: Tensor,
-    v_RND: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    table_BNM: Tensor,
-    length_BN: Tensor,
-    first_B: Tensor,
-) -> None:
-    check_arguments("paged_write", k_RND, keys, values, table_BNM, length_BN, length_BN, first_B)
-    check_arguments("paged_write", v_RND, keys, values, table_BNM, length_BN, length_BN, first_B)
-    (R, N, D), (P, S), B = k_RND.shape, keys[0].shape[:2], len(table_BNM)
-    k_RND, v_RND = k_RND.contiguous(), v_RND.contiguous()
+def launch_write(k_RND: Tensor, v_RND: Tensor, pages: Pages, first_B: Tensor) -> None:
+    for x_RND in (k_RND, v_RND):
+        check_arguments("paged_write", x_RND, pages, Rows(first_B, len(k_RND)))
+    (R, N, D), (P, S), B = k_RND.shape, pages.keys[0].shape[:2], len(pages.table_BNM)
+    sizes = {"N": N, "D": D, "S": S, "P": P, "ITEMS": triton.next_power_of_2(B), "BLOCK": triton.next_power_of_2(D)}
     with torch.cuda.device(k_RND.device):
         write[(R, N)](
-            k_RND, v_RND, first_B.contiguous(), cached_of(keys, values, table_BNM, None, length_BN, length_BN), N * D,
-            N * D, B, N=N, D=D, S=S, P=P, ITEMS=triton.next_power_of_2(B), BLOCK=triton.next_power_of_2(D), num_warps=1,
+            k_RND.contiguous(), v_RND.contiguous(), first_B.contiguous(), cached_of(pages), N * D, N * D, B, **sizes,
+            num_warps=1,
         )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from sandcat.ops.paged_attention import Pages
 from sandcat.ops.triton.primitives.pages import Cached, Room
 
 
@@ -47,18 +48,12 @@ def attend_config(most: int, group: int, size: int, page: int, itemsize: int, sh
     }  # fmt: skip
 
 
-def grid_of(
-    heads: int, most: int, keys: Tensor, table_BNM: Tensor, *, shifts: bool = False, multiprocessors: int, **other: int
-) -> Grid:
-    """The grid for so many query heads over a cache: one chunk of its pool, and its table.
-
-    Args:
-        most: rows of a sequence, at most.
-        other: what is taken in place of what `attend_config` says.
-    """
-    (P, S, N, D), B = keys.shape, len(table_BNM)
-    config = attend_config(most, heads // N, D, S, keys.itemsize, shifts) | other
-    items = B * N * config["BLOCKS"]
+def grid_of(heads: int, most: int, pages: Pages, multiprocessors: int, **other: int) -> Grid:
+    """The grid for so many query heads, and rows of a sequence at most; `other` is taken in place of what
+    `attend_config` says."""
+    (P, S, N, D), itemsize = pages.keys[0].shape, pages.keys[0].itemsize
+    config = attend_config(most, heads // N, D, S, itemsize, pages.shift_BNM is not None) | other
+    items = len(pages.table_BNM) * N * config["BLOCKS"]
     sizes = {"N": N, "G": heads // N, "D": D, "S": S, "P": P, "ITEMS": triton.next_power_of_2(items)}
     return Grid(items, config.pop("per_multiprocessor") * multiprocessors, sizes | config)
 
@@ -72,27 +67,29 @@ def room_of(grid: Grid, device: torch.device) -> Room:
     )  # fmt: skip
 
 
-def cached_of(
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    table_BNM: Tensor,
-    shift_BNM: Tensor | None,
-    start_BN: Tensor,
-    length_BN: Tensor,
-) -> Cached:
+def cached_of(pages: Pages) -> Cached:
     """What the kernels take, of a pool in one chunk or more.
 
     Raises:
         ValueError: chunks do not begin a multiple of 16 numbers apart.
     """
     chunks: list[Tensor | None] = [None, None]
-    if len(keys) > 1:
-        apart = [[(t.data_ptr() - pool[0].data_ptr()) // t.itemsize for t in pool] for pool in (keys, values)]
-        if any(offset % 16 for offsets in apart for offset in offsets):
-            raise ValueError(f"chunks of pages must begin a multiple of 16 numbers apart, and these do so by {apart}.")
-        chunks = [torch.tensor(offsets, device=table_BNM.device) for offsets in apart]
-    shifts = (0, 0, 0) if shift_BNM is None else shift_BNM.stride()
+    if len(pages.keys) > 1:
+        chunks = [offsets_of(pool, pages.table_BNM.device) for pool in (pages.keys, pages.values)]
     return Cached(
-        keys[0], values[0], *chunks, table_BNM, shift_BNM, start_BN.contiguous(), length_BN.contiguous(),
-        *keys[0].stride()[:3], *values[0].stride()[:3], *table_BNM.stride(), *shifts,
+        pages.keys[0], pages.values[0], *chunks, pages.table_BNM, pages.shift_BNM, pages.start_BN.contiguous(),
+        pages.length_BN.contiguous(), *pages.keys[0].stride()[:3], *pages.values[0].stride()[:3],
+        *pages.table_BNM.stride(), *((0, 0, 0) if pages.shift_BNM is None else pages.shift_BNM.stride()),
     )  # fmt: skip
+
+
+def offsets_of(chunks: Sequence[Tensor], device: torch.device) -> Tensor:
+    """How many numbers after the first each chunk begins.
+
+    Raises:
+        ValueError: one does not begin a multiple of 16 after.
+    """
+    offsets = [(chunk.data_ptr() - chunks[0].data_ptr()) // chunk.itemsize for chunk in chunks]
+    if any(offset % 16 for offset in offsets):
+        raise ValueError(f"chunks of pages must begin a multiple of 16 numbers apart, and these do so at {offsets}.")
+    return torch.tensor(offsets, device=device)

@@ -21,7 +21,8 @@ than they save."""
 
 
 class Cached(NamedTuple):
-    """What is cached, as `ops.paged_attention.Pages` has it; pointers, and how many numbers things lie apart."""
+    """What is cached, as `Pages` has it; addresses, and how many numbers things lie apart. (No field may be called
+    `values`: a tuple of Triton's has that name for itself.)"""
 
     k: Tensor
     v: Tensor
