@@ -44,6 +44,28 @@ def test_bytes_of_a_step(pair):
     assert step_bytes(sparse, ids) == weights + cache + thresholds - dropped * 2 * 32 * 4
 
 
+@pytest.mark.parametrize("recipe", ["int8 cats", "fp8 cats:batch=shared", "int8 teal:sparsity=0.5"])
+@torch.inference_mode()
+def test_codes_are_counted_once(pair, recipe):
+    """What each format's own layers read, less the bytes of the units that are dropped, of one byte a weight."""
+    dense, _ = pair
+    whole, sparse = copy.deepcopy(dense), copy.deepcopy(dense)
+    sandcat.sparsify(whole, None, recipe.split()[0])
+    sandcat.sparsify(sparse, None, recipe, calibration=text())
+    ids, dropped = torch.randint(4, 96, (1, 10)), []
+
+    def count(module, args):
+        size = getattr(module, "out_features", 2 * 32)  # of an MLP's neuron: a row of up, one of down
+        dropped.append(size * int((~module.kept(args[0][:, -1])).sum()))
+
+    for module in sparse_modules(sparse).values():
+        module.register_forward_pre_hook(count)
+    sparse(ids)
+    thresholds = sum(module.threshold.nbytes for module in sparse_modules(sparse).values())
+    expected = step_bytes(whole, ids) + thresholds - sum(dropped)
+    assert step_bytes(sparse, ids) == expected
+
+
 @pytest.mark.usefixtures("kernels_pay")
 @torch.inference_mode()
 def test_bytes_of_a_batch(pair):

@@ -117,19 +117,20 @@ class Decoder:
     def _capture(self, ids_B1: Tensor) -> torch.cuda.CUDAGraph:
         """Compiles and warms the step up, captures it, and sets the cache back to where it was."""
         self.ids_B1 = ids_B1.clone()
+        position, before = self.cache.position, self.cache.position.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
                 self.forward(self.ids_B1)
-                self._set_length(self.length)
+                position.copy_(before)
         torch.cuda.current_stream().wait_stream(stream)
         gc.collect()  # a graph of before that is freed while this one is captured would spoil it
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.logits = self.forward(self.ids_B1)
         self.held = [weight.detach() for weight in self.model.parameters()]  # a weight may be stored anew (`pack`)
-        self._set_length(self.length)
+        position.copy_(before)
         return graph
 
     @torch.inference_mode()

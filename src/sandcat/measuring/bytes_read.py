@@ -21,9 +21,12 @@ def step_bytes(model: nn.Module, ids_BT: Tensor) -> int:
     read: dict[nn.Module, int] = {}
     decoder = Decoder(model, ids_BT.shape[1])
     decoder.prefill(ids_BT[:, :-1])  # not counted: in it some methods choose what they read afterwards
+    skipping = sparse_modules(model).values()
+    within = {m for module in skipping for m in module.modules() if m is not module and m not in skipping}
     handles = [
         module.register_forward_pre_hook(lambda m, args: read.__setitem__(m, m.bytes_read(args[0])))
         for module in kernel_modules(model).values()
+        if module not in within  # what skips counts what is inside it
     ]
     try:
         model(ids_BT[:, -1:].to(model.device), past_key_values=decoder.cache, use_cache=True)

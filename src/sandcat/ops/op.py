@@ -73,7 +73,7 @@ class Op:
             if tuple_type is None:
                 found.append(arg)
             else:
-                found += arg
+                found.extend([*arg])  # not +=, which torch.compile 2.11 does not trace for named tuples
         return tuple(found)
 
     def whole(self, args: tuple) -> list[Any]:
