@@ -26,6 +26,7 @@ from sandcat.ops.triton.primitives.blocks import (
     finish,
     gated,
     keep_neurons,
+    let_in,
     which_of_three,
     widen,
 )
@@ -92,8 +93,11 @@ def _list_digits(list_i, list_x, i, x_i, keep, e):
 
 
 @triton.jit
-def _digit_sums(list_i, list_x, n, w, size, cols, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """The sums of n listed rows of an int8 weight, times their digits."""
+def _digit_sums(
+    list_i, list_x, n, w, size, cols, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    LET_IN: tl.constexpr,
+):  # fmt: skip
+    """The sums of n listed rows of an int8 weight, times their digits. For LET_IN see `let_in`."""
     tl.static_assert(ROWS == 4)
     words, r = list_x.to(tl.pointer_type(tl.int32)), tl.arange(0, 4)
     none = tl.zeros((BLOCK,), tl.int32)
@@ -108,6 +112,8 @@ def _digit_sums(list_i, list_x, n, w, size, cols, ROWS: tl.constexpr, BLOCK: tl.
         d0, d2 = tl.split(d_02)
         d1, _d3 = tl.split(d_13)
         y0, y1, y2 = add_four_rows(w0, w1, w2, w3, d0 + none, d1 + none, d2 + none, y0, y1, y2)
+        if LET_IN:
+            let_in(start, n)
     return y0.to(tl.float32) + (y1.to(tl.float32) + y2.to(tl.float32) * 2.0**-7) * 2.0**-7
 
 
@@ -167,7 +173,8 @@ def sparse_rows(
     own = (split * tl.num_programs(0) + tile) * CHANNELS
     if FORMAT == INT8:
         n, back = _list_digits(list_i + own, list_x + own, i, x_i, keep, e)
-        acc = _digit_sums(list_i + own, list_x + own, n, w, size, cols, ROWS, BLOCK, STAGES) * back
+        early: tl.constexpr = PDL and not ORDERED  # what was measured to gain (docs/performance.md)
+        acc = _digit_sums(list_i + own, list_x + own, n, w, size, cols, ROWS, BLOCK, STAGES, early) * back
     else:
         place, n = tl.cumsum(keep.to(tl.int32)) - 1, tl.sum(keep.to(tl.int32))
         tl.store(list_i + own + place, i, mask=keep)
@@ -185,7 +192,7 @@ def sparse_rows(
             else:
                 acc += tl.sum(w_rc.to(tl.float32) * x_r[:, None], 0)
     if PDL:
-        gdc_launch_dependents()  # not before: programs that wait take from these the room to read ahead
+        gdc_launch_dependents()  # else not before: programs that wait take from these the room to read ahead
     clear_share(zeros, n_zeros, ZEROS)
     scale, bias = a_scale, a_bias
     if a_scale is not None:

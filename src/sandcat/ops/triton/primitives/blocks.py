@@ -93,6 +93,18 @@ def ask_for(at, here):
 
 
 @triton.jit
+def let_in(done, n):
+    """Lets the next kernel in once three quarters of n are done: so late that all programs of this one still have their
+    places and its own are spread evenly, and early enough that it waits when this one ends."""
+    tl.inline_asm_elementwise(
+        """{ .reg .pred p; .reg .b32 a, b;
+        shl.b32 a, $1, 2; mul.lo.s32 b, $2, 3; setp.ge.s32 p, a, b;
+        @p griddepcontrol.launch_dependents; mov.u32 $0, 0; }""",
+        "=r,r,r", [done, n], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def clear(y, count, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """n zeroes; and a counter, where there is one, is zero."""
     if PDL:
