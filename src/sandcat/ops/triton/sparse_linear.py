@@ -20,6 +20,7 @@ from sandcat.ops.sparse_linear import check_arguments, reference, sparse_linear
 from sandcat.ops.triton.primitives.blocks import (
     FP8,
     INT8,
+    PTX,
     activated,
     clear,
     clear_share,
@@ -30,7 +31,7 @@ from sandcat.ops.triton.primitives.blocks import (
     which_of_three,
     widen,
 )
-from sandcat.ops.triton.primitives.fixed_point import add_four_rows, digits, scale_of_all
+from sandcat.ops.triton.primitives.fixed_point import add_four_halves, add_four_rows, digits, scale_of_all
 from sandcat.ops.triton.primitives.launch import code_of, codes, dependent_launch, multiprocessors
 from sandcat.ops.triton.sparse_linear_batch import add_channels
 from sandcat.ops.weights import Stored
@@ -75,32 +76,37 @@ def _split_of_x(
 
 
 @triton.jit
-def _list_digits(list_i, list_x, i, x_i, keep, e):
-    """Lists all channels, with digits of x: three words for every four of them, and one unused. Those that are not kept
-    come last, as noughts, because four are multiplied at once. How many are kept, and what sums are to be multiplied
-    with."""
+def _list_words(list_i, list_x, i, x_i, keep, e, FORMAT: tl.constexpr):
+    """Lists all channels, with four words of x for every four: int8's are three of digits and one unused, e4m3's each x
+    as float16, twice. Those that are not kept come last, as noughts, because four are multiplied at once. How many are
+    kept, and what sums are to be multiplied with."""
     kept, n = tl.cumsum(keep.to(tl.int32)), tl.sum(keep.to(tl.int32))
     place = tl.where(keep, kept - 1, n + e - kept)
     x_i = tl.where(keep, x_i, 0.0)
     there, back = scale_of_all(x_i)
-    d_i = digits(x_i * there)
     tl.store(list_i + place, i)
-    at = list_x.to(tl.pointer_type(tl.int8)) + place // 4 * 16 + place % 4
-    for digit in tl.static_range(3):
-        tl.store(at + digit * 4, (d_i >> (8 * digit)).to(tl.int8))
+    if FORMAT == INT8:
+        d_i = digits(x_i * there)
+        at = list_x.to(tl.pointer_type(tl.int8)) + place // 4 * 16 + place % 4
+        for digit in tl.static_range(3):
+            tl.store(at + digit * 4, (d_i >> (8 * digit)).to(tl.int8))
+    else:  # of at most 16, so that four products with e4m3 are within its range
+        half = (x_i * (there * 0.25)).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        tl.store(list_x.to(tl.pointer_type(tl.int32)) + place, half | (half << 16))
+        back *= 4.0
     tl.debug_barrier()
     return n, back
 
 
 @triton.jit
-def _digit_sums(
-    list_i, list_x, n, w, size, cols, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    LET_IN: tl.constexpr,
+def _word_sums(
+    list_i, list_x, n, w, size, cols, FORMAT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, LET_IN: tl.constexpr,
 ):  # fmt: skip
-    """The sums of n listed rows of an int8 weight, times their digits. For LET_IN see `let_in`."""
+    """The sums of n listed rows of codes, times what `_list_words` has written. For LET_IN see `let_in`."""
     tl.static_assert(ROWS == 4)
     words, r = list_x.to(tl.pointer_type(tl.int32)), tl.arange(0, 4)
-    none = tl.zeros((BLOCK,), tl.int32)
+    none, acc = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.float32)
     y0, y1, y2 = none, none, none
     for start in tl.range(0, n, 4, num_stages=STAGES):
         row = tl.load(list_i + start + r).to(tl.int64)
@@ -110,11 +116,16 @@ def _digit_sums(
         w0, w1, w2, w3 = _four_rows(w_rc, BLOCK)
         d_02, d_13 = tl.split(tl.reshape(d_r, (2, 2)))
         d0, d2 = tl.split(d_02)
-        d1, _d3 = tl.split(d_13)
-        y0, y1, y2 = add_four_rows(w0, w1, w2, w3, d0 + none, d1 + none, d2 + none, y0, y1, y2)
+        d1, d3 = tl.split(d_13)
+        if FORMAT == INT8:
+            y0, y1, y2 = add_four_rows(w0, w1, w2, w3, d0 + none, d1 + none, d2 + none, y0, y1, y2)
+        else:
+            acc = add_four_halves(w0, w1, w2, w3, d0 + none, d1 + none, d2 + none, d3 + none, acc)
         if LET_IN:
             let_in(start, n)
-    return y0.to(tl.float32) + (y1.to(tl.float32) + y2.to(tl.float32) * 2.0**-7) * 2.0**-7
+    if FORMAT == INT8:
+        acc = y0.to(tl.float32) + (y1.to(tl.float32) + y2.to(tl.float32) * 2.0**-7) * 2.0**-7
+    return acc
 
 
 @triton.jit
@@ -171,10 +182,13 @@ def sparse_rows(
         tl.store(x_normed + i, x_i.to(dtype), mask=(i < K) & (tile == 0))
     keep = (i < K) & ~(tl.abs(x_i) <= t)
     own = (split * tl.num_programs(0) + tile) * CHANNELS
-    if FORMAT == INT8:
-        n, back = _list_digits(list_i + own, list_x + own, i, x_i, keep, e)
+    by_words: tl.constexpr = FORMAT == INT8 or (
+        FORMAT == FP8 and PTX and w.dtype.element_ty != tl.uint8 and dtype != tl.float32
+    )
+    if by_words:
+        n, back = _list_words(list_i + own, list_x + own, i, x_i, keep, e, FORMAT)
         early: tl.constexpr = PDL and not ORDERED  # what was measured to gain (docs/performance.md)
-        acc = _digit_sums(list_i + own, list_x + own, n, w, size, cols, ROWS, BLOCK, STAGES, early) * back
+        acc = _word_sums(list_i + own, list_x + own, n, w, size, cols, FORMAT, ROWS, BLOCK, STAGES, early) * back
     else:
         place, n = tl.cumsum(keep.to(tl.int32)) - 1, tl.sum(keep.to(tl.int32))
         tl.store(list_i + own + place, i, mask=keep)
