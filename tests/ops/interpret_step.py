@@ -1,6 +1,6 @@
 """Runs the fused step on the CPU by Triton's interpreter and compares it with the step of transformers.
 
-python tests/ops/interpret_step.py float|int8|deterministic|batch|layers
+python tests/ops/interpret_step.py float|int8|deterministic|batch|layers|launches
 
 A program of its own, for the same reason as interpret_triton.py.
 """
@@ -19,6 +19,7 @@ import torch
 from layer_classes import RECIPES as LAYERS
 from layer_classes import in_a_subclass, with_class
 from tiny import VOCABULARY, text, tiny
+from triton.runtime import interpreter
 
 import sandcat
 from sandcat.decoding.decoder import Decoder
@@ -48,29 +49,36 @@ RECIPES = {
         *(("llama", r) for r in (None, "cats:layers=1:", "teal", "teal:sites=[k,up,down],layers=:1")),
         ("llama", "teal:sites=[q,k,v,o,gate] cats"), ("mistral", None), ("mistral", "teal:sites=[o,gate]"),
         ("qwen2", "cats"), ("qwen2", "teal"), ("qwen3", None), ("qwen3", "teal:sites=[q,k,v,o,gate] cats"),
-        ("llama", "teal:sites=all+head"),
+        ("llama", "teal:sites=all+head"), ("llama", "rsparse:alpha=[0.5]"),
+        ("biased llama", "rsparse:alpha=[0.6],sites=[k,o,up]"), ("biased llama", "teal:sites=[down]"),
+        ("biased llama", "cats"),
     ],
     "int8": [
         *(("llama", f"int8{rest}") for rest in ("", " teal", " cats", " teal:sites=[q,k,v,o,gate] cats")),
         ("llama", "int8:sites=[k,gate,o] teal:sites=[q,down,head]"), ("llama", "int8:sites=[down,head],layers=1: cats"),
         ("qwen2", "int8:sites=[q,k,v,up] cats"), ("qwen2", "int8 teal:sites=all+head"),
         ("llama", "fp8"), ("llama", "fp8:sites=[q,gate,down] int8:sites=[k,up,o] teal"), ("llama", "fp8 cats"),
+        ("llama", "int8 rsparse:alpha=[0.5],sparsity=0.1"), ("llama", "fp8 rsparse:alpha=[0.5],sparsity=0.1"),
     ],
-    "deterministic": [("llama", "cats"), ("llama", "int8 teal:sites=[q,k,v,o,gate] cats")],
+    "deterministic": [
+        ("llama", "cats"), ("llama", "rsparse:alpha=[0.5]"), ("llama", "int8 teal:sites=[q,k,v,o,gate] cats"),
+    ],
     "batch": [
         ("llama", None), ("llama", "teal"), ("llama", "teal:batch=shared"), ("llama", "int8"), ("qwen2", "int8 teal"),
         ("llama", "teal:sites=[q,k,v,o,gate],batch=shared cats:batch=shared"), ("mistral", "cats"), ("qwen3", "teal"),
         ("llama", "int8:sites=[k,gate,o] teal:sites=[q,down,head]"), ("qwen2", "int8 teal:sites=all+head,batch=shared"),
         ("llama", "int8 cats"), ("llama", "int8:sites=[q,up] teal:batch=shared"), ("llama", "fp8"),
-        ("qwen2", "fp8 teal"),
+        ("qwen2", "fp8 teal"), ("llama", "rsparse:alpha=[0.5]"), ("qwen2", "int8 rsparse:alpha=[0.5],sparsity=0.1"),
+        ("biased llama", "rsparse:alpha=[0.6],sites=[v,o,up]"),
     ],
 }  # fmt: skip
-REFUSED = ("LowRankLinear", "CoreMLP")
-"""Classes of layers that no fused step computes."""
+REFUSED = ("CoreMLP",)
+"""Classes of layers that no fused step computes, as they need the model's forward."""
 
 
 def check(family, recipe, sequences, **sizes):
     options = {"mlp_bias": False} if family == "llama" else {}
+    family = family.removeprefix("biased ")
     window = {"sliding_window": 4} if family == "mistral" else {}
     model = tiny(family, tie_word_embeddings="int8" in (recipe or ""), **options, **window, **sizes)
     if recipe:
@@ -99,11 +107,11 @@ def compare(model, sequences, steps=4):
 
 
 def check_layers(name, recipe, applies, sequences):
-    """A class of layer in a step: it is computed, or refused, and a subclass, which may be something else, refused."""
+    """A class of layer in a step: it is computed, or refused; and so is a subclass, which is something else."""
     model = with_class(name, recipe, mlp_bias=False, num_hidden_layers=1)
     assert compare(model, sequences, steps=1) == applies, (name, recipe, sequences)
     in_a_subclass(next(module for module in model.modules() if type(module).__name__ == name))
-    assert not compare(model, sequences, steps=1)
+    assert compare(model, sequences, steps=1) == applies, (name, recipe, sequences)
 
 
 def check_rounding(recipe):
@@ -142,6 +150,48 @@ def check_classes():
     return len(cases)
 
 
+LAUNCHES = [
+    ("llama", None, 1, 5), ("llama", "teal", 1, 5), ("llama", "cats", 1, 5), ("llama", "int8", 1, 5),
+    ("llama", "int8 teal", 1, 5), ("llama", "teal:sites=[q,k,v,o,gate] cats", 1, 5), ("qwen3", None, 1, 5),
+    ("llama", "teal:sites=[q]", 1, 6), ("llama", "rsparse:alpha=[0.5]", 1, 19),
+    ("llama", None, 3, 4), ("llama", "teal", 3, 11), ("llama", "int8", 3, 11), ("llama", "cats", 3, 3),
+]  # fmt: skip
+"""Kernels of ours that a layer has, by family, recipe and sequences."""
+
+
+def check_launches():
+    """How many a layer has: what two layers have more than one."""
+    for family, recipe, sequences, want in LAUNCHES:
+        print(family, recipe, sequences, flush=True)
+        more, fewer = (launches(family, recipe, sequences, layers) for layers in (2, 1))
+        assert more - fewer == want, (family, recipe, sequences, more, fewer)
+    return len(LAUNCHES)
+
+
+def launches(family, recipe, sequences, layers):
+    """Of a step of a model with so many layers."""
+    model = tiny(family, num_hidden_layers=layers, **({"mlp_bias": False} if family == "llama" else {}))
+    if recipe:
+        sandcat.sparsify(model, None, recipe, calibration=text())
+    ids, decoder = torch.randint(4, VOCABULARY, (sequences, 9)), Decoder(model, 9, compile=None, batch=sequences)
+    decoder.prefill(ids[:, :8])
+    step, count, launch = decode_step.fused_step(model, decoder.cache), 0, interpreter.GridExecutor.__call__
+
+    def counted(*args, **kwargs):
+        nonlocal count
+        count += 1
+        return launch(*args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = counted
+    try:
+        step(ids[:, 8:])
+    finally:
+        interpreter.GridExecutor.__call__ = launch
+    return count
+
+
+CHECKS = {"layers": check_classes, "launches": check_launches}
+
 with torch.inference_mode():
-    count = check_classes() if sys.argv[1] == "layers" else check_all(sys.argv[1])
-print(f"{count} steps equal those of transformers")
+    count = CHECKS.get(sys.argv[1], lambda: check_all(sys.argv[1]))()
+print(f"{count} launches a layer" if sys.argv[1] == "launches" else f"{count} steps equal those of transformers")

@@ -27,10 +27,14 @@ def test_attention_over_pages_equals_its_reference():
 
 
 @pytest.mark.parametrize(
-    "kind, count", [("float", 14), ("int8", 13), ("deterministic", 4), ("batch", 16), ("layers", 34)]
+    "kind, count", [("float", 18), ("int8", 15), ("deterministic", 5), ("batch", 19), ("layers", 34)]
 )
 def test_fused_step_equals_that_of_transformers(kind, count):
     assert f"{count} steps equal those of transformers" in output("interpret_step.py", kind)
+
+
+def test_a_layer_has_as_few_launches_as_ever():
+    assert "13 launches a layer" in output("interpret_step.py", "launches")
 
 
 @pytest.mark.parametrize("format, least", [("float", 100), ("int8", 40), ("fp8", 40)])

@@ -5,21 +5,32 @@ the next norm adds to it. The kernels are in ops/triton; see step.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from sandcat.decoding.fused_gpu_common import Parts, format_of, projections, share_of, sizes, three, tiles
+from sandcat.decoding.fused_gpu_common import (
+    READ,
+    GpuStepBase,
+    alike,
+    codes_of,
+    format_of,
+    kind_of,
+    share_of,
+    sizes,
+    three,
+    tiles,
+)
 from sandcat.decoding.static_cache import DecodeCache
-from sandcat.layers.sparse_linear import SparseLinear
-from sandcat.layers.sparse_mlp import SparseMLP
-from sandcat.layers.stored_linear import StoredLinear
-from sandcat.layers.weights import stored_of
-from sandcat.models.view import Block, ModelView
+from sandcat.layers.step_parts import Attention, GatedNeurons, KeptProduct, LowRankProduct, Norm, Product
+from sandcat.models.view import ModelView
 from sandcat.ops.checks import MAX_TOKENS
 from sandcat.ops.triton import sparse_linear_batch, step, stored_linear
-from sandcat.ops.triton.primitives import blocks, launch
+from sandcat.ops.triton.primitives import blocks
 
 
 def applies(batch: int) -> bool:
@@ -27,81 +38,101 @@ def applies(batch: int) -> bool:
     return 1 < batch <= MAX_TOKENS and not torch.are_deterministic_algorithms_enabled()
 
 
-class GpuBatchStep(Parts):
+class Products(NamedTuple):
+    """Up to three products with one input, which go into y, one after another.
+
+    They are added to y if they `add`; else y is zero before.
+    """
+
+    parts: list
+    x: Tensor
+    y: Tensor
+    gate: Tensor | None = None
+    """The input is act(gate) * x."""
+    code: int = 0
+    """Of that activation."""
+    add: bool = False
+
+
+class GpuBatchStep(GpuStepBase):
     """The step of B sequences on CUDA; see `Step`."""
 
-    def __init__(self, view: ModelView, blocks: list[Block], cache: DecodeCache):
-        super().__init__(view, blocks, cache)
+    def __init__(self, view: ModelView, cache: DecodeCache):
+        super().__init__(view, cache)
         self.x = self.buffer(self.B, 1, self.H)
         self.qkv, self.gate_up = self.floats(self.B, self.Q + 2 * self.K), self.floats(self.B, 2 * self.neurons)
         self.digits = self.buffer(self.B, 4 * max(self.neurons, self.H, self.Q), dtype=torch.int8)  # bytes of a number
         self.back = self.floats(self.B)
         self.due: Tensor | None = None  # [B, H], a product that is still to be added to h
 
-    def __call__(self, ids_B1: Tensor) -> Tensor:
+    def run(self, ids_B1: Tensor) -> Tensor:
         self.embed(ids_B1)
-        for block, cached in self.layers:
-            attention = [block.q, block.k, block.v]
-            self._normalize(block.input_norm, self.qkv if any(map(self._kind, attention)) else None)
-            q, k, v = self._project(attention)
-            self.attend(block, cached.keys, cached.values, q, k, v, self.attended)
-            self._add(self.attended, block.o)
-            self._mlp(block)
+        for layer in self.layers:
+            for norm, part in layer:
+                BRANCHES.get(type(part), GpuBatchStep._called_branch)(self, norm, part)
         self._normalize(self.norm, position=self.position)
-        return self.head(self.x)[:, 0]
+        return self._called(self.head, self.x)
 
-    def _kind(self, linear: nn.Module) -> tuple | None:
-        """What runs a layer here, the kernels of "own" or "shared" lists or of "all" rows, and what else layers of one
-        launch have in common; None: the layer itself."""
-        if type(linear) not in (SparseLinear, StoredLinear) or not linear.pays(self.x):
+    def _called_branch(self, norm: Norm, part: Any) -> None:
+        self._normalize(norm)
+        self.due = self._called(part, self.x)
+
+    def _called(self, part: Any, x_B1I: Tensor) -> Tensor:
+        """What a part gives that has no launcher, by its module, [B, ...]."""
+        return part.module(x_B1I)[:, 0].contiguous()
+
+    def _attention(self, norm: Norm, part: Attention) -> None:
+        parts = [part.q, part.k, part.v]
+        self._normalize(norm, self.qkv if any(map(self._kind, parts)) else None)
+        self.attend(part, self._project(parts), self.attended)
+        self._add(self.attended, part.o)
+
+    def _kind(self, part: Any) -> tuple | None:
+        """What products of one launch have in common; None: they run as modules, as where no kernel pays."""
+        if kind_of(part) not in PRODUCTS or not part.module.pays(self.x):
             return None
-        lists = "shared" if type(linear) is SparseLinear and linear.shares(self.x) else "own"
-        return "all" if type(linear) is StoredLinear else lists, stored_of(linear).format, linear.bias is None
+        kept = getattr(part, "kept", None)
+        return *alike(part), kept is not None and kept.shared
 
-    def _normalize(self, norm: nn.Module, zeros: Tensor | None = None, position: Tensor | None = None) -> None:
+    def _normalize(self, norm: Norm, zeros: Tensor | None = None, position: Tensor | None = None) -> None:
         """h += what is due; x = h after the norm; and zeros = 0."""
         step.normalize[(self.B,)](
-            self.h, self.due, norm.weight, norm.variance_epsilon, self.x, zeros, 0 if zeros is None else zeros.numel(),
-            position, self.H, ZEROS=share_of(zeros, self.B), **step.normalize_config(self.H), **self.dependent,
+            self.h, self.due, *norm, self.x, zeros, 0 if zeros is None else zeros.numel(), position, self.H,
+            ZEROS=share_of(zeros, self.B), **step.normalize_config(self.H), **self.dependent,
         )  # fmt: skip
         self.due = None
 
-    def _project(self, linears: list[nn.Module]) -> list[Tensor]:
+    def _project(self, parts: list) -> list[Tensor]:
         """The products of q, k and v with x, [B, ...] each; neighbours of one kind at once."""
         found, start = [], 0
-        for kind, group in groupby(linears, self._kind):
-            alike = list(group)
-            out = self.qkv[:, start:]
-            start += sum(linear.out_features for linear in alike)
+        for kind, group in groupby(zip(parts, [self.Q, self.K, self.K], strict=True), lambda pair: self._kind(pair[0])):
+            these, counts = zip(*group, strict=True)
+            y = self.qkv[:, start : start + sum(counts)]
+            start += sum(counts)
             if kind is None:
-                found += [linear(self.x)[:, 0] for linear in alike]
+                found += [self._called(part, self.x) for part in these]
             else:
-                self._rows(kind, self.x[:, 0], alike, out)
-                found += out[:, : sum(sizes(alike))].split([linear.out_features for linear in alike], 1)
+                PRODUCTS[kind[:2]](self, Products(list(these), self.x[:, 0], y))
+                found += y.split(counts, 1)
         return found
 
-    def _add(self, x: Tensor, linear: nn.Module, gate: Tensor | None = None, code: int = 0) -> None:
-        """h += the layer's product with x, or, where a kernel runs it, with act(gate) * x."""
-        if (kind := self._kind(linear)) is None:
-            self.due = linear(x[:, None])[:, 0]
+    def _add(self, x: Tensor, part: Any, gate: Tensor | None = None, code: int = 0) -> None:
+        """h += the product with x, or, where a kernel runs it, with act(gate) * x."""
+        if kind := self._kind(part):
+            PRODUCTS[kind[:2]](self, Products([part], x, self.h, gate, code, add=True))
         else:
-            self._rows(kind, x, [linear], self.h, gate=gate, code=code, add=True)
+            self.due = self._called(part, x[:, None])
 
-    def _mlp(self, block: Block) -> None:
-        gate, up, down = projections(block)
+    def _neurons(self, norm: Norm, part: GatedNeurons) -> None:
+        gate, up, down, code = part.gate, part.up, part.down, blocks.CODES[part.activation]
         kind = self._kind(gate)
-        if type(block.mlp.module) is SparseMLP:
-            self._normalize(block.mlp_norm)
-            self.due = block.mlp.module(self.x)[:, 0]
-            return
-        code = blocks.CODES[block.mlp.activation]
         if kind is None or kind != self._kind(up):
-            self._normalize(block.mlp_norm)
-            self._add(self._gate_times_up(gate(self.x)[:, 0], up(self.x)[:, 0], code), down)
+            self._normalize(norm)
+            self._add(self._gate_times_up(self._called(gate, self.x), self._called(up, self.x), code), down)
             return
-        gate_up = self.gate_up[:, : 2 * gate.out_features]
-        self._normalize(block.mlp_norm, self.gate_up)
-        self._rows(kind, self.x[:, 0], [gate, up], gate_up)
+        gate_up = self.gate_up[:, : 2 * gate.outputs]
+        self._normalize(norm, self.gate_up)
+        PRODUCTS[kind[:2]](self, Products([gate, up], self.x[:, 0], gate_up))
         g, u = gate_up.chunk(2, 1)
         if self._kind(down):
             self._add(u, down, gate=g, code=code)
@@ -116,50 +147,60 @@ class GpuBatchStep(Parts):
         )  # fmt: skip
         return y
 
-    def _rows(
-        self, kind: tuple, x: Tensor, linears: list[nn.Module], y: Tensor,
-        *, gate: Tensor | None = None, code: int = 0, add: bool = False,
-    ) -> None:  # fmt: skip
-        """y += the products, one after another, with x, or with act(gate) * x; y is zero where it is not `add`."""
-        if kind[0] == "all":
-            self._coded_rows(x, linears, y, gate, code, add=add)
-        else:
-            self._listed_rows(x, linears, y, gate, code, shared=kind[0] == "shared")
-
-    def _listed_rows(
-        self, x: Tensor, linears: list[nn.Module], y: Tensor, gate: Tensor | None, code: int, *, shared: bool
-    ) -> None:
-        K = linears[0].in_features
+    def _listed_rows(self, products: Products) -> None:
+        parts, x, y, gate, code, _ = products
+        K = parts[0].inputs
         config, (across, splits) = sparse_linear_batch.listed_rows_config(
-            [linear.out_features for linear in linears], K, self.dtype.itemsize, self.multiprocessors
+            [part.outputs for part in parts], K, self.dtype.itemsize, self.multiprocessors
         )
-        room = len(linears) * splits * config["CHANNELS"]
+        room = len(parts) * splits * config["CHANNELS"]
         list_n, count = (self.room(name, size, torch.int32) for name, size in (("list", room), ("count", room)))
         x_tn = self.room("x_tn", sparse_linear_batch.TOKENS * room, self.dtype)
-        sparse_linear_batch.list_channels[(splits, len(linears))](
-            x, x.stride(0), gate, *three(m.threshold for m in linears), list_n, x_tn, count, room, None, 0, self.B, K,
-            CODE=code, SHARED=shared, ZEROS=1, **sparse_linear_batch.list_channels_config(config["CHANNELS"], self.B),
-            **self.dependent,
+        sparse_linear_batch.list_channels[(splits, len(parts))](
+            x, x.stride(0), gate, *three(p.kept.threshold for p in parts), list_n, x_tn, count, room, None, 0, self.B,
+            K, CODE=code, SHARED=parts[0].kept.shared, ZEROS=1,
+            **sparse_linear_batch.list_channels_config(config["CHANNELS"], self.B), **self.dependent,
         )  # fmt: skip
         sparse_linear_batch.listed_rows[(across, splits)](
-            list_n, x_tn, count, room, *three(launch.codes(stored_of(m)).t() for m in linears),
-            *three(m.bias for m in linears), *three(stored_of(m).scale for m in linears), y, y.stride(0), self.B,
-            *sizes(linears), FORMAT=format_of(linears), **config, **self.dependent,
+            list_n, x_tn, count, room, *three(codes.t() for codes in codes_of(parts)),
+            *three(p.stored.bias for p in parts), *three(p.stored.scale for p in parts), y, y.stride(0), self.B,
+            *sizes(parts), FORMAT=format_of(parts), **config, **self.dependent,
         )  # fmt: skip
 
-    def _coded_rows(
-        self, x: Tensor, linears: list[nn.Module], y: Tensor, gate: Tensor | None, code: int, *, add: bool
-    ) -> None:
-        K, format = linears[0].in_features, stored_of(linears[0]).format
+    def _low_rank(self, products: Products) -> None:
+        """Products of what is kept, and then of what is dropped, by two factors."""
+        if products.gate is not None:
+            x = self._gate_times_up(products.gate, products.x, products.code)
+            products = products._replace(x=x, gate=None)
+        parts, x, y, *_ = products
+        self._listed_rows(products._replace(parts=[part.without for part in parts]))
+        for part, out in zip(parts, y.split([part.outputs for part in parts], 1), strict=True):
+            dropped = torch.where(x.abs() <= part.kept.threshold, x, 0)
+            out.add_(F.linear(F.linear(dropped, part.factor_a), part.factor_b))
+
+    def _coded_rows(self, products: Products) -> None:
+        parts, x, y, gate, code, add = products
+        K, format = parts[0].inputs, parts[0].stored.format
         digits = self.digits.view(stored_linear.digits_dtype(format))
-        config, grid = stored_linear.coded_rows_config(format, sizes(linears), K, self.device, K, self.B)
+        config, grid = stored_linear.coded_rows_config(format, sizes(parts), K, self.device, K, self.B)
         stored_linear.write_digits[(self.B,)](
             x, x.stride(0), gate, None, 0.0, digits, self.back, None, 0, K, CODE=code, DTYPE=self.tl_dtype,
             ZEROS=1, **stored_linear.write_digits_config(format, K), **self.dependent,
         )  # fmt: skip
         stored_linear.coded_rows[grid](
-            x, None, None, 0.0, *three(launch.codes(stored_of(m)) for m in linears), *three(m.bias for m in linears),
-            *three(stored_of(m).scale for m in linears), y, y.stride(0), None, 0, None, digits, self.back,
-            *sizes(linears), K, self.B, CODE=0, DTYPE=self.tl_dtype, ADD=add, SHARED=grid[1] > 1, ZEROS=1, **config,
-            **self.dependent,
+            x, None, None, 0.0, *three(codes_of(parts)), *three(p.stored.bias for p in parts),
+            *three(p.stored.scale for p in parts), y, y.stride(0), None, 0, None, digits, self.back, *sizes(parts),
+            K, self.B, CODE=0, DTYPE=self.tl_dtype, ADD=add, SHARED=grid[1] > 1, ZEROS=1, **config, **self.dependent,
         )  # fmt: skip
+
+
+BRANCHES: dict[type, Callable[[GpuBatchStep, Norm, Any], None]] = {
+    Attention: GpuBatchStep._attention, GatedNeurons: GpuBatchStep._neurons,
+}  # fmt: skip
+"""What runs a branch of a layer; any other runs as a module."""
+PRODUCTS: dict[tuple, Callable[[GpuBatchStep, Products], None]] = {
+    **{(Product, format): GpuBatchStep._coded_rows for format in READ if format != "float"},
+    **{(KeptProduct, format): GpuBatchStep._listed_rows for format in READ},
+    **{(LowRankProduct, format): GpuBatchStep._low_rank for format in READ},
+}
+"""What runs products, by their part and the format of their weights; any other, as dense ones, run as modules."""

@@ -1,32 +1,41 @@
-"""What the fused steps on CUDA have in common: embedding, attention, and how layers are handed to kernels."""
+"""What the fused steps on CUDA have in common: embedding, attention, and how parts are handed to kernels."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sandcat.decoding.layer_parts import model_parts
 from sandcat.decoding.static_cache import DecodeCache
-from sandcat.layers.weights import stored_of
-from sandcat.models.view import Block, ModelView
+from sandcat.layers.sparse_module import prompts_of
+from sandcat.layers.step_parts import Attention, Linear
+from sandcat.models.view import ModelView
+from sandcat.ops import FORMATS
 from sandcat.ops.triton import step
 from sandcat.ops.triton.primitives import launch
 
+READ = tuple(name for name, row in FORMATS.items() if "cuda" in row.devices)
+"""Formats of weights that CUDA kernels read."""
 
-class Parts:
+
+class GpuStepBase(ABC):
     """What a step of B sequences writes: `state` and `h`, float32 [B, H], what is attended to [B, Q], and the cache."""
 
-    def __init__(self, view: ModelView, blocks: list[Block], cache: DecodeCache):
-        decoder = view.decoder
+    def __init__(self, view: ModelView, cache: DecodeCache):
+        decoder, parts = view.decoder, model_parts(view, cache)
         self.table = view.model.get_input_embeddings().weight
-        self.head, self.norm = view.model.get_output_embeddings(), decoder.norm
-        self.layers = list(zip(blocks, cache.layers, strict=True))
+        self.layers, (self.norm, self.head) = parts.layers, parts.head
+        self.prompts = prompts_of(view.model)
         self.device, self.dtype = self.table.device, self.table.dtype
         self.dependent, self.multiprocessors = launch.dependent_launch(self.device), launch.multiprocessors(self.device)
         self.B, self.kv_heads, self.max_length, self.D = cache.layers[0].keys.shape
-        self.H, self.Q = self.table.shape[1], blocks[0].q.out_features
-        self.K, self.neurons = self.kv_heads * self.D, max(projections(b)[2].in_features for b in blocks)
+        self.H, self.Q = self.table.shape[1], parts.heads * self.D
+        self.K, self.neurons, self.vocabulary = self.kv_heads * self.D, parts.neurons, parts.vocabulary
         self.tl_dtype, self.room = launch.tl_dtype(self.dtype), launch.Workspace(self.device)
         self.state, self.attended = self.floats(self.B, self.H), self.buffer(self.B, self.Q)
         self.h = self.state
@@ -38,6 +47,14 @@ class Parts:
         positions = torch.arange(self.max_length, device=self.device)[None]
         cos, sin = decoder.rotary_emb(self.buffer(1, 1, self.H), position_ids=positions)
         self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
+
+    def __call__(self, ids_B1: Tensor) -> Tensor:
+        with nullcontext() if self.prompts is None else self.prompts.decoded():
+            return self.run(ids_B1)
+
+    @abstractmethod
+    def run(self, ids_B1: Tensor) -> Tensor:
+        """The kernels of a step, one after another; see `step.Step`."""
 
     def buffer(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(*shape, dtype=dtype or self.dtype, device=self.device)
@@ -51,19 +68,19 @@ class Parts:
             ids_B1, ids_B1.stride(0), self.table, self.h, *self.table.stride(), self.H, BLOCK=1024, **self.dependent
         )  # fmt: skip
 
-    def attend(self, block: Block, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None):
+    def attend(self, part: Attention, qkv: Iterable[Tensor], out: Tensor | None) -> None:
         """out = what the rows of q, k and v [B, ...] attend to; without it parts of that, in `top`, `sum` and `acc`."""
-        G = self.Q // self.K
-        norms = [None if norm is None else norm.weight for norm in (block.q_norm, block.k_norm)]
+        (q, k, v), G, keys = qkv, self.Q // self.K, part.keys
+        norms = [None if norm is None else norm.weight for norm in (part.q_norm, part.k_norm)]
         programs = self.B * self.kv_heads * self.splits
         config = step.attend_config(
             G, self.D, keys.element_size(), self.max_length, self.splits, programs > self.multiprocessors
         )
         step.attend[(self.B * self.kv_heads, self.splits)](
             q, k, v, q.stride(0), k.stride(0), v.stride(0), *norms,
-            0.0 if block.q_norm is None else block.q_norm.variance_epsilon, self.cos, self.sin, self.position, keys,
-            values, block.scaling, self.top, self.sum, self.acc, self.heads_arrived, out, self.max_length,
-            self.kv_heads, G, self.D, block.window,
+            0.0 if part.q_norm is None else part.q_norm.eps, self.cos, self.sin, self.position, keys, part.values,
+            part.scaling, self.top, self.sum, self.acc, self.heads_arrived, out, self.max_length,
+            self.kv_heads, G, self.D, part.window,
             **config, **self.dependent,
         )  # fmt: skip
 
@@ -72,27 +89,40 @@ def tiles(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def projections(block: Block) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """gate, up and down of the MLP, which may be a sparse one."""
-    row = block.mlp.architecture
-    gate, up, down = (getattr(block.mlp.module, name) for name in (row.gate, row.up, row.down))
-    return gate, up, down
+def format_of(parts: list[Linear]) -> int:
+    """What kernels know the format by that the weights of one launch are stored in."""
+    return launch.code_of(parts[0].stored.format)
+
+
+def codes_of(parts: list[Linear]) -> list[Tensor]:
+    """Their weights as kernels take them, [O, I]."""
+    return [launch.codes(part.stored) for part in parts]
+
+
+def kind_of(part: Any) -> tuple:
+    """By what a launcher is looked up: the exact type of a part, and the format of its weight, if that lies as kernels
+    read it."""
+    stored, kept = getattr(part, "stored", None), getattr(part, "kept", None)
+    if stored is None or not part.lies or not (kept is None or kept.packed):
+        return (type(part),)
+    return type(part), stored.format
+
+
+def alike(part: Any) -> tuple:
+    """What the products of one launch have in common: their kind, and whether they have biases."""
+    kind = kind_of(part)
+    return kind if len(kind) == 1 else (*kind, part.stored.bias is None)
 
 
 def three(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """Tensors of up to three layers, filled up to three."""
+    """Tensors of up to three products, filled up to three."""
     tensors = list(tensors)
     return tensors + tensors[:1] * (3 - len(tensors))
 
 
-def sizes(linears: list[nn.Module]) -> list[int]:
-    """Output sizes of up to three layers, filled up to three."""
-    return [linear.out_features for linear in linears] + [0] * (3 - len(linears))
-
-
-def format_of(linears: list[nn.Module]) -> int:
-    """What kernels know the format by that layers of one launch are stored in."""
-    return launch.code_of(stored_of(linears[0]).format)
+def sizes(parts: list[Linear]) -> list[int]:
+    """Output sizes of up to three products, filled up to three."""
+    return [part.outputs for part in parts] + [0] * (3 - len(parts))
 
 
 def share_of(zeros: Tensor | None, programs: int) -> int:

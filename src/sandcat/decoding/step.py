@@ -14,19 +14,15 @@ from torch import Tensor, nn
 
 from sandcat.decoding.static_cache import DecodeCache
 from sandcat.errors import UnsupportedModel
-from sandcat.layers.prompts import only_follows
-from sandcat.layers.sparse_linear import SparseLinear
-from sandcat.layers.sparse_mlp import SparseMLP
 from sandcat.layers.sparse_module import sparse_modules
-from sandcat.layers.stored_linear import StoredLinear
-from sandcat.models.view import Block, ModelView
-from sandcat.ops import FORMATS, kernel_name
+from sandcat.layers.step_parts import is_changed
+from sandcat.models.view import ModelView
+from sandcat.ops import kernel_name
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles do not depend on how long the sequence is."""
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Implementations that all attend to the whole cache."""
-_LINEARS = (nn.Linear, StoredLinear, SparseLinear)
 
 
 class Step(Protocol):
@@ -46,8 +42,9 @@ def fused_step(model: nn.Module, cache: DecodeCache) -> Step | None:
     """The fused step of a model over a cache that holds a prompt; None where it does not apply.
 
     It applies to up to `ops.MAX_TOKENS` sequences on CUDA with Triton and on a CPU with OpenMP, to families with
-    `Architecture.fused_step` whose weights have one dtype (or are codes with scales of that) and lie on one device, and
-    to modules that it knows (see `knows_all`). For one sequence on CUDA down projections have no bias; for several,
+    `Architecture.fused_step` that lie on one device, and that are what transformers has for them but for linear layers
+    and MLPs. Of these each that the step has a launcher for runs by it, if its weights have the dtype of the model (or
+    are codes with scales of that), and any other is called. For several sequences on CUDA,
     `torch.use_deterministic_algorithms` is off. Each module skips or masks as it does in the step of transformers.
     """
     kernels = kernel_name("sparse_mlp", model.device)
@@ -57,49 +54,41 @@ def fused_step(model: nn.Module, cache: DecodeCache) -> Step | None:
         view = ModelView(model)
         if not view.architecture.fused_step or view.decoder.rotary_emb.rope_type not in _ROPE_TYPES:
             return None
-        blocks = list(view.blocks())
+        if not _is_stock(view) or model.config._attn_implementation not in _ATTENTION:
+            return None
     except UnsupportedModel:
         return None
-    if not knows_all(view, blocks) or model.config._attn_implementation not in _ATTENTION:
-        return None
-    if kernels == "triton" and not all(module.packed for module in sparse_modules(model).values()):
-        return None
-    codes = {row.codes for row in FORMATS.values()}
-    if len({(p.dtype, p.device) for p in model.parameters() if p.dtype not in codes}) != 1:
+    if len({p.device for p in model.parameters()}) != 1 or _is_split(model):
         return None
     batch = len(cache.layers[0].keys)
     if kernels == "numba":
-        from sandcat.decoding import fused_cpu  # here, as not every machine has Numba's kernels
+        from sandcat.decoding.fused_cpu import CpuStep, applies  # here, as not every machine has Numba's kernels
 
-        return fused_cpu.CpuStep(view, blocks, cache) if fused_cpu.applies(view, blocks, batch) else None
-    from sandcat.decoding import (
-        fused_gpu,
-        fused_gpu_batch,  # nor Triton's
-    )
+        return CpuStep(view, cache) if applies(view, batch) else None
+    from sandcat.decoding import fused_gpu, fused_gpu_batch  # nor Triton's
 
     if batch > 1:
-        return fused_gpu_batch.GpuBatchStep(view, blocks, cache) if fused_gpu_batch.applies(batch) else None
-    return fused_gpu.GpuStep(view, blocks, cache) if fused_gpu.applies(view, blocks) else None
+        return fused_gpu_batch.GpuBatchStep(view, cache) if fused_gpu_batch.applies(batch) else None
+    return fused_gpu.GpuStep(view, cache)
 
 
-def knows_all(view: ModelView, blocks: list[Block]) -> bool:
-    """Whether each module of the model is exactly of a class that every fused step knows.
+def _is_stock(view: ModelView) -> bool:
+    """Whether all modules that a step computes itself, or passes over, are just what transformers has.
 
-    A subclass may compute something else, and so may a module with a hook, with an adapter, or with a `forward` of its
-    own: then none of them applies.
+    A subclass may compute something else, and so may a module with a hook or a `forward` of its own. Linear layers and
+    MLPs may be anything that gives the same outside of the model's forward: see `step_parts.part_of`.
     """
-    modules = list(view.model.modules())
-    if any(map(_is_changed, modules)):
+    parts = [view.model.get_output_embeddings()]
+    for block in view.blocks():
+        parts += [*block.attention, block.mlp.module]
+    inside = {module for part in parts for module in part.modules()}
+    if any(module.chooses_in_prompt for module in sparse_modules(view.model).values()):
         return False
-    linears = {linear for block in blocks for linear in block.linears} | {view.model.get_output_embeddings()}
-    mlps = {block.mlp.module for block in blocks}
-    return all(
-        type(m) in _LINEARS if m in linears else (m in mlps and type(m) is SparseMLP) or view.is_stock(m)
-        for m in modules
-    )
+    others = [module for module in view.model.modules() if module not in inside]
+    dtypes = {parameter.dtype for module in others for parameter in module.parameters(recurse=False)}
+    return len(dtypes) == 1 and all(view.is_stock(m) and not is_changed(m) for m in others)
 
 
-def _is_changed(module: nn.Module) -> bool:
-    """Whether a module does more than its class says: by hooks, but for those that follow prompts, or by a forward."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return "forward" in vars(module) or not all(map(only_follows, hooks))
+def _is_split(model: nn.Module) -> bool:
+    """Whether several devices have parts of it."""
+    return (getattr(model, "tp_size", None) or 1) > 1 or any(hasattr(p, "device_mesh") for p in model.parameters())

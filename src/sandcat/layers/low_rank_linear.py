@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sandcat.layers.sparse_linear import SparseLinear
+from sandcat.layers.step_parts import LowRankProduct
 from sandcat.layers.stored_linear import StoredLinear
 from sandcat.layers.weights import stored_of
 
@@ -38,6 +39,9 @@ class LowRankLinear(SparseLinear):
 
     def weight_bytes(self, kept: float = 1.0) -> int:
         return super().weight_bytes(kept) + self.factor_a.nbytes + self.factor_b.nbytes
+
+    def step_part(self, x: Tensor) -> LowRankProduct:
+        return LowRankProduct(self, stored_of(self), self.kept_in_step(x), self.factor_a, self.factor_b)
 
     def extra_repr(self) -> str:
         return f"rank={len(self.factor_a)}, {super().extra_repr()}"

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from torch import Tensor, nn
 
 from sandcat.layers.reading import Told
-from sandcat.layers.sparse_module import Sparse, sparse_modules
+from sandcat.layers.sparse_module import Sparse, prompts_of, sparse_modules
 
 
 def chooses_in_prompt(model: nn.Module) -> bool:
@@ -44,7 +44,7 @@ def prompt_of(model: nn.Module, tokens: int) -> Iterator[None]:
 
 @contextmanager
 def _told(model: nn.Module, told: Told) -> Iterator[None]:
-    prompts = next((module.prompts for module in sparse_modules(model).values() if module.prompts is not None), None)
+    prompts = prompts_of(model)
     with nullcontext() if prompts is None else prompts.tell(told):
         yield
 

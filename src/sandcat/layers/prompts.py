@@ -81,6 +81,16 @@ class Prompts:
         finally:
             self.told.set(before)
 
+    @contextmanager
+    def decoded(self) -> Iterator[None]:
+        """Within this context modules that a step calls by themselves, in no forward, take their tokens for decoded
+        ones."""
+        self.now.set(Reading(0, Prompt(), None, again=False, goes_on=False, told=None))
+        try:
+            yield
+        finally:
+            self.now.set(None)
+
     def enter(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before each forward of the decoder."""
         names = ("input_ids", "attention_mask", "position_ids", "past_key_values")

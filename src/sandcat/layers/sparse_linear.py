@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sandcat.layers.sparse_module import Batch, Thresholded
+from sandcat.layers.step_parts import KeptProduct
 from sandcat.layers.stored_linear import StoredLinear
 from sandcat.layers.weights import stored_of
 from sandcat.ops.shared_units import reference_linear, shared_linear
@@ -67,6 +68,9 @@ class SparseLinear(Thresholded, nn.Linear):
 
     def weight_bytes(self, kept: float = 1.0) -> int:
         return round(kept * self.weight.nbytes) + self.threshold.nbytes + stored_of(self).small_bytes()
+
+    def step_part(self, x: Tensor) -> KeptProduct:
+        return KeptProduct(self, stored_of(self), self.kept_in_step(x))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"

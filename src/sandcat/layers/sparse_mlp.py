@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sandcat.layers.op_module import Kernel
 from sandcat.layers.sparse_module import Batch, Sparse, Thresholded
+from sandcat.layers.step_parts import Called, KeptNeurons, Part, part_of
 from sandcat.layers.stored_linear import StoredLinear
 from sandcat.layers.weights import stored_of
 from sandcat.models.view import Site
@@ -154,6 +155,12 @@ class SparseMLP(GatedMLP, Thresholded):
 
     def scores(self, x: Tensor) -> Tensor:
         return self.activations(x).abs()
+
+    def step_part(self, x: Tensor) -> Part:
+        if self.gate_name == self.up_name:
+            return Called(self)
+        gate, up, down = (part_of(self.get_submodule(n), x) for n in (self.gate_name, self.up_name, self.down_name))
+        return KeptNeurons(self, gate, up, down, self.activation, self.kept_in_step(x))
 
     def weight_bytes(self, kept: float = 1.0) -> int:
         up, down = self.up(), stored_of(self.down)

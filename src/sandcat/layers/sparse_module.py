@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sandcat.layers.op_module import Kernel, tokens_of
 from sandcat.layers.prompts import Prompts
 from sandcat.layers.reading import Reading
+from sandcat.layers.step_parts import Kept
 from sandcat.ops.pays import skips_rows
 from sandcat.ops.shared_units import shared_units
 
@@ -154,6 +155,10 @@ class Thresholded(Sparse):
             return is_batch(x) and (reading is None or reading.first == 0)
         return reading.together
 
+    def kept_in_step(self, x: Tensor) -> Kept:
+        """What a step of these sequences keeps."""
+        return Kept(self.threshold, self.shares(x), skips=self.packed and not self.reads_all(x), packed=self.packed)
+
     def op_for(self, x: Tensor) -> str:
         return self.shared_op if self.shares(x) else self.op
 
@@ -176,6 +181,11 @@ def is_batch(x: Tensor) -> bool:
 def sparse_modules(model: nn.Module) -> dict[str, Sparse]:
     """The modules of a model that skip, by their names, in order; empty for a dense model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Sparse)}
+
+
+def prompts_of(model: nn.Module) -> Prompts | None:
+    """What follows the forwards of a model; None if no module of it has to know them."""
+    return next((module.prompts for module in sparse_modules(model).values() if module.prompts is not None), None)
 
 
 def follow_prompts(decoder: nn.Module) -> Prompts | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sandcat.layers.op_module import Kernel
+from sandcat.layers.step_parts import Product
 from sandcat.layers.weights import stored_of
 from sandcat.ops.stored_linear import reference, stored_linear
 from sandcat.ops.weights import FORMATS
@@ -47,6 +48,9 @@ class StoredLinear(Kernel):
 
     def weight_bytes(self, kept: float = 1.0) -> int:
         return sum(p.nbytes for p in self.parameters())
+
+    def step_part(self, x: Tensor) -> Product:
+        return Product(self, stored_of(self))
 
     def extra_repr(self) -> str:
         return f"format={self.format}, in_features={self.in_features}, out_features={self.out_features}"

@@ -55,12 +55,12 @@ class Block:
     """Positions that attention sees, the own included; None for all."""
     mlp_norm: nn.Module
     mlp: Site
+    """What stands there, of whatever kind."""
 
     @property
-    def linears(self) -> list[nn.Module]:
-        """q, k, v, o, gate, up and down."""
-        row = self.mlp.architecture
-        return [self.q, self.k, self.v, self.o, *(getattr(self.mlp.module, n) for n in (row.gate, row.up, row.down))]
+    def attention(self) -> list[nn.Module]:
+        """q, k, v and o."""
+        return [self.q, self.k, self.v, self.o]
 
 
 class ModelView:
@@ -177,16 +177,22 @@ class ModelView:
     def mlps(self) -> Iterator[Site]:
         """The gated MLP of every layer, in order."""
         row = self.architecture
-        name = activation(getattr(self.text_config, row.activation))
-        for layer, module in enumerate(self.layers):
-            mlp = module.get_submodule(row.mlp)
+        for site in self._mlps():
+            layer, mlp = site.layer, site.module
             missing = [part for part in (row.gate, row.up, row.down) if not hasattr(mlp, part)]
             if missing:
                 raise UnsupportedModel(
                     f"layer {layer} of this {self.config.model_type!r} model has no {', '.join(missing)} in its "
                     f"{type(mlp).__name__}: it is no plain gated MLP (a mixture of experts is not supported)."
                 )
-            yield Site(f"{self.layer_name(layer)}.{row.mlp}", "mlp", layer, mlp, name, row)
+            yield site
+
+    def _mlps(self) -> Iterator[Site]:
+        """What stands at the place of the MLP of every layer."""
+        row = self.architecture
+        name = activation(getattr(self.text_config, row.activation))
+        for layer, module in enumerate(self.layers):
+            yield Site(f"{self.layer_name(layer)}.{row.mlp}", "mlp", layer, module.get_submodule(row.mlp), name, row)
 
     def linears_of(self, site: Site) -> dict[str, nn.Module]:
         """The linear layers whose weights a method at a site reads, by their names in the model: the site's own, the
@@ -234,7 +240,7 @@ class ModelView:
 
     def blocks(self) -> Iterator[Block]:
         """Every layer's parts, for families with `fused_step`."""
-        for layer, mlp in zip(self.layers, self.mlps(), strict=True):
+        for layer, mlp in zip(self.layers, self._mlps(), strict=True):
             attention = layer.get_submodule(self.architecture.attention)
             window = getattr(self.text_config, "sliding_window", None)
             row = self.architecture

@@ -1,5 +1,5 @@
 """CPU kernel of a whole decode step: one call for all layers, on all threads, with barriers between its phases.
-`sandcat.decoding.fused_cpu` fills its tables, linears.py has its linear layers.
+`sandcat.decoding.fused_cpu` writes its program, linears.py has its linear layers.
 
 Shapes: B sequences in R rows (see linears.py), H hidden size, I intermediate size, D size of a head, G query heads a
 key-value head, L positions of the cache. The residual state h is float32; what transformers rounds to the model's dtype
@@ -36,22 +36,42 @@ from sandcat.ops.numba.step.linears import (
 )
 from sandcat.ops.weights import CODED
 
-LAYER = record(
-    "input_norm q_norm k_norm mlp_norm keys values window activation skips masks shared neurons neuron_threshold",
-    "input_eps head_eps mlp_eps scaling",
-    **dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), LINEAR),
-)
+EMBED, NORM, PROJECT, ATTEND, NEURONS, END = range(6)
+ADD, LOGITS, PRODUCT, ACCUMULATE, DROPPED = range(6, 11)
+GATE, GIVE, TAKE, FILL = range(11, 15)
+"""What a record of the program does; x is each thread's own, the rest all threads share:
+
+- EMBED: h = the rows of the tokens. NORM: x = h after a norm. END: the position goes on by one.
+- PROJECT: the rows of q, k and v = products with x. ATTEND: x = what they attend to.
+- NEURONS: hidden = activation(gate(x)) * up(x).
+- One product with a source. ADD: h += it. LOGITS: they are it. Where products are not merged, PRODUCT: some columns of
+  a target = it, ACCUMULATE: += it. DROPPED: between = a product with what another one drops of its source.
+- GATE: hidden = activation(gate) * up of two targets.
+- Around a module that is called: GIVE: a tensor = x or hidden; TAKE: h += a tensor, FILL: columns of a target = one.
+"""
+OP = record("code operand")
+"""A record: its code, and the address of its operand, which is one of those below."""
+X, HIDDEN, BETWEEN = range(3)
+"""What a record reads: its `source`."""
+NORMED = record("weight", "eps")
+PROJECTED = record("", **dict.fromkeys(("q", "k", "v"), LINEAR))
+ATTENDED = record("q_norm k_norm keys values window", "head_eps scaling")
+NEURONAL = record("activation skips masks shared neurons neuron_threshold", gate=LINEAR, up=LINEAR)
 """`skips`: neurons with |activation| <= neuron_threshold are skipped; `masks`: they are read, and count as 0; `shared`:
 by one list for all sequences."""
+PRODUCED = record("source target row at threshold", linear=LINEAR)
+"""A target is float32 [R, row], of which the columns from `at` on are meant; `threshold`: of what is DROPPED."""
+GATING = record("gate up row activation neurons")
+MOVED = record("source tensor size target row at")
+"""A tensor [B, size] in the model's dtype."""
 MODEL = record(
-    "sequences rows tokens position table table_row table_column vocabulary cos sin h qkv partial hidden scores logits "
-    "norm layers heads groups parts D H L x y kept wanted values sums room most stride tiles",
-    "eps",
-    head=LINEAR,
+    "sequences rows tokens position table table_row table_column vocabulary cos sin h qkv partial hidden between "
+    "logits scores outputs heads groups parts D H L x y kept wanted values sums room most stride tiles rank",
 )
 """`tokens` [B]: the ids; `table_row`, `table_column`: how far rows and columns of the embedding table lie apart;
-`groups`: key-value heads; `parts`: see `parts_of`. Of each thread: x, y and values [R, most], kept and wanted [most],
-sums [R, stride] (see linears.py), room [tiles], where `most` is the most units that a matrix has."""
+`groups`: key-value heads; `parts`: see `parts_of`; `outputs`: logits; between [R, rank]. Of each thread: x, y and
+values [R, most], kept and wanted [most], sums [R, stride] (see linears.py), room [tiles], where `most` is the most
+units that a matrix has."""
 
 BLOCK = 64
 """Neurons whose gates are computed before the rows of those that are kept, for one sequence."""
@@ -164,23 +184,6 @@ def _neurons(layer, x, a, first, end, work, hidden):
 
 
 @njit
-def _add(site, x, h, y, work):
-    """h += a linear layer's outputs."""
-    y, (first, end) = y[:, : site.outputs], share(site.outputs, work)
-    if not site.by_inputs:
-        pack(site, x, work)
-    begin(site, x, first, end, y, 0, work)
-    if site.summed:
-        _barrier()
-    finish(site, first, end, y, 0, work)
-    for b in range(work.B):
-        h_b, y_b = piece(h, b, first, end), piece(y, b, first, end)
-        for k in range(h_b.size):
-            h_b[k] += y_b[k]
-    _barrier()
-
-
-@njit
 def _norms(h, weight, eps, x, work):
     for b in range(len(h)):
         norm(h[b], numbers(weight, (h.shape[1],), work.like), eps, x[b])
@@ -221,63 +224,178 @@ def _embed(model, h, work):
 
 
 @njit
-def _step(model, layers, work):
-    B, R, D, H, V = work.B, model.rows, model.D, model.H, model.head.outputs
-    Q, K, most, like = model.heads * D, model.groups * D, model.most, work.like
+def _dropped(x, threshold, inputs, work):
+    """What is not above its threshold of x, else 0."""
+    limit, dropped = numbers(threshold, (inputs,), work.like), work.values
+    for b in range(work.B):
+        x_b, dropped_b = piece(x, b, 0, inputs), piece(dropped, b, 0, inputs)
+        for k in range(inputs):
+            dropped_b[k] = x_b[k] if abs(x_b[k]) <= widen(limit[k]) else np.float32(0)
+    return dropped
+
+
+@njit
+def _product(code, op, sources, y, scores, h, logits, work):
+    """One product, of this thread's share of the outputs, and where it goes. It is called at one place, as the code of
+    all formats is in it."""
+    x, hidden, between = sources
+    site, (first, end), like = op.linear, share(op.linear.outputs, work), work.like[0]
+    x = hidden if op.source == HIDDEN else between if op.source == BETWEEN else x
+    if code == DROPPED:
+        x = _dropped(x, op.threshold, site.inputs, work)
+    y = (scores if code == LOGITS else y)[:, : site.outputs]
+    if not site.by_inputs:
+        pack(site, x, work)
+    begin(site, x, first, end, y, 0, work)
+    if site.summed:
+        _barrier()
+    finish(site, first, end, y, 0, work)
+    if code == ADD:
+        _plus(h, 0, y, first, end, work)
+    elif code == LOGITS:
+        for b in range(work.B):
+            for r in range(first, end):
+                logits[b, r] = narrow(y[b, r], like)
+    else:
+        _round(y, first, end, work)
+        target, at = (between, 0) if code == DROPPED else (float32s(op.target, (len(y), op.row)), op.at)
+        if code != ACCUMULATE:
+            for b in range(work.B):
+                piece(target, b, at + first, at + end)[:] = 0
+        _plus(target, at, y, first, end, work)
+        _round(target, at + first, at + end, work)
+    _barrier()
+
+
+@njit
+def _plus(target, at, y, first, end, work):
+    for b in range(work.B):
+        target_b, y_b = piece(target, b, at + first, at + end), piece(y, b, first, end)
+        for k in range(y_b.size):
+            target_b[k] += y_b[k]
+
+
+@njit
+def _gate(op, hidden, work):
+    """hidden = activation(gate) * up."""
+    gate, up = float32s(op.gate, (len(hidden), op.row)), float32s(op.up, (len(hidden), op.row))
+    first, end = share(op.neurons, work)
+    _activations(gate, first, end, op.activation, work)
+    for b in range(work.B):
+        a_b, up_b, hidden_b = piece(gate, b, first, end), piece(up, b, first, end), piece(hidden, b, first, end)
+        for j in range(a_b.size):
+            hidden_b[j] = rounded(a_b[j] * up_b[j], work.like[0])
+    _barrier()
+
+
+@njit
+def _give(op, x, work):
+    tensor = numbers(op.tensor, (work.B, op.size), work.like)
+    first, end = share(op.size, work)
+    for b in range(work.B):
+        for k in range(first, end):
+            tensor[b, k] = narrow(x[b, k], work.like[0])
+
+
+@njit
+def _take(op, h, work):
+    """h += a tensor."""
+    tensor = numbers(op.tensor, (work.B, op.size), work.like)
+    first, end = share(op.size, work)
+    for b in range(work.B):
+        for k in range(first, end):
+            h[b, k] += widen(tensor[b, k])
+    _barrier()
+
+
+@njit
+def _fill(op, R, work):
+    """Some columns of a target = a tensor."""
+    tensor, target = numbers(op.tensor, (work.B, op.size), work.like), float32s(op.target, (R, op.row))
+    first, end = share(op.size, work)
+    for b in range(work.B):
+        for k in range(first, end):
+            target[b, op.at + k] = widen(tensor[b, k])
+    _barrier()
+
+
+@njit
+def _attend(model, op, position, x, weights, heads, work):
+    """x = what the rows of q, k and v attend to; `weights` and `heads` are room."""
+    items = work.B * model.groups * model.parts
+    for item in range(items * work.thread // work.threads, items * (work.thread + 1) // work.threads):
+        attend(model, op, position, item, heads, weights, work.like)
+    _barrier()
+    joined(model, x, work.like[0])
+
+
+@njit
+def _operand(op, kind):
+    return carray(pointer(op.operand), (1,), kind)[0]
+
+
+@njit
+def _run(model, program, work):
+    B, R, D, H, V = work.B, model.rows, model.D, model.H, model.outputs
+    Q, K, most = model.heads * D, model.groups * D, model.most
     position = carray(pointer(model.position), (1,), np.int32)
     h, qkv, hidden = float32s(model.h, (B, H)), float32s(model.qkv, (R, Q + 2 * K)), float32s(model.hidden, (R, most))
-    x = float32s(model.x, (work.threads, R, most))[work.thread]
+    own = float32s(model.x, (work.threads, R, most))[work.thread]
+    between = float32s(model.between, (R, model.rank))
     gates = float32s(model.y, (work.threads, R, most))
     y = gates[work.thread]
+    scores, logits = float32s(model.scores, (R, V)), numbers(model.logits, (B, V), work.like)
     weights, heads = np.empty(POSITIONS, np.float32), np.empty((model.heads // model.groups, D), np.float32)
-    _embed(model, h, work)
-    for i in range(model.layers):
-        layer = layers[i]
-        _norms(h, layer.input_norm, layer.input_eps, x, work)
-        _project(layer, x, qkv, Q, K, work)
-        items = B * model.groups * model.parts
-        for item in range(items * work.thread // work.threads, items * (work.thread + 1) // work.threads):
-            attend(model, layer, position[0], item, heads, weights, like)
-        _barrier()
-        joined(model, x, like[0])
-        _add(layer.o, x, h, y, work)
-        _norms(h, layer.mlp_norm, layer.mlp_eps, x, work)
-        first, end = share(layer.neurons, work)
-        a = gates[0, :, : layer.neurons] if layer.shared else y[:, : layer.neurons]
-        _neurons(layer, x, a, first, end, work, hidden[:, : layer.neurons])
-        _barrier()
-        _add(layer.down, hidden, h, y, work)
-    _norms(h, model.norm, model.eps, x, work)
-    scores, logits = float32s(model.scores, (R, V))[:, :V], numbers(model.logits, (B, V), like)
-    first, end = share(V, work)
-    if not model.head.by_inputs:
-        pack(model.head, x, work)
-    begin(model.head, x, first, end, scores, 0, work)
-    if model.head.summed:
-        _barrier()
-    finish(model.head, first, end, scores, 0, work)
-    for b in range(B):
-        for r in range(first, end):
-            logits[b, r] = narrow(scores[b, r], like[0])
-    if work.thread == 0:
-        position[0] += 1
+    for i in range(len(program)):
+        op = program[i]
+        code = op.code
+        if code == EMBED:
+            _embed(model, h, work)
+        elif code == NORM:
+            normed = _operand(op, NORMED)
+            _norms(h, normed.weight, normed.eps, own, work)
+        elif code == PROJECT:
+            _project(_operand(op, PROJECTED), own, qkv, Q, K, work)
+        elif code == ATTEND:
+            _attend(model, _operand(op, ATTENDED), position[0], own, weights, heads, work)
+        elif code == NEURONS:
+            layer = _operand(op, NEURONAL)
+            first, end = share(layer.neurons, work)
+            a = gates[0, :, : layer.neurons] if layer.shared else y[:, : layer.neurons]
+            _neurons(layer, own, a, first, end, work, hidden[:, : layer.neurons])
+            _barrier()
+        elif code == END:
+            if work.thread == 0:
+                position[0] += 1
+        elif code == GATE:
+            _gate(_operand(op, GATING), hidden, work)
+        elif code == GIVE:
+            moved = _operand(op, MOVED)
+            _give(moved, hidden if moved.source == HIDDEN else own, work)
+        elif code == TAKE:
+            _take(_operand(op, MOVED), h, work)
+        elif code == FILL:
+            _fill(_operand(op, MOVED), R, work)
+        else:
+            _product(code, _operand(op, PRODUCED), (own, hidden, between), y, scores, h, logits, work)
 
 
 @cache
 def kernel(dtype: torch.dtype, tiles: bool, formats: frozenset[str]):
-    """The step for one dtype, with the processor's matrix unit or without, and for weights of these formats, compiled
-    on first use (and then cached on disk).
+    """Runs a program for one dtype, with the processor's matrix unit or without, and for weights of these formats,
+    compiled on first use (and then cached on disk).
 
-    Called with the addresses of a `MODEL` and of its `LAYER`s, the `VERSION`, and how many threads it may run on.
+    Called with the addresses of a `MODEL` and of the first `OP`, how many there are, the `VERSION`, and how many
+    threads it may run on.
     """
     storage, version = STORAGE[dtype], VERSION
     codes = tuple(np.zeros(1, CODES[name]) if name in formats else None for name in CODED)
 
     def body(args, thread, threads):
-        if args[2] != version:  # never: it ties the code that Numba caches to all sources it was made from
+        if args[3] != version:  # never: it ties the code that Numba caches to all sources it was made from
             return
         model = carray(pointer(args[0]), (1,), MODEL)[0]
-        layers = carray(pointer(args[1]), (model.layers,), LAYER)
+        program = carray(pointer(args[1]), (args[2],), OP)
         R, most = model.rows, model.most
         like = np.zeros(1, storage)
         kept = carray(pointer(model.kept), (threads, most), np.int64)[thread]
@@ -285,7 +403,8 @@ def kernel(dtype: torch.dtype, tiles: bool, formats: frozenset[str]):
         values = float32s(model.values, (threads, R, most))[thread]
         sums = float32s(model.sums, (threads, R, model.stride))
         room = carray(pointer(model.room), (threads, model.tiles), np.int32)[thread] if tiles else None
-        _step(model, layers, Work(model.sequences, thread, threads, like, codes, kept, wanted, values, sums, room))
+        work = Work(model.sequences, thread, threads, like, codes, kept, wanted, values, sums, room)
+        _run(model, program, work)
         if tiles:
             release_tiles()
 
