@@ -13,7 +13,10 @@ from sandcat.layers.op_module import kernel_modules
 from sandcat.measuring import edges, step_parity
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-RECIPES = [None, "int8 teal:sites=all+head", "teal:sites=[q,k,v,o,gate],batch=shared cats:batch=shared"]
+RECIPES = [
+    None, "int8 teal:sites=all+head", "teal:sites=[q,k,v,o,gate],batch=shared cats:batch=shared",
+    "int8 rsparse:alpha=[0.5],sparsity=0.1",
+]  # fmt: skip
 
 
 def sparsified(recipe, dtype, **sizes):
