@@ -24,7 +24,7 @@ def source(dtype: str, config: dict, *, new: bool, turn: bool, shifts: bool, chu
     by_chunks, shift, angles = "*i64" if chunks else NONE, "*i32" if shifts else NONE, x if turn else NONE
     signature = {
         "q": x, "out": x, "first": "*i32",
-        "cached": Cached(x, x, by_chunks, by_chunks, "*i32", shift, "*i32", "*i32", *[n] * 12),
+        "cached": Cached(x, x, by_chunks, by_chunks, "*i32", shift, "*i32", "*i32", *[n] * 16),
         "turn": Turn("*i32" if turn else NONE, angles, angles, NONE, NONE, "fp32"),
         "new": New(x, x, n, n) if new else New(NONE, NONE, n, n), "room": Room("*fp32", "*fp32", "*fp32", "*i32"),
         "q_row": n, "scaling": "fp32", "cap": "fp32" if window else NONE, "items": n, "WINDOW": n if window else NONE,

@@ -38,9 +38,10 @@ decode_step.kernel_name = lambda *_: "triton"
 
 
 def logits(model, ids):
-    """Of the steps after 20 tokens, and the decoder."""
+    """Of the steps after 20 tokens, of several sequences after so many with their padding; and the decoder."""
     decoder = Decoder(model, ids.shape[1], compile=None, batch=len(ids))
-    decoder.prefill(ids[:, :20])
+    pad_B = torch.tensor([0, 13, 3])[: len(ids), None]
+    decoder.prefill(ids[:, :20], torch.arange(20) >= pad_B)
     return [decoder.step(ids[:, i : i + 1]) for i in range(20, ids.shape[1])], decoder
 
 
@@ -87,23 +88,36 @@ def check(family, recipe, sequences, **sizes):
 
 
 def compare(model, sequences, steps=4):
-    """Whether the step applies; then it equals that of transformers."""
+    """Whether the step applies; then it equals that of transformers, and so does what it caches."""
     ids = torch.randint(4, VOCABULARY, (sequences, 20 + steps))
     want, decoder = logits(model, ids)
-    cached = [(layer.keys.clone(), layer.values.clone()) for layer in decoder.cache.layers]
-    for layer in decoder.cache.layers:
-        layer.keys[:, :, 20:], layer.values[:, :, 20:] = float("nan"), float("nan")
-    decoder.rewind(20)
-    step = decode_step.fused_step(model, decoder.cache)
+    cache = paged(model, decoder, 20)
+    step = cache and decode_step.fused_step(model, cache)
     if step is None:
         return False
     for i, expected in enumerate(want):
         torch.testing.assert_close(step(ids[:, 20 + i : 21 + i]), expected, rtol=1e-4, atol=1e-5)
-    assert decoder.cache.position == 20 + steps
-    for (keys, values), layer in zip(cached, decoder.cache.layers, strict=True):
-        torch.testing.assert_close(layer.keys, keys, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(layer.values, values, rtol=1e-4, atol=1e-5)
+    assert cache.length_B.tolist() == [20 + steps - pad for pad in cache.pads]
+    for layer, other in zip(cache.layers, decoder.cache.layers, strict=True):
+        for found, want in zip(layer.gathered(cache.length_B.tolist()), (other.keys, other.values), strict=True):
+            for b, pad in enumerate(cache.pads):
+                first = max(pad, 20 + steps - layer.most_pages * cache.page)
+                torch.testing.assert_close(found[b, :, first:], want[b, :, first:], rtol=1e-4, atol=1e-5)
     return True
+
+
+def paged(model, decoder, tokens):
+    """The cache of the fused step after so many tokens of those that a decoder has cached; None where none applies."""
+    shape = decoder.cache.layers[0].keys.shape
+    cache = decode_step.cache_of_step(model, shape[2], shape[0])
+    if cache is not None:
+        cache.begin(decoder.cache.pads)
+        cache.lay_out(decoder.cache.layers[0].keys)
+        cache.pool.keys.fill_(float("nan"))
+        cache.pool.values.fill_(float("nan"))
+        for layer, other in zip(cache.layers, decoder.cache.layers, strict=True):
+            layer.update(other.keys[:, :, :tokens], other.values[:, :, :tokens])
+    return cache
 
 
 def check_layers(name, recipe, applies, sequences):
@@ -122,8 +136,7 @@ def check_rounding(recipe):
     torch.manual_seed(0)
     ids = torch.randint(4, VOCABULARY, (1, 24))
     want, decoder = logits(model, ids)
-    decoder.rewind(20)
-    step = decode_step.fused_step(model, decoder.cache)
+    step = decode_step.fused_step(model, paged(model, decoder, 20))
     found = [step(ids[:, i : i + 1]).clone() for i in range(20, 24)]
     exact, _ = logits(model.float(), ids)
     ours, theirs = ((torch.stack(logits) - torch.stack(exact)).norm() for logits in (found, want))
@@ -132,6 +145,7 @@ def check_rounding(recipe):
 
 def check_all(kind):
     torch.use_deterministic_algorithms(kind == "deterministic")
+    decode_step.PAGE = 8  # so that sequences have several
     sequences = 3 if kind == "batch" else 1
     for family, recipe in RECIPES[kind]:
         print(family, recipe, flush=True)

@@ -25,6 +25,7 @@ from sandcat.layers.step_parts import (
     Product,
 )
 from sandcat.ops import FORMATS
+from sandcat.ops.numba.paged_attention import fill_pages
 from sandcat.ops.numba.primitives.activations import CODES
 from sandcat.ops.numba.step import step
 
@@ -105,11 +106,13 @@ class Writer:
         else:
             for at, product, size in ((0, part.q, Q), (Q, part.k, K), (Q + K, part.v, K)):
                 self._product(product, Place(step.X, H, size, self.qkv, at, norm))
-        self.program.add(
+        entry = self.program.add(
             step.ATTEND, step.ATTENDED, q_norm=part.q_norm and part.q_norm.weight,
-            k_norm=part.k_norm and part.k_norm.weight, head_eps=part.q_norm and part.q_norm.eps, keys=part.keys,
-            values=part.values, window=part.window or part.keys.shape[2], scaling=part.scaling,
+            k_norm=part.k_norm and part.k_norm.weight, head_eps=part.q_norm and part.q_norm.eps,
         )  # fmt: skip
+        cached, (B, N, D) = entry["cached"], part.cached.shape
+        self.program.pages += fill_pages(cached, part.cached.pages(), part.scaling, part.cached.window, None)
+        cached["items"], cached["H"] = B * N, Q // D
         self._product(part.o, Place(step.X, Q, H))
 
     def _neurons(self, norm: Norm, part: GatedNeurons) -> None:

@@ -46,6 +46,7 @@ class Program:
         self.formats: set[str] = set()
         """Of the weights."""
         self.held: list[Tensor] = []
+        self.pages: list = []
         self.operands: list[np.ndarray] = []
 
     def add(self, code: int, kind: np.dtype | None = None, **values: Tensor | float | None) -> Any:

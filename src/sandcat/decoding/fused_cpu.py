@@ -11,7 +11,7 @@ from torch import Tensor
 from sandcat.decoding.cpu_parts import Sizes, Writer
 from sandcat.decoding.cpu_program import Call, Program
 from sandcat.decoding.layer_parts import model_parts
-from sandcat.decoding.static_cache import DecodeCache
+from sandcat.layers.cache import PagedCache
 from sandcat.layers.sparse_module import prompts_of
 from sandcat.models.host_memory import use_large_pages
 from sandcat.models.view import ModelView
@@ -22,7 +22,6 @@ from sandcat.ops.numba.primitives.registers import LANES
 from sandcat.ops.numba.primitives.rows_amx import room_of
 from sandcat.ops.numba.primitives.threads import HAS_BARRIER, VERSION, threads_of
 from sandcat.ops.numba.step import step
-from sandcat.ops.numba.step.attention import parts_of
 
 
 def applies(view: ModelView, batch: int) -> bool:
@@ -40,9 +39,9 @@ class CpuStep:
     skipped are stored as a dense layer's, or skipping does not pay for so many sequences, it masks.
     """
 
-    def __init__(self, view: ModelView, cache: DecodeCache):
+    def __init__(self, view: ModelView, cache: PagedCache):
         table, parts = view.model.get_input_embeddings().weight, model_parts(view, cache)
-        batch, groups, _, D = cache.layers[0].keys.shape
+        batch, groups, D = cache.layers[0].shape
         rows = batch if batch == 1 or ONE_BY_ONE else -(-batch // 4) * 4
         self.sizes = Sizes(batch, rows, table.shape[1], parts.heads * D, groups * D, parts.neurons, table.dtype)
         self.vocabulary, self.threads, self.prompts = len(table), threads_of(), prompts_of(view.model)
@@ -50,7 +49,7 @@ class CpuStep:
         self.state = torch.zeros(batch, table.shape[1])
         self.logits = torch.zeros(batch, parts.vocabulary, dtype=table.dtype)
         self.program = Program(self.threads)
-        self.program.held.append(table.detach())  # by its address, as it need not be contiguous
+        self.program.held += [table.detach(), cache.pool.keys, cache.pool.values]  # by their addresses
         writer = Writer(self.program, self.sizes, self.logits)
         writer.write(parts)
         tiles = HAS_TILES and batch > 1 and table.dtype == torch.bfloat16
@@ -75,16 +74,15 @@ class CpuStep:
         with nullcontext() if self.prompts is None else self.prompts.decoded():
             call.taken.copy_(call.module(call.given))
 
-    def _model(self, view: ModelView, cache: DecodeCache, writer: Writer, tiles: bool) -> np.ndarray:
+    def _model(self, view: ModelView, cache: PagedCache, writer: Writer, tiles: bool) -> np.ndarray:
         """What all records of the program read."""
         table, decoder = view.model.get_input_embeddings().weight, view.decoder
         batch, rows, H, Q, K, neurons, dtype = self.sizes
-        _, groups, length, D = cache.layers[0].keys.shape
+        _, groups, D = cache.layers[0].shape
         vocabulary, heads = self.logits.shape[1], Q // D
         most = _odd_lines(max(Q, H, neurons))
         stride = _odd_lines(max(Q + 2 * K, 2 * neurons, H, vocabulary))
-        parts = parts_of(self.threads, batch * groups)
-        positions = torch.arange(length)[None]
+        positions = torch.arange(cache.max_length)[None]
         cos, sin = decoder.rotary_emb(torch.zeros(1, 1, H, dtype=dtype), position_ids=positions)
 
         def rooms(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -92,12 +90,13 @@ class CpuStep:
 
         model = np.zeros(1, step.MODEL)
         self.program.fill(
-            model[0], sequences=batch, rows=rows, tokens=self.tokens, position=cache.position,
+            model[0], sequences=batch, rows=rows, tokens=self.tokens, lengths=cache.length_B,
             table=table.data_ptr(), table_row=table.stride(0), table_column=table.stride(1), vocabulary=self.vocabulary,
-            cos=cos[0], sin=sin[0], h=self.state, qkv=writer.qkv, partial=torch.zeros(batch, heads, parts, D + 2),
-            parts=parts, hidden=torch.zeros(rows, most), between=torch.zeros(rows, writer.rank), rank=writer.rank,
+            cos=cos[0], sin=sin[0], h=self.state, qkv=writer.qkv,
+            partial=torch.zeros(batch * groups + self.threads, heads // groups, D + 2), hidden=torch.zeros(rows, most),
+            between=torch.zeros(rows, writer.rank), rank=writer.rank,
             scores=torch.zeros(rows, vocabulary), logits=self.logits, outputs=vocabulary, heads=heads, groups=groups,
-            D=D, H=H, L=length, x=rooms(rows, most), y=rooms(rows, most), values=rooms(rows, most),
+            D=D, H=H, L=cache.max_length, x=rooms(rows, most), y=rooms(rows, most), values=rooms(rows, most),
             kept=rooms(most, dtype=torch.int64), wanted=rooms(most, dtype=torch.bool), most=most,
             sums=rooms(rows, stride), stride=stride, room=rooms(room_of(most), dtype=torch.int32) if tiles else None,
             tiles=room_of(most),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import Any
 
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from sandcat.decoding.fused_gpu_common import alike, codes_of, format_of, kind_of, tiles
 from sandcat.decoding.fused_gpu_products import JOIN_HEADS, PRODUCTS, GpuProducts, Products
+from sandcat.layers.cache import PagedCache
 from sandcat.layers.step_parts import Attention, GatedNeurons, KeptNeurons, KeptProduct, Norm, Product
+from sandcat.models.view import ModelView
 from sandcat.ops.triton import sparse_mlp, step
 
 
@@ -18,6 +20,11 @@ class GpuStep(GpuProducts):
     """The step of one sequence on CUDA; see `Step`. Five kernels a layer; more where neighbours are not of one kind,
     and two more for kept neurons under `torch.use_deterministic_algorithms`, where all sums have a fixed order.
     """
+
+    def __init__(self, view: ModelView, cache: PagedCache):
+        super().__init__(view, cache)
+        parts = [part for layer in self.layers for _, part in layer if type(part) is Attention]
+        self.cached = {part: part.cached.contiguous() for part in parts}
 
     def run(self, ids_B1: Tensor) -> Tensor:
         self.embed(ids_B1)
@@ -33,6 +40,22 @@ class GpuStep(GpuProducts):
         joins = PRODUCTS.get(kind_of(part.o)) in JOIN_HEADS
         self.attend(part, [y[None] for y in self.qkv.split(rows)], None if joins else self.attended)
         self._add(self.acc if joins else self.attended, part.o, zeros=self.sums)
+
+    def attend(self, part: Attention, qkv: Iterable[Tensor], out: Tensor | None) -> None:
+        """out = what the rows of q, k and v [B, ...] attend to; without it parts of that, in `top`, `sum` and `acc`."""
+        (q, k, v), G, (keys, values) = qkv, self.Q // self.K, self.cached[part]
+        norms = [None if norm is None else norm.weight for norm in (part.q_norm, part.k_norm)]
+        programs = self.kv_heads * self.splits
+        config = step.attend_config(
+            G, self.D, keys.element_size(), self.max_length, self.splits, programs > self.multiprocessors
+        )
+        step.attend[(self.kv_heads, self.splits)](
+            q, k, v, q.stride(0), k.stride(0), v.stride(0), *norms,
+            0.0 if part.q_norm is None else part.q_norm.eps, self.cos, self.sin, self.position, keys, values,
+            part.scaling, self.top, self.sum, self.acc, self.heads_arrived, out, self.max_length,
+            self.kv_heads, G, self.D, part.cached.window,
+            **config, **self.dependent,
+        )  # fmt: skip
 
     def _neurons(self, norm: Norm, part: GatedNeurons) -> None:
         gate, up, down, code = part.gate, part.up, part.down, sparse_mlp.CODES[part.activation]

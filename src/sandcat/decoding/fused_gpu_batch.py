@@ -25,12 +25,13 @@ from sandcat.decoding.fused_gpu_common import (
     three,
     tiles,
 )
-from sandcat.decoding.static_cache import DecodeCache
+from sandcat.layers.cache import PagedCache
 from sandcat.layers.step_parts import Attention, GatedNeurons, KeptProduct, LowRankProduct, Norm, Product
 from sandcat.models.view import ModelView
 from sandcat.ops.checks import MAX_TOKENS
-from sandcat.ops.triton import sparse_linear_batch, step, stored_linear
-from sandcat.ops.triton.primitives import blocks
+from sandcat.ops.triton import paged_attention, sparse_linear_batch, step, stored_linear
+from sandcat.ops.triton.primitives import blocks, page_grid
+from sandcat.ops.triton.primitives.pages import New, Turn
 
 
 def applies(batch: int) -> bool:
@@ -57,12 +58,17 @@ class Products(NamedTuple):
 class GpuBatchStep(GpuStepBase):
     """The step of B sequences on CUDA; see `Step`."""
 
-    def __init__(self, view: ModelView, cache: DecodeCache):
+    def __init__(self, view: ModelView, cache: PagedCache):
         super().__init__(view, cache)
         self.x = self.buffer(self.B, 1, self.H)
         self.qkv, self.gate_up = self.floats(self.B, self.Q + 2 * self.K), self.floats(self.B, 2 * self.neurons)
         self.digits = self.buffer(self.B, 4 * max(self.neurons, self.H, self.Q), dtype=torch.int8)  # bytes of a number
         self.back = self.floats(self.B)
+        parts = [part for layer in self.layers for _, part in layer if type(part) is Attention]
+        self.cached = {part: page_grid.cached_of(part.cached.pages()) for part in parts}
+        self.grid = page_grid.grid_of(self.Q // self.D, 1, parts[0].cached.pages(), self.multiprocessors)
+        self.sums = page_grid.room_of(self.grid, self.device)
+        self.first_B = torch.arange(self.B + 1, dtype=torch.int32, device=self.device)
         self.due: Tensor | None = None  # [B, H], a product that is still to be added to h
 
     def run(self, ids_B1: Tensor) -> Tensor:
@@ -84,8 +90,19 @@ class GpuBatchStep(GpuStepBase):
     def _attention(self, norm: Norm, part: Attention) -> None:
         parts = [part.q, part.k, part.v]
         self._normalize(norm, self.qkv if any(map(self._kind, parts)) else None)
-        self.attend(part, self._project(parts), self.attended)
+        self._attend(part, *self._project(parts))
         self._add(self.attended, part.o)
+
+    def _attend(self, part: Attention, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """attended = what the rows of q, k and v [B, ...] attend to; k and v are cached."""
+        turn = Turn(self.position, self.cos, self.sin)
+        if part.q_norm is not None and part.k_norm is not None:
+            turn = turn._replace(q_norm=part.q_norm.weight, k_norm=part.k_norm.weight, eps=part.q_norm.eps)
+        paged_attention.attend[(self.grid.programs,)](
+            q, self.attended, self.first_B, self.cached[part], turn, New(k, v, k.stride(0), v.stride(0)), self.sums,
+            q.stride(0), *page_grid.scalings(part.scaling, None), self.grid.items, part.cached.window,
+            **self.grid.config, **self.dependent,
+        )  # fmt: skip
 
     def _kind(self, part: Any) -> tuple | None:
         """What products of one launch have in common; None: they run as modules, as where no kernel pays."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sandcat.decoding.layer_parts import model_parts
-from sandcat.decoding.static_cache import DecodeCache
+from sandcat.layers.cache import PagedCache
 from sandcat.layers.sparse_module import prompts_of
-from sandcat.layers.step_parts import Attention, Linear
+from sandcat.layers.step_parts import Linear
 from sandcat.models.view import ModelView
 from sandcat.ops import FORMATS
 from sandcat.ops.triton import step
@@ -26,24 +26,20 @@ READ = tuple(name for name, row in FORMATS.items() if "cuda" in row.devices)
 class GpuStepBase(ABC):
     """What a step of B sequences writes: `state` and `h`, float32 [B, H], what is attended to [B, Q], and the cache."""
 
-    def __init__(self, view: ModelView, cache: DecodeCache):
+    def __init__(self, view: ModelView, cache: PagedCache):
         decoder, parts = view.decoder, model_parts(view, cache)
         self.table = view.model.get_input_embeddings().weight
         self.layers, (self.norm, self.head) = parts.layers, parts.head
         self.prompts = prompts_of(view.model)
         self.device, self.dtype = self.table.device, self.table.dtype
         self.dependent, self.multiprocessors = launch.dependent_launch(self.device), launch.multiprocessors(self.device)
-        self.B, self.kv_heads, self.max_length, self.D = cache.layers[0].keys.shape
+        (self.B, self.kv_heads, self.D), self.max_length = cache.layers[0].shape, cache.max_length
         self.H, self.Q = self.table.shape[1], parts.heads * self.D
         self.K, self.neurons, self.vocabulary = self.kv_heads * self.D, parts.neurons, parts.vocabulary
         self.tl_dtype, self.room = launch.tl_dtype(self.dtype), launch.Workspace(self.device)
         self.state, self.attended = self.floats(self.B, self.H), self.buffer(self.B, self.Q)
         self.h = self.state
-        every = self.B * self.kv_heads
-        self.splits = step.attend_splits(every, self.max_length, self.multiprocessors)
-        self.top, self.sum = (self.floats(self.B * self.Q // self.D, self.splits) for _ in range(2))
-        self.acc = self.floats(self.B * self.Q // self.D, self.splits, self.D)
-        self.heads_arrived, self.position = self.buffer(every, dtype=torch.int32), cache.position
+        self.position = cache.length_B
         positions = torch.arange(self.max_length, device=self.device)[None]
         cos, sin = decoder.rotary_emb(self.buffer(1, 1, self.H), position_ids=positions)
         self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
@@ -66,22 +62,6 @@ class GpuStepBase(ABC):
         """h = the rows of the tokens."""
         step.embed[(tiles(self.H, 1024), self.B)](
             ids_B1, ids_B1.stride(0), self.table, self.h, *self.table.stride(), self.H, BLOCK=1024, **self.dependent
-        )  # fmt: skip
-
-    def attend(self, part: Attention, qkv: Iterable[Tensor], out: Tensor | None) -> None:
-        """out = what the rows of q, k and v [B, ...] attend to; without it parts of that, in `top`, `sum` and `acc`."""
-        (q, k, v), G, keys = qkv, self.Q // self.K, part.keys
-        norms = [None if norm is None else norm.weight for norm in (part.q_norm, part.k_norm)]
-        programs = self.B * self.kv_heads * self.splits
-        config = step.attend_config(
-            G, self.D, keys.element_size(), self.max_length, self.splits, programs > self.multiprocessors
-        )
-        step.attend[(self.B * self.kv_heads, self.splits)](
-            q, k, v, q.stride(0), k.stride(0), v.stride(0), *norms,
-            0.0 if part.q_norm is None else part.q_norm.eps, self.cos, self.sin, self.position, keys, part.values,
-            part.scaling, self.top, self.sum, self.acc, self.heads_arrived, out, self.max_length,
-            self.kv_heads, G, self.D, part.window,
-            **config, **self.dependent,
         )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from sandcat.decoding.fused_gpu_common import (
     three,
     tiles,
 )
-from sandcat.decoding.static_cache import DecodeCache
+from sandcat.layers.cache import PagedCache
 from sandcat.layers.step_parts import KeptProduct, LowRankProduct, Norm, Product
 from sandcat.models.view import ModelView
 from sandcat.ops.triton import low_rank, sparse_linear, sparse_mlp, step, stored_linear
@@ -49,9 +49,13 @@ class Products(NamedTuple):
 class GpuProducts(GpuStepBase):
     """Runs products, and has the buffers that they go through."""
 
-    def __init__(self, view: ModelView, cache: DecodeCache):
+    def __init__(self, view: ModelView, cache: PagedCache):
         super().__init__(view, cache)
         self.h, self.attended = self.h[0], self.attended[0]
+        heads, size = self.Q // self.D, self.D
+        self.splits = step.attend_splits(self.kv_heads, self.max_length, self.multiprocessors)
+        self.top, self.sum, self.acc = (self.floats(heads, self.splits, *last) for last in ((), (), (size,)))
+        self.heads_arrived = self.buffer(self.kv_heads, dtype=torch.int32)
         neurons, qkv = self.neurons, self.Q + 2 * self.K
         self.x_normed, self.hidden = self.buffer(self.H), self.buffer(neurons)
         self.logits = self.buffer(self.vocabulary)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sandcat.decoding.static_cache import DecodeCache
+from sandcat.layers.cache import PagedCache
 from sandcat.layers.step_parts import Attention, Branch, GatedNeurons, Norm, Part, is_changed, part_of
 from sandcat.models.view import Block, ModelView
 
@@ -25,17 +25,16 @@ class ModelParts(NamedTuple):
     """How many logits there are."""
 
 
-def model_parts(view: ModelView, cache: DecodeCache) -> ModelParts:
+def model_parts(view: ModelView, cache: PagedCache) -> ModelParts:
     """The parts of a model for a step over a cache that holds a prompt."""
     table = view.model.get_input_embeddings().weight
-    x_B1H = torch.empty(len(cache.layers[0].keys), 1, 0, dtype=table.dtype, device=table.device)
+    x_B1H = torch.empty(len(cache.pads), 1, 0, dtype=table.dtype, device=table.device)
     layers, config = [], view.text_config
     neurons = [config.intermediate_size]
     for block, cached in zip(view.blocks(), cache.layers, strict=True):
         q, k, v, o = (part_of(linear, x_B1H) for linear in block.attention)
         q_norm, k_norm = (None if norm is None else _norm(norm) for norm in (block.q_norm, block.k_norm))
-        places = block.scaling, block.window, cached.keys, cached.values
-        attention = Attention(q, k, v, o, q_norm, k_norm, *places)
+        attention = Attention(q, k, v, o, q_norm, k_norm, block.scaling, cached)
         mlp = _mlp(view, block, x_B1H)
         neurons.append(getattr(getattr(mlp, "gate", None), "outputs", 0))
         layers.append([Branch(_norm(block.input_norm), attention), Branch(_norm(block.mlp_norm), mlp)])

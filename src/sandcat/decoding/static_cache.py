@@ -1,4 +1,4 @@
-"""The cache of a decoder: of a fixed size, with one position for all layers, which lies on the device."""
+"""The cache of a decoder whose step is not fused: of a fixed size, with one position for all layers, on the device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,25 @@ class DecodeCache(Cache):
 
     def __init__(self, layers: int, max_length: int, device: torch.device):
         self.position = torch.zeros((), dtype=torch.int32, device=device)
+        self.pads: list[int] = []
         super().__init__(layers=[_Layer(max_length, self.position, i == layers - 1) for i in range(layers)])
+
+    def begin(self, pads: list[int]) -> None:
+        """Forgets all; padding is cached as tokens are, and masked."""
+        self.pads = pads
+        self.reset()
+
+    def holds(self, length: int, end: int) -> bool:
+        """Whether what is seen after `length` tokens is left, once `end` have been cached."""
+        return True
+
+    def rewind(self, length: int) -> None:
+        """Goes back to `length` tokens, padding included."""
+        self.position.fill_(length)
+
+    def bytes_read(self) -> int:
+        """Bytes that a step reads: all that is set aside."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
 
 class _Layer(StaticLayer):

@@ -8,12 +8,14 @@ compiled or not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor, nn
 
-from sandcat.decoding.static_cache import DecodeCache
 from sandcat.errors import UnsupportedModel
+from sandcat.layers.cache import PagedCache
 from sandcat.layers.sparse_module import sparse_modules
 from sandcat.layers.step_parts import is_changed
 from sandcat.models.view import ModelView
@@ -23,13 +25,14 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles do not depend on how long the sequence is."""
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Implementations that all attend to the whole cache."""
+PAGE = 256
+"""Tokens of a page, at most."""
 
 
 class Step(Protocol):
     """Called with ids [B, 1]: the logits [B, vocabulary] that follow; the tokens are added to the cache.
 
-    The logits are overwritten by the next call, and the cache's position goes on by one. The B sequences are of one
-    length and without padding, of which a step knows nothing: it sees all positions of the cache that are taken.
+    The logits are overwritten by the next call, and the lengths of the cache, which it reads there, go on by one.
     """
 
     state: Tensor
@@ -38,7 +41,22 @@ class Step(Protocol):
     def __call__(self, ids_B1: Tensor) -> Tensor: ...
 
 
-def fused_step(model: nn.Module, cache: DecodeCache) -> Step | None:
+def cache_of_step(model: nn.Module, max_length: int, batch: int) -> PagedCache | None:
+    """The cache for the fused step of so many sequences; None where that does not apply.
+
+    Args:
+        max_length: tokens of a sequence, its padding included, at most.
+    """
+    if _maker(model, batch) is None:
+        return None
+    page = min(PAGE, 1 << (max_length - 1).bit_length())
+    if batch == 1 and kernel_name("sparse_mlp", model.device) == "triton":
+        page = max_length  # the kernels of one sequence read all keys of a head in one piece
+    windows = [block.window for block in ModelView(model).blocks()]
+    return PagedCache(windows, max_length, batch, page, model.device)
+
+
+def fused_step(model: nn.Module, cache: PagedCache) -> Step | None:
     """The fused step of a model over a cache that holds a prompt; None where it does not apply.
 
     It applies to up to `ops.MAX_TOKENS` sequences on CUDA with Triton and on a CPU with OpenMP, to families with
@@ -47,6 +65,12 @@ def fused_step(model: nn.Module, cache: DecodeCache) -> Step | None:
     are codes with scales of that), and any other is called. For several sequences on CUDA,
     `torch.use_deterministic_algorithms` is off. Each module skips or masks as it does in the step of transformers.
     """
+    maker = _maker(model, len(cache.pads))
+    return None if maker is None else maker(cache)
+
+
+def _maker(model: nn.Module, batch: int) -> Callable[[PagedCache], Step] | None:
+    """What makes the fused step of so many sequences; see `fused_step`."""
     kernels = kernel_name("sparse_mlp", model.device)
     if kernels not in ("triton", "numba"):
         return None
@@ -60,16 +84,15 @@ def fused_step(model: nn.Module, cache: DecodeCache) -> Step | None:
         return None
     if len({p.device for p in model.parameters()}) != 1 or _is_split(model):
         return None
-    batch = len(cache.layers[0].keys)
     if kernels == "numba":
         from sandcat.decoding.fused_cpu import CpuStep, applies  # here, as not every machine has Numba's kernels
 
-        return CpuStep(view, cache) if applies(view, batch) else None
+        return partial(CpuStep, view) if applies(view, batch) else None
     from sandcat.decoding import fused_gpu, fused_gpu_batch  # nor Triton's
 
     if batch > 1:
-        return fused_gpu_batch.GpuBatchStep(view, cache) if fused_gpu_batch.applies(batch) else None
-    return fused_gpu.GpuStep(view, cache)
+        return partial(fused_gpu_batch.GpuBatchStep, view) if fused_gpu_batch.applies(batch) else None
+    return partial(fused_gpu.GpuStep, view)
 
 
 def _is_stock(view: ModelView) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from sandcat.layers.cache import CacheLayer
 from sandcat.layers.prompts import only_follows
 from sandcat.layers.weights import stored_of
 from sandcat.ops.weights import Stored
@@ -127,13 +128,12 @@ class Norm(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """Attention to a cache, whose rows the parts q, k and v give: keys and values are [B, key-value heads, L, D].
-    Every step has a launcher for it.
+    """Attention to what a layer has cached, to which the rows that the parts q, k and v give are added. Every step has
+    a launcher for it.
 
     Args:
         q_norm, k_norm: of each head, before it is rotated.
         scaling: of scores.
-        window: positions that are seen, the own included; None for all.
     """
 
     q: Any
@@ -143,9 +143,7 @@ class Attention:
     q_norm: Norm | None
     k_norm: Norm | None
     scaling: float
-    window: int | None
-    keys: Tensor
-    values: Tensor
+    cached: CacheLayer
 
 
 class Branch(NamedTuple):

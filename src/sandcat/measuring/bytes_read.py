@@ -34,8 +34,7 @@ def step_bytes(model: nn.Module, ids_BT: Tensor) -> int:
         for handle in handles:
             handle.remove()
     inside = {p for module in read for p in module.parameters()}
-    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in decoder.cache.layers)
-    return read_bytes(model) - sum(p.nbytes for p in inside) + sum(read.values()) + cache
+    return read_bytes(model) - sum(p.nbytes for p in inside) + sum(read.values()) + decoder.cache.bytes_read()
 
 
 def read_bytes(model: nn.Module) -> int:

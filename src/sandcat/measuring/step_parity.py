@@ -15,11 +15,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from sandcat.decoding.decoder import Decoder
 from sandcat.decoding.static_cache import DecodeCache
-from sandcat.decoding.step import fused_step
+from sandcat.decoding.step import cache_of_step, fused_step
 from sandcat.errors import ParityError
+from sandcat.layers.cache import PagedCache
 from sandcat.layers.op_module import kernel_modules
 from sandcat.measuring.edges import off_the_edge, thresholded, thresholds_restored
 from sandcat.models.view import ModelView
@@ -59,21 +61,24 @@ def check_step(
 
 
 @torch.inference_mode()
-def check_layers(name: str, model: nn.Module, prompt: Tensor, ids_B1: Tensor) -> None:
+def check_layers(name: str, model: nn.Module, prompt: Tensor, ids_B1: Tensor, mask_BT: Tensor | None = None) -> None:
     """Compares each layer of a fused step, and its head, with those of the model.
+
+    Args:
+        mask_BT: of the prompt, as `Decoder.prefill` takes it.
 
     Raises:
         ParityError: one gives something else.
     """
     view, tolerance = ModelView(model), LAYER_TOLERANCE[model.dtype]
-    cache, states = _observed(model, prompt, ids_B1)
+    decoder, states = _observed(model, prompt, ids_B1, mask_BT)
     for index, state_BH in enumerate(states):
         # the first one takes its input from the embedding table, as it does in the whole step
         fed = _table(model, state_BH) if index else nullcontext(ids_B1)
         with thresholds_restored(thresholded(model)), view.only(slice(index, index + 1)), fed as ids:
-            alone = _only(cache, index)
-            want = _eager_layer(model, ids, alone)
-            found, logits, after_BH = _fused_layer(model, ids, state_BH, alone)
+            alone = _only(decoder.cache, index)
+            want = _eager_layer(model, ids, alone, decoder.padding(prompt.shape[1]))
+            found, logits, after_BH = _fused_layer(model, ids, state_BH, _paged(model, alone, decoder))
             for what, a, b in zip(_Layer._fields, found, want, strict=True):
                 _check(name, f"what layer {index} has as {what} is", a, b, tolerance)
             if index == len(states) - 1:
@@ -104,24 +109,24 @@ class _Layer(NamedTuple):
     added: Tensor
 
 
-def _decoder(model: nn.Module, prompt: Tensor, compile: str | None) -> Decoder:
+def _decoder(model: nn.Module, prompt: Tensor, compile: str | None, mask_BT: Tensor | None = None) -> Decoder:
     decoder = Decoder(model, prompt.shape[1] + 1, batch=len(prompt), compile=compile, capture=False)
-    decoder.prefill(prompt)
+    decoder.prefill(prompt, mask_BT)
     return decoder
 
 
-def _observed(model: nn.Module, prompt: Tensor, ids_B1: Tensor) -> tuple[DecodeCache, list[Tensor]]:
-    """The cache of an eager step, and the residual state [B, H] before each layer."""
-    decoder, states = _decoder(model, prompt, None), []
+def _observed(model: nn.Module, prompt: Tensor, ids_B1: Tensor, mask_BT: Tensor | None) -> tuple[Decoder, list[Tensor]]:
+    """A decoder after an eager step, and the residual state [B, H] before each layer."""
+    decoder, states = _decoder(model, prompt, None, mask_BT), []
     with ExitStack() as stack:
         for layer in ModelView(model).layers:
             hook = layer.register_forward_pre_hook(lambda m, args: states.append(args[0][:, 0].clone()))
             stack.callback(hook.remove)
         decoder.step(ids_B1)
-    return decoder.cache, states
+    return decoder, states
 
 
-def _only(cache: DecodeCache, index: int) -> DecodeCache:
+def _only(cache: Cache, index: int) -> DecodeCache:
     """A cache of one layer, as it was before the step."""
     keys, values = cache.layers[index].keys, cache.layers[index].values
     alone = DecodeCache(1, keys.shape[2], keys.device)
@@ -133,7 +138,20 @@ def _only(cache: DecodeCache, index: int) -> DecodeCache:
     return alone
 
 
-def _eager_layer(model: nn.Module, ids_B1: Tensor, cache: DecodeCache) -> _Layer:
+def _paged(model: nn.Module, cache: DecodeCache, decoder: Decoder) -> PagedCache:
+    """The same in pages, as the fused step takes it; what else is in these is NaN."""
+    keys, values = cache.layers[0].keys, cache.layers[0].values
+    paged = cache_of_step(model, keys.shape[2], len(keys))
+    assert paged is not None  # it applies to the whole model
+    paged.begin(decoder.cache.pads)
+    paged.lay_out(keys)
+    for pool in (paged.pool.keys, paged.pool.values):
+        pool.fill_(torch.nan)
+    paged.layers[0].update(keys[:, :, :-1], values[:, :, :-1])
+    return paged
+
+
+def _eager_layer(model: nn.Module, ids_B1: Tensor, cache: DecodeCache, padding: dict[str, Tensor]) -> _Layer:
     """What the model's only layer does; it moves thresholds off the edge."""
     block, added = next(ModelView(model).blocks()), []
     with ExitStack() as stack:
@@ -141,7 +159,7 @@ def _eager_layer(model: nn.Module, ids_B1: Tensor, cache: DecodeCache) -> _Layer
         for module in (block.o, block.mlp.module):
             hook = module.register_forward_hook(lambda m, args, y: added.append(y[:, 0].float()))
             stack.callback(hook.remove)
-        model(ids_B1, past_key_values=cache, use_cache=True)
+        model(ids_B1, past_key_values=cache, use_cache=True, **padding)
     return _Layer(*_last(cache), sum(added))
 
 
@@ -155,14 +173,15 @@ def _last(cache: DecodeCache) -> tuple[Tensor, Tensor]:
 
 
 def _fused_layer(
-    model: nn.Module, ids_B1: Tensor, state_BH: Tensor, cache: DecodeCache
+    model: nn.Module, ids_B1: Tensor, state_BH: Tensor, cache: PagedCache
 ) -> tuple[_Layer, Tensor, Tensor]:
     """The same by the fused step, with its logits and the residual state that it ends with."""
     step = fused_step(model, cache)
     assert step is not None  # it applies to the whole model
     logits = step(ids_B1)
     after_BH = step.state.view(state_BH.shape)
-    return _Layer(*_last(cache), after_BH - state_BH.float()), logits, after_BH
+    keys, values = cache.layers[0].gathered(cache.length_B.tolist())
+    return _Layer(keys[:, :, -1], values[:, :, -1], after_BH - state_BH.float()), logits, after_BH
 
 
 @contextmanager

@@ -7,7 +7,6 @@ the lengths. What a thread has of a head are parts of its sums, and a second cal
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -64,32 +63,30 @@ def list_items(job, items):
 
 
 @njit
-def _part_of(item, first, end):
+def part_of(item, first, end):
     """The keys of an item that belong to a thread's share of all pairs, from `first` to `end`."""
     low, high = max(0, first - item.before) // item.rows, max(0, end - item.before) // item.rows
     return min(item.end, item.first + low), min(item.end, item.first + high)
 
 
 @njit
-def _at(pool, chunks, page, slot, n, P, itemsize):
-    """The address of a head's numbers of a token."""
-    place = page % P * pool.page + slot * pool.token + n * pool.head
-    return chunks[page // P] + place * itemsize
+def address_of(job, pool, item, index):
+    """Where a head's numbers of a token lie in keys or in values."""
+    table = carray(pointer(job.table), (2**31,), np.int32)
+    page = table[item.b * job.table_b + item.n * job.table_n + index // job.S * job.table_m]
+    place = page % job.P * pool.page + index % job.S * pool.token + item.n * pool.head
+    return carray(pointer(pool.chunks), (2**31,), np.int64)[page // job.P] + place * job.itemsize
 
 
 @njit
 def _list_runs(job, item, first, end, runs):
     """Lists runs of keys that lie in one page: addresses of keys and values, first index, end, shift; how many."""
-    chunks = carray(pointer(job.keys.chunks), (2**31,), np.int64)
-    value_chunks = carray(pointer(job.values.chunks), (2**31,), np.int64)
-    table = carray(pointer(job.table), (2**31,), np.int32)
     shifts = carray(pointer(job.shift), (job.B, job.N, job.M), np.int32)
     count, index = 0, first
     while index < end:
         entry, slot = index // job.S, index % job.S
-        page = table[item.b * job.table_b + item.n * job.table_n + entry * job.table_m]
-        runs[count, 0] = _at(job.keys, chunks, page, slot, item.n, job.P, job.itemsize)
-        runs[count, 1] = _at(job.values, value_chunks, page, slot, item.n, job.P, job.itemsize)
+        runs[count, 0] = address_of(job, job.keys, item, index)
+        runs[count, 1] = address_of(job, job.values, item, index)
         runs[count, 2] = index
         index = min(end, index + job.S - slot)
         runs[count, 3] = index
@@ -169,13 +166,13 @@ def _cap(scores, scaling):
 
 
 @njit
-def _attend_part(job, item, first, end, runs, q, weights, results, like):
-    """results [ROWS * G, D + 2] = what the item's rows have of the keys from `first` to `end`."""
-    results[:] = 0
-    results[:, job.D] = -np.inf
+def attend_part(job, item, first, end, runs, q, weights, results, like):
+    """results [ROWS * G, D + 2] = what the item's rows have of the keys from `first` to `end`, q turned for shift 0."""
+    for at in range(item.rows * (job.H // job.N)):
+        for d in range(job.D + 2):
+            results[at, d] = 0
+        results[at, job.D] = -np.inf
     shift = 0
-    if first < end:
-        _turn(job, item, shift, q, like)
     for at in range(first, end, POSITIONS):
         to = min(end, at + POSITIONS)
         count = _list_runs(job, item, at, to, runs)
@@ -193,22 +190,20 @@ def _first_thread(pair, total, threads):
 
 
 @njit
-def _join(job, item, parts, like):
-    """out = the item's rows, from the parts of its keys."""
-    D, G = job.D, job.H // job.N
-    out, sums = numbers(job.out, (job.R, job.H, D), like), np.empty(D, np.float32)
-    for at in range(item.rows * G):
-        to, top, total = out[item.row + at // G, item.n * G + at % G], np.float32(-np.inf), np.float32(0)
-        sums[:] = 0
-        for part in range(len(parts)):
-            top = max(top, parts[part, at, D])
-        for part in range(len(parts)):
-            weight = np.float32(math.exp(parts[part, at, D] - top)) if top > -np.inf else np.float32(0)
-            total += weight * parts[part, at, D + 1]
-            for d in range(D):
-                sums[d] += weight * parts[part, at, d]
+def join(parts, at, sums):
+    """sums [D] = a row and head's result, from the parts of its keys."""
+    D, top, total = sums.size, np.float32(-np.inf), np.float32(0)
+    for d in range(D):
+        sums[d] = 0
+    for part in range(len(parts)):
+        top = max(top, parts[part, at, D])
+    for part in range(len(parts)):
+        weight = np.float32(math.exp(parts[part, at, D] - top)) if top > -np.inf else np.float32(0)
+        total += weight * parts[part, at, D + 1]
         for d in range(D):
-            to[d] = narrow(sums[d] / total if total > 0 else np.float32(0), like[0])
+            sums[d] += weight * parts[part, at, d]
+    for d in range(D):
+        sums[d] = sums[d] / total if total > 0 else np.float32(0)
 
 
 @njit
@@ -223,8 +218,10 @@ def attend_share(job, thread, threads, items, like):
         item = items[i]
         pairs = (item.end - item.first) * item.rows
         if item.before < end and item.before + pairs > first:
-            low, high = _part_of(item, first, end)
-            _attend_part(job, item, low, high, runs, q, weights, results[i + thread], like)
+            low, high = part_of(item, first, end)
+            if low < high:
+                _turn(job, item, 0, q, like)
+            attend_part(job, item, low, high, runs, q, weights, results[i + thread], like)
 
 
 @njit
@@ -232,13 +229,18 @@ def join_share(job, thread, threads, items, like):
     """And after all threads are done with that: its share of the rows, joined from all parts of their keys."""
     total, G = list_items(job, items), job.H // job.N
     results = float32s(job.partial, (job.items + threads, ROWS * G, job.D + 2))
+    out, sums = numbers(job.out, (job.R, job.H, job.D), like), np.empty(job.D, np.float32)
     for i in range(job.items * thread // threads, job.items * (thread + 1) // threads):
         item = items[i]
         pairs, first, end = (item.end - item.first) * item.rows, i, i
         if pairs:
             first += _first_thread(item.before, total, threads)
             end += _first_thread(item.before + pairs - 1, total, threads) + 1
-        _join(job, item, results[first:end], like)
+        for at in range(item.rows * G):
+            join(results[first:end], at, sums)
+            to = out[item.row + at // G, item.n * G + at % G]
+            for d in range(job.D):
+                to[d] = narrow(sums[d], like[0])
 
 
 @cache
@@ -262,38 +264,42 @@ def _kernels(dtype: torch.dtype):
     return on_all_threads(attend), on_all_threads(join)
 
 
-def _fill_pool(entry: np.void, chunks: Sequence[Tensor]) -> np.ndarray:
-    """Writes where the chunks of keys or of values lie; the list of their addresses, to be kept."""
-    addresses = np.array([chunk.data_ptr() for chunk in chunks], np.int64)
-    entry["chunks"] = addresses.ctypes.data
-    entry["page"], entry["token"], entry["head"] = chunks[0].stride()[:3]
-    return addresses
+def fill_pages(job: np.void, pages: Pages, scaling: float, window: int | None, cap: float | None) -> list:
+    """Writes all of a `JOB` but what belongs to rows; what it names by address, to be kept."""
+    (P, S, N, D), (B, _, M) = pages.keys[0].shape, pages.table_BNM.shape
+    held: list = [pages, *(np.array([chunk.data_ptr() for chunk in pool], np.int64) for pool in pages[:2])]
+    for pool, chunks, addresses in zip(("keys", "values"), pages[:2], held[1:], strict=True):
+        job[pool]["chunks"] = addresses.ctypes.data
+        job[pool]["page"], job[pool]["token"], job[pool]["head"] = chunks[0].stride()[:3]
+    fields = {
+        "B": B, "N": N, "D": D, "P": P, "S": S, "M": M, "window": window or 2**31, "scaling": scaling, "cap": cap or 0,
+        "itemsize": pages.keys[0].itemsize, "table": pages.table_BNM.data_ptr(),
+    }  # fmt: skip
+    fields |= dict(zip(("table_b", "table_n", "table_m"), pages.table_BNM.stride(), strict=True))
+    for name, value in fields.items():
+        job[name] = value
+    return held
 
 
 @paged_attention.register_kernel("cpu")
 def _(q_RHD: Tensor, pages: Pages, rows: Rows, scaling: float, window: int | None, cap: float | None) -> Tensor:
     check_arguments("paged_attention", q_RHD, pages, rows)
     check_pages("paged_attention", pages)
-    (R, H, D), (B, N, M), threads = q_RHD.shape, pages.table_BNM.shape, threads_of()
+    (R, H, D), N, threads = q_RHD.shape, pages.table_BNM.shape[1], threads_of()
     items = N * int((rows.first_B.diff() + (ROWS - 1)).div(ROWS, rounding_mode="floor").sum())
     job, out_RHD = np.zeros(1, JOB), torch.empty(q_RHD.shape, dtype=q_RHD.dtype)
+    held = fill_pages(job[0], pages, scaling, window, cap)
     tensors = {
         "q": q_RHD, "out": out_RHD, "first": rows.first_B, "start": pages.start_BN, "length": pages.length_BN,
         "shift": pages.shift_BNM, "position": rows.position_R, "cos": rows.cos_LD, "sin": rows.sin_LD,
         "partial": torch.empty(items + threads, ROWS * (H // N), D + 2),
     }  # fmt: skip
-    held = {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
-    fields = {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in held.items()}
-    fields |= {
-        "B": B, "H": H, "N": N, "D": D, "P": len(pages.keys[0]), "S": pages.keys[0].shape[1], "M": M, "R": R,
-        "L": 0 if rows.cos_LD is None else len(rows.cos_LD), "items": items, "window": window or 2**31,
-        "itemsize": q_RHD.itemsize, "scaling": scaling, "cap": cap or 0, "table": pages.table_BNM.data_ptr(),
-    }  # fmt: skip
-    fields |= dict(zip(("table_b", "table_n", "table_m"), pages.table_BNM.stride(), strict=True))
-    for name, value in fields.items():
-        job[0][name] = value
-    chunks = _fill_pool(job[0]["keys"], pages.keys), _fill_pool(job[0]["values"], pages.values)
+    for name, tensor in tensors.items():
+        held.append(None if tensor is None else tensor.contiguous())
+        job[0][name] = 0 if tensor is None else held[-1].data_ptr()
+    for name, size in {"H": H, "R": R, "L": 0 if rows.cos_LD is None else len(rows.cos_LD), "items": items}.items():
+        job[0][name] = size
     for kernel in _kernels(q_RHD.dtype):
         kernel([job.ctypes.data, VERSION], threads)
-    del chunks, held  # which were read by address
+    del held  # which was read by address
     return out_RHD

@@ -170,7 +170,7 @@ def write(
     row, n, i, d = tl.program_id(0), tl.program_id(1), tl.arange(0, ITEMS), tl.arange(0, BLOCK)
     b = tl.sum((tl.load(first + 1 + i, mask=i < B, other=2**31 - 1) <= row).to(tl.int32), 0)
     if b < B:
-        index = tl.load(cached.length + b * N + n) - (tl.load(first + b + 1) - row)
+        index = tl.load(cached.length + b * cached.length_b + n * cached.length_n) - (tl.load(first + b + 1) - row)
         key_at, value_at = places_of(b, n, index // S, index % S, True, cached, P, True)
         k_d = tl.load(k + row.to(tl.int64) * k_row + n * D + d, mask=d < D, other=0.0)
         v_d = tl.load(v + row.to(tl.int64) * v_row + n * D + d, mask=d < D, other=0.0)

@@ -53,8 +53,8 @@ def embed(ids, ids_stride, table, h, row_stride, stride, H, BLOCK: tl.constexpr,
 def normalize(
     h, due, norm, eps, y, zeros, n_zeros, position, H, ZEROS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    """h += what is due, if anything is; a row of y = that of h after an RMSNorm. For `zeros` see `clear_share`, for
-    `position` `project`."""
+    """h += what is due, if anything is; a row of y = that of h after an RMSNorm. For `zeros` see `clear_share`;
+    `position` as in `project`, each row's own."""
     t, k = tl.program_id(0), tl.arange(0, BLOCK)
     if PDL:
         gdc_wait()
@@ -66,7 +66,7 @@ def normalize(
     tl.store(y + t * H + k, normed(h_k, norm, eps, k, H).to(y.dtype.element_ty), mask=k < H)
     clear_share(zeros, n_zeros, ZEROS)
     if position is not None:
-        tl.store(position, tl.load(position) + 1, mask=t == 0)
+        tl.store(position + t, tl.load(position + t) + 1)
 
 
 @triton.jit

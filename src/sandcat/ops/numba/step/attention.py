@@ -1,29 +1,21 @@
-"""Attention of one decode step on a CPU, over a part of the cache of each key-value head at a time.
+"""Attention of one decode step on a CPU, over pages: what there is of all sequences and key-value heads is laid end to
+end, and each thread takes an equal part of that, whatever the lengths.
 
-Shapes: B sequences, D size of a head, G query heads a key-value head, L positions of the cache. The tables are those of
-step.py.
+Shapes: B sequences, one token each, N key-value heads, D size of a head, G query heads a key-value head. The tables are
+those of step.py; `layer.cached` is a `JOB` with the addresses of the pages, without those of rows.
 """
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
-from numba import njit
+from numba import carray, njit
 
-from sandcat.ops.numba.primitives.attention import fade_and_add, rotate, scale_scores, score_keys, weigh_scores
+from sandcat.ops.numba.paged_attention import address_of, attend_part, join, part_of
+from sandcat.ops.numba.primitives.attention import rotate
 from sandcat.ops.numba.primitives.dtypes import narrow, rounded
 from sandcat.ops.numba.primitives.registers import apart
 from sandcat.ops.numba.primitives.rows import norm
-from sandcat.ops.numba.primitives.threads import float32s, numbers
-
-POSITIONS = 256
-"""Positions that all query heads of a group look at before the next ones, so that these stay in the cache."""
-
-
-def parts_of(threads: int, heads: int) -> int:
-    """Parts that the cache of each of so many key-value heads is cut into, so that all threads have as many."""
-    return threads // math.gcd(threads, heads)
+from sandcat.ops.numba.primitives.threads import float32s, numbers, pointer
 
 
 @njit
@@ -38,67 +30,76 @@ def _head(values, weight, eps, cos, sin, out, like):
 
 
 @njit
-def attend(model, layer, position, item, q, weights, like):
-    """One part of the cache of one key-value head of a sequence: maximum, sum and weighted values of each of its query
-    heads."""
-    apart()
-    B, D, G, parts = model.sequences, model.D, model.heads // model.groups, model.parts
-    b, group, part = item // parts // model.groups, item // parts % model.groups, item % parts
-    qkv = float32s(model.qkv, (model.rows, (model.heads + 2 * model.groups) * D))[b]
-    cos = numbers(model.cos, (model.L, D), like)[position]
-    sin = numbers(model.sin, (model.L, D), like)[position]
-    keys = numbers(layer.keys, (B, model.groups, model.L, D), like)[b, group]
-    values = numbers(layer.values, (B, model.groups, model.L, D), like)[b, group]
-    start = max(0, position + 1 - layer.window)
-    seen = position + 1 - start
-    first, end = start + seen * part // parts, start + seen * (part + 1) // parts
-    if end == position + 1:
-        k_at = (model.heads + group) * D
-        v_at = k_at + model.groups * D
-        _head(qkv[k_at : k_at + D], layer.k_norm, layer.head_eps, cos, sin, q[0], like)
-        for d in range(D):
-            keys[position, d] = narrow(q[0, d], like[0])
-            values[position, d] = narrow(qkv[v_at + d], like[0])
-    for g in range(G):
-        at = (group * G + g) * D
-        _head(qkv[at : at + D], layer.q_norm, layer.head_eps, cos, sin, q[g], like)
-    results = float32s(model.partial, (B, model.heads * parts, D + 2))[b]
-    for g in range(G):
-        result = results[(group * G + g) * parts + part]
-        for d in range(D + 2):
-            result[d] = 0
-        result[D] = -np.inf
-    for at in range(first, end, POSITIONS):
-        to = min(end, at + POSITIONS)
-        here = weights[: to - at]
-        for g in range(G):
-            acc = results[(group * G + g) * parts + part]
-            score_keys(q[g], keys[at:to], here)
-            top, total = acc[D], acc[D + 1]
-            acc[D] = scale_scores(here, np.float32(layer.scaling), top)
-            fade = np.float32(math.exp(top - acc[D]))
-            acc[D + 1] = total * fade + weigh_scores(here, acc[D])
-            fade_and_add(acc[:D], fade, here, values[at:to])
+def list_heads(cached, lengths, items):
+    """Fills the list of items, each the one row of a sequence and a key-value head; how many keys there are in all."""
+    total = 0
+    for i in range(cached.items):
+        item = items[i]
+        item.b, item.n, item.row, item.rows = i // cached.N, i % cached.N, i // cached.N, 1
+        item.own = lengths[item.b]
+        item.first, item.end = max(0, item.own + 1 - cached.window), item.own + 1
+        item.before = total
+        total += item.end - item.first
+    return total
 
 
 @njit
-def joined(model, x, like):
-    """x = the heads' outputs, joined from the parts of the cache."""
-    B, D, parts = model.sequences, model.D, model.parts
-    results = float32s(model.partial, (B, model.heads, parts, D + 2))
-    for b in range(B):
-        for head in range(model.heads):
-            out, result = x[b, head * D : (head + 1) * D], results[b, head]
-            top = result[0, D]
-            for part in range(1, parts):
-                top = max(top, result[part, D])
-            total = np.float32(0)
+def _write(cached, item, k, v, like):
+    """Writes the row's own key and value into their page."""
+    keys = numbers(address_of(cached, cached.keys, item, item.own), (cached.D,), like)
+    values = numbers(address_of(cached, cached.values, item, item.own), (cached.D,), like)
+    for d in range(cached.D):
+        keys[d] = narrow(k[d], like[0])
+        values[d] = narrow(v[d], like[0])
+
+
+@njit
+def attend(model, layer, thread, threads, room, like):
+    """This thread's part of the keys: of each key-value head in it the maximum, sum and weighted values of its query
+    heads; and the key and value of the token itself are cached."""
+    apart()
+    items, runs, q, weights = room
+    cached, D, G = layer.cached, model.D, model.heads // model.groups
+    lengths = carray(pointer(model.lengths), (model.sequences,), np.int32)
+    qkv = float32s(model.qkv, (model.rows, (model.heads + 2 * model.groups) * D))
+    results = float32s(model.partial, (cached.items + threads, G, D + 2))
+    total = list_heads(cached, lengths, items)
+    first, end = total * thread // threads, total * (thread + 1) // threads
+    for i in range(cached.items):
+        item = items[i]
+        if item.before >= end or item.before + item.end - item.first <= first:
+            continue
+        low, high = part_of(item, first, end)
+        row, position = qkv[item.b], item.own
+        cos, sin = numbers(model.cos, (model.L, D), like)[position], numbers(model.sin, (model.L, D), like)[position]
+        if high == item.end:
+            k_at = (model.heads + item.n) * D
+            v_at = k_at + model.groups * D
+            _head(row[k_at : k_at + D], layer.k_norm, layer.head_eps, cos, sin, q[0], like)
+            _write(cached, item, q[0], row[v_at : v_at + D], like)
+        for g in range(G):
+            at = (item.n * G + g) * D
+            _head(row[at : at + D], layer.q_norm, layer.head_eps, cos, sin, q[g], like)
+        attend_part(cached, item, low, high, runs, q, weights, results[i + thread], like)
+
+
+@njit
+def joined(model, cached, threads, items, x, like):
+    """x = the heads' outputs, joined from the parts that threads have of the keys."""
+    D, G = model.D, model.heads // model.groups
+    results = float32s(model.partial, (cached.items + threads, G, D + 2))
+    last, total = 0, items[cached.items - 1].before + items[cached.items - 1].end - items[cached.items - 1].first
+    for i in range(cached.items):
+        item = items[i]
+        end = item.before + item.end - item.first
+        while total * (last + 1) // threads <= item.before:
+            last += 1
+        first = last
+        while total * (last + 1) // threads < end:
+            last += 1
+        for g in range(G):
+            at = (item.n * G + g) * D
+            out = x[item.b, at : at + D]
+            join(results[i + first : i + last + 1], g, out)
             for d in range(D):
-                out[d] = 0
-            for part in range(parts):
-                weight = np.float32(math.exp(result[part, D] - top))
-                total += weight * result[part, D + 1]
-                for d in range(D):
-                    out[d] += weight * result[part, d]
-            for d in range(D):
-                out[d] = rounded(out[d] / total, like)
+                out[d] = rounded(out[d], like)

@@ -2,8 +2,8 @@
 `sandcat.decoding.fused_cpu` writes its program, linears.py has its linear layers.
 
 Shapes: B sequences in R rows (see linears.py), H hidden size, I intermediate size, D size of a head, G query heads a
-key-value head, L positions of the cache. The residual state h is float32; what transformers rounds to the model's dtype
-inside a layer is rounded here too.
+key-value head, L tokens of a sequence, at most. The residual state h is float32; what transformers rounds to the
+model's dtype inside a layer is rounded here too.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from numba import carray, njit, types
 
+from sandcat.ops.numba.paged_attention import ITEM, JOB, POSITIONS
 from sandcat.ops.numba.primitives.activations import activate_all
 from sandcat.ops.numba.primitives.amx import release_tiles
 from sandcat.ops.numba.primitives.dtypes import CODES, STORAGE, narrow, rounded, widen
 from sandcat.ops.numba.primitives.lists import list_shared
 from sandcat.ops.numba.primitives.rows import norm
 from sandcat.ops.numba.primitives.threads import VERSION, float32s, numbers, on_all_threads, piece, pointer
-from sandcat.ops.numba.step.attention import POSITIONS, attend, joined
+from sandcat.ops.numba.step.attention import attend, joined
 from sandcat.ops.numba.step.linears import (
     LINEAR,
     Work,
@@ -41,7 +42,7 @@ ADD, LOGITS, PRODUCT, ACCUMULATE, DROPPED = range(6, 11)
 GATE, GIVE, TAKE, FILL = range(11, 15)
 """What a record of the program does; x is each thread's own, the rest all threads share:
 
-- EMBED: h = the rows of the tokens. NORM: x = h after a norm. END: the position goes on by one.
+- EMBED: h = the rows of the tokens. NORM: x = h after a norm. END: lengths go on by one.
 - PROJECT: the rows of q, k and v = products with x. ATTEND: x = what they attend to.
 - NEURONS: hidden = activation(gate(x)) * up(x).
 - One product with a source. ADD: h += it. LOGITS: they are it. Where products are not merged, PRODUCT: some columns of
@@ -55,7 +56,7 @@ X, HIDDEN, BETWEEN = range(3)
 """What a record reads: its `source`."""
 NORMED = record("weight", "eps")
 PROJECTED = record("", **dict.fromkeys(("q", "k", "v"), LINEAR))
-ATTENDED = record("q_norm k_norm keys values window", "head_eps scaling")
+ATTENDED = record("q_norm k_norm", "head_eps", cached=JOB)
 NEURONAL = record("activation skips masks shared neurons neuron_threshold", gate=LINEAR, up=LINEAR)
 """`skips`: neurons with |activation| <= neuron_threshold are skipped; `masks`: they are read, and count as 0; `shared`:
 by one list for all sequences."""
@@ -65,13 +66,13 @@ GATING = record("gate up row activation neurons")
 MOVED = record("source tensor size target row at")
 """A tensor [B, size] in the model's dtype."""
 MODEL = record(
-    "sequences rows tokens position table table_row table_column vocabulary cos sin h qkv partial hidden between "
-    "logits scores outputs heads groups parts D H L x y kept wanted values sums room most stride tiles rank",
+    "sequences rows tokens lengths table table_row table_column vocabulary cos sin h qkv partial hidden between "
+    "logits scores outputs heads groups D H L x y kept wanted values sums room most stride tiles rank",
 )
 """`tokens` [B]: the ids; `table_row`, `table_column`: how far rows and columns of the embedding table lie apart;
-`groups`: key-value heads; `parts`: see `parts_of`; `outputs`: logits; between [R, rank]. Of each thread: x, y and
-values [R, most], kept and wanted [most], sums [R, stride] (see linears.py), room [tiles], where `most` is the most
-units that a matrix has."""
+`groups`: key-value heads; `lengths` [B]: tokens cached, int32; `outputs`: logits; between [R, rank]. Of each thread: x,
+y and values [R, most], kept and wanted [most], sums [R, stride] (see linears.py), room [tiles], where `most` is the
+most units that a matrix has."""
 
 BLOCK = 64
 """Neurons whose gates are computed before the rows of those that are kept, for one sequence."""
@@ -320,13 +321,11 @@ def _fill(op, R, work):
 
 
 @njit
-def _attend(model, op, position, x, weights, heads, work):
-    """x = what the rows of q, k and v attend to; `weights` and `heads` are room."""
-    items = work.B * model.groups * model.parts
-    for item in range(items * work.thread // work.threads, items * (work.thread + 1) // work.threads):
-        attend(model, op, position, item, heads, weights, work.like)
+def _attend(model, op, x, room, work):
+    """x = what the rows of q, k and v attend to."""
+    attend(model, op, work.thread, work.threads, room, work.like)
     _barrier()
-    joined(model, x, work.like[0])
+    joined(model, op.cached, work.threads, room[0], x, work.like[0])
 
 
 @njit
@@ -338,14 +337,16 @@ def _operand(op, kind):
 def _run(model, program, work):
     B, R, D, H, V = work.B, model.rows, model.D, model.H, model.outputs
     Q, K, most = model.heads * D, model.groups * D, model.most
-    position = carray(pointer(model.position), (1,), np.int32)
+    lengths = carray(pointer(model.lengths), (B,), np.int32)
     h, qkv, hidden = float32s(model.h, (B, H)), float32s(model.qkv, (R, Q + 2 * K)), float32s(model.hidden, (R, most))
     own = float32s(model.x, (work.threads, R, most))[work.thread]
     between = float32s(model.between, (R, model.rank))
     gates = float32s(model.y, (work.threads, R, most))
     y = gates[work.thread]
     scores, logits = float32s(model.scores, (R, V)), numbers(model.logits, (B, V), work.like)
-    weights, heads = np.empty(POSITIONS, np.float32), np.empty((model.heads // model.groups, D), np.float32)
+    G, items = model.heads // model.groups, np.zeros(B * model.groups, ITEM)
+    weights, q = np.empty((G, POSITIONS), np.float32), np.empty((G, D), np.float32)
+    room = (items, np.empty((POSITIONS, 5), np.int64), q, weights)
     for i in range(len(program)):
         op = program[i]
         code = op.code
@@ -357,7 +358,7 @@ def _run(model, program, work):
         elif code == PROJECT:
             _project(_operand(op, PROJECTED), own, qkv, Q, K, work)
         elif code == ATTEND:
-            _attend(model, _operand(op, ATTENDED), position[0], own, weights, heads, work)
+            _attend(model, _operand(op, ATTENDED), own, room, work)
         elif code == NEURONS:
             layer = _operand(op, NEURONAL)
             first, end = share(layer.neurons, work)
@@ -366,7 +367,8 @@ def _run(model, program, work):
             _barrier()
         elif code == END:
             if work.thread == 0:
-                position[0] += 1
+                for b in range(B):
+                    lengths[b] += 1
         elif code == GATE:
             _gate(_operand(op, GATING), hidden, work)
         elif code == GIVE:

@@ -54,6 +54,7 @@ def grid_of(heads: int, most: int, pages: Pages, multiprocessors: int, **other: 
     (P, S, N, D), itemsize = pages.keys[0].shape, pages.keys[0].itemsize
     config = attend_config(most, heads // N, D, S, itemsize, pages.shift_BNM is not None) | other
     items = len(pages.table_BNM) * N * config["BLOCKS"]
+    P = P if len(pages.keys) > 1 else 0  # of which no other kernel is compiled for another pool
     sizes = {"N": N, "G": heads // N, "D": D, "S": S, "P": P, "ITEMS": triton.next_power_of_2(items)}
     return Grid(items, config.pop("per_multiprocessor") * multiprocessors, sizes | config)
 
@@ -77,9 +78,10 @@ def cached_of(pages: Pages) -> Cached:
     if len(pages.keys) > 1:
         chunks = [offsets_of(pool, pages.table_BNM.device) for pool in (pages.keys, pages.values)]
     return Cached(
-        pages.keys[0], pages.values[0], *chunks, pages.table_BNM, pages.shift_BNM, pages.start_BN.contiguous(),
-        pages.length_BN.contiguous(), *pages.keys[0].stride()[:3], *pages.values[0].stride()[:3],
+        pages.keys[0], pages.values[0], *chunks, pages.table_BNM, pages.shift_BNM, pages.start_BN,
+        pages.length_BN, *pages.keys[0].stride()[:3], *pages.values[0].stride()[:3],
         *pages.table_BNM.stride(), *((0, 0, 0) if pages.shift_BNM is None else pages.shift_BNM.stride()),
+        *pages.start_BN.stride(), *pages.length_BN.stride(),
     )  # fmt: skip
 
 

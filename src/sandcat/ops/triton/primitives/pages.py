@@ -45,6 +45,10 @@ class Cached(NamedTuple):
     shift_b: int
     shift_n: int
     shift_m: int
+    start_b: int
+    start_n: int
+    length_b: int
+    length_n: int
 
 
 class Turn(NamedTuple):
@@ -87,9 +91,9 @@ def span_of(
     end_row = tl.load(first + b + 1, mask=here, other=0)
     row = tl.load(first + b, mask=here, other=0) + item % BLOCKS * ROWS
     rows = tl.maximum(0, tl.minimum(end_row - row, ROWS))
-    length = tl.load(cached.length + b * N + n, mask=here, other=0)
+    length = tl.load(cached.length + b * cached.length_b + n * cached.length_n, mask=here, other=0)
     own = length if NEW else length - (end_row - row)
-    low = tl.maximum(tl.load(cached.start + b * N + n, mask=here, other=0), 0)
+    low = tl.maximum(tl.load(cached.start + b * cached.start_b + n * cached.start_n, mask=here, other=0), 0)
     if WINDOW is not None:
         low = tl.maximum(low, own + 1 - WINDOW)
     return b, n, row, rows, own, low, tl.maximum(low, own if NEW else own + rows)
