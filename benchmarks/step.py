@@ -33,6 +33,7 @@ from sandcat.support.devices import pick_device, pick_dtype
 SHAPES = {
     "llama-2-7b": ("llama", 4096, 11008, 32, 32, 32, 32000),
     "mistral-7b": ("mistral", 4096, 14336, 32, 32, 8, 32000),
+    "llama-3-8b": ("llama", 4096, 14336, 32, 32, 8, 128256),
     "llama-3.2-1b": ("llama", 2048, 8192, 16, 32, 8, 128256),
     "tiny": ("llama", 256, 704, 4, 4, 2, 1000),
 }
