@@ -142,6 +142,11 @@ def test_refuses_other_padding(wrong):
         decoder.prefill(torch.full((2, 3), 5), torch.tensor(wrong))
 
 
+def test_refuses_another_number_of_prompts():
+    with pytest.raises(DataError, match="batch=3"):
+        Decoder(tiny("llama"), 5, batch=2).prefill(torch.full((3, 4), 5))
+
+
 def test_refuses_padding_where_the_rotary_embedding_depends_on_the_length():
     model = tiny("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
     ids, mask = prompts([2, 250], 20)

@@ -84,9 +84,11 @@ class Decoder:
                 where all have one length.
 
         Raises:
-            DataError: prompts that are longer than `max_length`, or padded elsewhere; or padded ones for a model whose
-                rotary embedding depends on the length.
+            DataError: not `batch` prompts, or longer than `max_length`, or padded elsewhere; or padded ones for
+                a model whose rotary embedding depends on the length.
         """
+        if len(ids_BT) != self.batch:
+            raise DataError(f"{len(ids_BT)} prompts for a decoder of {self.batch}: Decoder(..., batch={len(ids_BT)}).")
         if ids_BT.shape[1] > self.max_length:
             raise DataError(
                 f"the prompt has {ids_BT.shape[1]} tokens, more than the {self.max_length} that were set aside."

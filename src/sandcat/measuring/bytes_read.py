@@ -19,7 +19,7 @@ def step_bytes(model: nn.Module, ids_BT: Tensor) -> int:
     A neuron counts if any sequence of the batch uses it. Embedding rows are too few to count.
     """
     read: dict[nn.Module, int] = {}
-    decoder = Decoder(model, ids_BT.shape[1])
+    decoder = Decoder(model, ids_BT.shape[1], batch=len(ids_BT))
     decoder.prefill(ids_BT[:, :-1])  # not counted: in it some methods choose what they read afterwards
     skipping = sparse_modules(model).values()
     within = {m for module in skipping for m in module.modules() if m is not module and m not in skipping}
