@@ -154,12 +154,9 @@ def by_decoder(model, prompts, compile):
 
 
 def fuses(model):
-    from sandcat.layers.sparse_linear import SparseLinear
-    from sandcat.layers.sparse_mlp import SparseMLP
+    from sandcat.layers.core_mlp import CoreMLP
 
-    return model.config.model_type == "llama" and all(
-        type(module) in (SparseLinear, SparseMLP) for module in sparse_modules(model).values()
-    )
+    return model.config.model_type == "llama" and CoreMLP not in map(type, sparse_modules(model).values())
 
 
 def check(found, alone, prompts):
