@@ -119,7 +119,9 @@ class Prompts:
 
     def leave(self, decoder: nn.Module, args: tuple, output: object) -> None:
         """After each forward, whether it raised or not: a cache that was made in it takes what is kept."""
-        reading, cache = self.now.get(), getattr(output, "past_key_values", None)
+        reading, cache, told = self.now.get(), getattr(output, "past_key_values", None), self.told.get()
+        if told is not None and told.cache is None:  # some models do not take the empty cache that `generate` gives
+            told.cache = cache
         if reading is not None and reading.goes_on and cache is not None and not hasattr(cache, PROMPT):
             setattr(cache, PROMPT, reading.kept)
         self.now.set(None)
