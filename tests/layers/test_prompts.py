@@ -388,6 +388,6 @@ print("wrong:", wrong)
 def test_threads_that_share_a_model_write_what_each_would_alone(recipe):
     """One sequence, several, and drafts at once; in a process of its own, which a wrong address would end."""
     script = THREADS.format(folder=str(Path(__file__).parent.parent), recipe=recipe)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=880)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.endswith("wrong: []\n"), done.stdout

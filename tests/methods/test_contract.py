@@ -368,7 +368,7 @@ def test_saved_models_in_fresh_processes(tmp_path):
         (tmp_path / "folders.json").write_text(json.dumps(list(want)))
         script = textwrap.dedent(SCRIPT.format(imports=imports))
         files = [str(tmp_path / name) for name in ("folders.json", "prompts.pt", "out.pt")]
-        subprocess.run([sys.executable, "-c", script, *files], check=True, capture_output=True, timeout=240)
+        subprocess.run([sys.executable, "-c", script, *files], check=True, capture_output=True, timeout=880)
         found = torch.load(tmp_path / "out.pt")
         for folder, (logits, weights) in want.items():
             found_logits, found_weights = found[folder]

@@ -22,7 +22,7 @@ def test_products_and_sums(name, record_property):
         pytest.skip("this processor cannot run it, and nothing stands in for it")
     run = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("run_rows.py")), name]
     environ = environment(path) if can_run(path) else os.environ
-    done = subprocess.run(run, capture_output=True, text=True, timeout=280, env=environ)
+    done = subprocess.run(run, capture_output=True, text=True, timeout=880, env=environ)
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
     assert done.stdout.strip() == name
     record_property("path", name if can_run(path) else f"{name} (stand-ins)")

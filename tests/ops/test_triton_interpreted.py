@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 def output(script: str, *arguments: str) -> str:
     run = [sys.executable, "-W", "ignore", str(Path(__file__).with_name(script)), *arguments]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(run, capture_output=True, text=True, timeout=880)
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
     return done.stdout
 
