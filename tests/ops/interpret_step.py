@@ -187,7 +187,7 @@ def launches(family, recipe, sequences, layers):
     model = tiny(family, num_hidden_layers=layers, **({"mlp_bias": False} if family == "llama" else {}))
     if recipe:
         sandcat.sparsify(model, None, recipe, calibration=text())
-    ids, decoder = torch.randint(4, VOCABULARY, (sequences, 9)), Decoder(model, 9, compile=None, batch=sequences)
+    ids, decoder = torch.randint(4, VOCABULARY, (sequences, 9)), Decoder(model, 9, batch=sequences)
     decoder.prefill(ids[:, :8])
     step, count, launch = decode_step.fused_step(model, decoder.cache), 0, interpreter.GridExecutor.__call__
 
