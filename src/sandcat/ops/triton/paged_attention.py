@@ -32,10 +32,10 @@ from sandcat.ops.triton.primitives.pages import (
     places_of,
     quotient,
     span_of,
-    turned,
     units_of,
     weighed,
-)  # fmt: skip
+) from sandcat.ops.triton.primitives.rotary import turned
+ # fmt: skip
 
 OPS = ("paged_attention", "paged_write")
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sandcat.ops.triton.primitives.blocks import clear_share, finish, gated, load_rows, which_of_three
+from sandcat.ops.triton.primitives.rotary import turned
 
 
 @triton.jit
@@ -162,20 +163,6 @@ def gate_up(
 
 
 @triton.jit
-def _rotated(x, norm, eps, cos_d, sin_d, here, d, D, dtype: tl.constexpr):
-    """RMSNorm, where there is one, and rotary embedding of heads whose first element is at x, in their dtype."""
-    half = D // 2
-    other = tl.where(d < half, d + half, d - half)
-    own = tl.load(x + d, mask=here, other=0.0).to(dtype).to(tl.float32)
-    swapped = tl.load(x + other, mask=here, other=0.0).to(dtype).to(tl.float32)
-    if norm is not None:
-        scale = tl.rsqrt(tl.sum(own * own, 1) / D + eps)[:, None]
-        own *= scale * tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
-        swapped *= scale * tl.load(norm + other, mask=d < D, other=0.0).to(tl.float32)
-    return own * cos_d + tl.where(d < half, -swapped, swapped) * sin_d
-
-
-@triton.jit
 def attend(
     q, k, v, q_stride, k_stride, v_stride, q_norm, k_norm, eps, cos, sin, position, keys, values, scale, top_ws, sum_ws,
     acc_ws, arrived, out, L, N, G, D, WINDOW, GROUP: tl.constexpr, BLOCK: tl.constexpr, POSITIONS: tl.constexpr,
@@ -214,8 +201,8 @@ def attend(
         gdc_launch_dependents()
     row = (head * G + g)[:, None]
     here = (g < G)[:, None] & (d < D)
-    q_gd = _rotated(q + g[:, None] * D, q_norm, eps, cos_d, sin_d, here, d, D, dtype).to(dtype)
-    k_d = _rotated(k, k_norm, eps, cos_d, sin_d, d < D, d, D, dtype).to(dtype)
+    q_gd = turned(q + g[:, None] * D, cos_d, sin_d, q_norm, eps, here, d, D, dtype)
+    k_d = turned(k, cos_d, sin_d, k_norm, eps, d < D, d, D, dtype)
     v_d = tl.load(v + d, mask=d < D, other=0.0).to(dtype)
     if split == 0:
         tl.store(keys + new * D + d, k_d, mask=d < D)

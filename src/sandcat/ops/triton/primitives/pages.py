@@ -127,20 +127,6 @@ def angles_of_rows(
 
 
 @triton.jit
-def turned(x, cos_md, sin_md, norm, eps, here, d, D: tl.constexpr, dtype: tl.constexpr):
-    """Heads of q or k, normed and turned, in their dtype."""
-    half: tl.constexpr = D // 2
-    other = tl.where(d < half, d + half, d - half)
-    own = tl.load(x + d, mask=here, other=0.0).to(dtype).to(tl.float32)
-    swapped = tl.load(x + other, mask=here, other=0.0).to(dtype).to(tl.float32)
-    if norm is not None:
-        scale = tl.rsqrt(tl.sum(own * own, 1) / D + eps)[:, None]
-        own *= scale * tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
-        swapped *= scale * tl.load(norm + other, mask=d < D, other=0.0).to(tl.float32)
-    return (own * cos_md + tl.where(d < half, -swapped, swapped) * sin_md).to(dtype)
-
-
-@triton.jit
 def places_of(b, n, entry, slot, seen, cached, P: tl.constexpr, ONE: tl.constexpr):
     """Where a head's keys and values lie, of tokens in slots of the pages that entries of the table name; ONE entry, or
     one for each token."""
