@@ -34,8 +34,8 @@ from sandcat.ops.triton.primitives.pages import (
     span_of,
     units_of,
     weighed,
-) from sandcat.ops.triton.primitives.rotary import turned
- # fmt: skip
+)  # fmt: skip
+from sandcat.ops.triton.primitives.rotary import turned
 
 OPS = ("paged_attention", "paged_write")
 
