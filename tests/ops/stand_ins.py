@@ -13,8 +13,8 @@ from numba.extending import intrinsic
 
 from sandcat.ops.numba.primitives import processor
 from sandcat.ops.numba.primitives.dtypes import widen
+from sandcat.ops.numba.primitives.memory import pointer
 from sandcat.ops.numba.primitives.registers import LANES, vector
-from sandcat.ops.numba.primitives.threads import pointer
 
 FLAGS = {
     "tiles": {"HAS_TILES": True},

@@ -27,7 +27,9 @@ from sandcat.layers.step_parts import (
 from sandcat.ops import FORMATS
 from sandcat.ops.numba.paged_attention import fill_pages
 from sandcat.ops.numba.primitives.activations import CODES
-from sandcat.ops.numba.step import step
+from sandcat.ops.numba.primitives.matrices import matrix
+from sandcat.ops.numba.step import operations, records
+from sandcat.ops.weights import Stored
 
 
 class Sizes(NamedTuple):
@@ -46,7 +48,7 @@ class Place(NamedTuple):
     """What a product reads, and where it goes: it is added to h, or becomes columns of a target."""
 
     source: int
-    """One of the sources of step.py."""
+    """One of the sources of records.py."""
     inputs: int
     outputs: int
     target: Tensor | None = None
@@ -77,43 +79,43 @@ class Writer:
 
     def write(self, parts: ModelParts) -> None:
         add, H = self.program.add, self.sizes.H
-        add(step.EMBED)
+        add(operations.EMBED)
         for layer in parts.layers:
             for norm, part in layer:
                 BRANCHES.get(type(part), Writer._called_branch)(self, norm, part)
         norm, head = parts.head
         self._norm(norm)
         if _is_merged(head):
-            self.program.fill_linear(add(step.LOGITS, step.PRODUCED, source=step.X)["linear"], head)
+            self.program.fill_linear(self._produce(records.LOGITS, records.X)["linear"], head)
         else:
-            self._give(Place(step.X, H, self.logits.shape[1]), head, self.logits.view(self.sizes.batch, 1, -1))
-        add(step.END)
+            self._give(Place(records.X, H, self.logits.shape[1]), head, self.logits.view(self.sizes.batch, 1, -1))
+        add(operations.END)
 
     def _norm(self, norm: Norm) -> None:
-        self.program.add(step.NORM, step.NORMED, weight=norm.weight, eps=norm.eps)
+        self.program.add(operations.NORM, records.NORMED, weight=norm.weight, eps=norm.eps)
 
     def _called_branch(self, norm: Norm, part: Any) -> None:
         self._norm(norm)
-        self._called(part, Place(step.X, self.sizes.H, self.sizes.H))
+        self._called(part, Place(records.X, self.sizes.H, self.sizes.H))
 
     def _attention(self, norm: Norm, part: Attention) -> None:
         _, _, H, Q, K, *_ = self.sizes
         self._norm(norm)
         if all(map(_is_merged, (part.q, part.k, part.v))):
-            entry = self.program.add(step.PROJECT, step.PROJECTED)
-            for name in ("q", "k", "v"):
-                self.program.fill_linear(entry[name], getattr(part, name))
+            entry = self.program.add(operations.PROJECT, records.PROJECTED)
+            for name, at in (("q", 0), ("k", Q), ("v", Q + K)):
+                self.program.fill_linear(entry[name], getattr(part, name), sums_at=at)
         else:
             for at, product, size in ((0, part.q, Q), (Q, part.k, K), (Q + K, part.v, K)):
-                self._product(product, Place(step.X, H, size, self.qkv, at, norm))
+                self._product(product, Place(records.X, H, size, self.qkv, at, norm))
         entry = self.program.add(
-            step.ATTEND, step.ATTENDED, q_norm=part.q_norm and part.q_norm.weight,
+            operations.ATTEND, records.ATTENDED, q_norm=part.q_norm and part.q_norm.weight,
             k_norm=part.k_norm and part.k_norm.weight, head_eps=part.q_norm and part.q_norm.eps,
         )  # fmt: skip
         cached, (B, N, D) = entry["cached"], part.cached.shape
         self.program.pages += fill_pages(cached, part.cached.pages(), part.scaling, part.cached.window, None)
         cached["items"], cached["H"] = B * N, Q // D
-        self._product(part.o, Place(step.X, Q, H))
+        self._product(part.o, Place(records.X, Q, H))
 
     def _neurons(self, norm: Norm, part: GatedNeurons) -> None:
         """Called as one module if a product of it would have to be: that cuts the program once."""
@@ -128,12 +130,12 @@ class Writer:
             if not self.gates.numel():
                 self.gates = torch.zeros(2, self.sizes.rows, self.sizes.neurons)
             for product, target in zip((gate, up), self.gates, strict=True):
-                self._product(product, Place(step.X, self.sizes.H, product.outputs, target, norm=norm))
+                self._product(product, Place(records.X, self.sizes.H, product.outputs, target, norm=norm))
             self.program.add(
-                step.GATE, step.GATING, gate=self.gates[0], up=self.gates[1], row=self.sizes.neurons, activation=code,
-                neurons=gate.outputs,
+                operations.GATE, records.GATING, gate=self.gates[0], up=self.gates[1], row=self.sizes.neurons,
+                activation=code, neurons=gate.outputs,
             )  # fmt: skip
-        self._product(down, Place(step.HIDDEN, gate.outputs, self.sizes.H))
+        self._product(down, Place(records.HIDDEN, gate.outputs, self.sizes.H))
 
     def _kept_neurons(self, norm: Norm, part: KeptNeurons) -> None:
         gate, up, down, kept = part.gate, part.up, part.down, part.kept
@@ -146,43 +148,46 @@ class Writer:
             gate, up, activation=CODES[part.activation], skips=kept.skips, masks=not kept.skips, shared=kept.shared,
             neuron_threshold=kept.threshold,
         )  # fmt: skip
-        entry = self.program.add(step.ADD, step.PRODUCED, source=step.HIDDEN)
+        entry = self._produce(records.ADD, records.HIDDEN)
         self.program.fill_linear(entry["linear"], down, packed=kept.packed, skips=kept.skips)
 
     def _neurons_together(self, gate: Linear, up: Linear, **values: Tensor | int | None) -> None:
-        entry = self.program.add(step.NEURONS, step.NEURONAL, neurons=gate.outputs, **values)
+        entry = self.program.add(operations.NEURONS, records.NEURONAL, neurons=gate.outputs, **values)
         self.program.fill_linear(entry["gate"], gate)
-        self.program.fill_linear(entry["up"], up)
+        self.program.fill_linear(entry["up"], up, sums_at=gate.outputs, listed=bool(values.get("skips")))
+
+    def _produce(self, into: int, source: int, **values: Tensor | int) -> Any:
+        return self.program.add(operations.PRODUCE, records.PRODUCED, into=into, source=source, **values)
 
     def _product(self, part: Any, place: Place) -> None:
         _writes(part)(self, part, place)
 
     def _whole(self, part: Linear, place: Place) -> None:
-        code = step.ADD if place.target is None else step.PRODUCT
-        entry = self.program.add(code, step.PRODUCED, source=place.source, **place.fields)
+        into = records.ADD if place.target is None else records.REPLACE
+        entry = self._produce(into, place.source, **place.fields)
         self.program.fill_linear(entry["linear"], part)
 
     def _low_rank(self, part: LowRankProduct, place: Place) -> None:
         """What is kept; what is dropped times the first factor; and that times the other."""
         self._whole(part, place)
         self.rank = max(self.rank, len(part.factor_a))
-        entry = self.program.add(step.DROPPED, step.PRODUCED, source=place.source, threshold=part.kept.threshold)
-        self.program.fill_matrix(entry["linear"], part.factor_a)
-        code = step.ADD if place.target is None else step.ACCUMULATE
-        entry = self.program.add(code, step.PRODUCED, source=step.BETWEEN, **place.fields)
-        self.program.fill_matrix(entry["linear"], part.factor_b)
+        entry = self._produce(records.DROPPED, place.source, threshold=part.kept.threshold)
+        self.program.fill(entry["linear"], **matrix(Stored(part.factor_a), "dots", tiles=self.program.tiles))
+        into = records.ADD if place.target is None else records.ACCUMULATE
+        entry = self._produce(into, records.BETWEEN, **place.fields)
+        self.program.fill(entry["linear"], **matrix(Stored(part.factor_b), "dots", tiles=self.program.tiles))
 
     def _called(self, part: Any, place: Place) -> None:
         taken = torch.zeros(self.sizes.batch, 1, place.outputs, dtype=self.sizes.dtype)
         self._give(place, part, taken)
-        code = step.TAKE if place.target is None else step.FILL
-        self.program.add(code, step.MOVED, tensor=taken, size=place.outputs, **place.fields)
+        code = operations.TAKE if place.target is None else operations.FILL
+        self.program.add(code, records.MOVED, tensor=taken, size=place.outputs, **place.fields)
         if place.norm is not None:
             self._norm(place.norm)  # each thread has its own x, and the threads may be others now
 
     def _give(self, place: Place, part: Any, taken: Tensor) -> None:
         given = torch.zeros(self.sizes.batch, 1, place.inputs, dtype=self.sizes.dtype)
-        self.program.add(step.GIVE, step.MOVED, source=place.source, tensor=given, size=place.inputs)
+        self.program.add(operations.GIVE, records.MOVED, source=place.source, tensor=given, size=place.inputs)
         self.program.call(part.module, given, taken)
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from sandcat.layers.step_parts import Kept, Linear
-from sandcat.ops.numba.primitives.dtypes import unit_of
+from sandcat.ops.numba.primitives.matrices import matrix
+from sandcat.ops.numba.primitives.memory import fill
 from sandcat.ops.numba.step.linears import is_summed
-from sandcat.ops.numba.step.step import OP
-from sandcat.ops.weights import FORMATS
+from sandcat.ops.numba.step.operations import operation
+from sandcat.ops.numba.step.records import OP
 
 
 class Call(NamedTuple):
@@ -36,62 +38,54 @@ class Program:
 
     Args:
         threads: that it will run on.
+        dtype: of the model.
+        tiles: products are those of the processor's matrix unit.
     """
 
-    def __init__(self, threads: int):
-        self.threads = threads
+    def __init__(self, threads: int, dtype: torch.dtype, *, tiles: bool):
+        self.threads, self.dtype, self.tiles = threads, dtype, tiles
         self.records: list[tuple[int, int]] = []
         self.calls: list[tuple[int, Call]] = []
         """Modules, with how many records stand before them."""
-        self.formats: set[str] = set()
-        """Of the weights."""
         self.held: list[Tensor] = []
         self.pages: list = []
         self.operands: list[np.ndarray] = []
 
     def add(self, code: int, kind: np.dtype | None = None, **values: Tensor | float | None) -> Any:
         """Adds a record; its operand, of which nested ones are to be filled yet."""
+        function = operation(code, self.dtype)
         if kind is None:
-            self.records.append((code, 0))
+            self.records.append((function, 0))
             return None
         operand = np.zeros(1, kind)
         self.operands.append(operand)
-        self.records.append((code, operand.ctypes.data))
+        self.records.append((function, operand.ctypes.data))
         self.fill(operand[0], **values)
         return operand[0]
 
-    def fill(self, entry: np.void, **values: Tensor | float | None) -> None:
-        """Writes numbers as they are, tensors as their addresses (and keeps them), None as 0."""
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                value = value.detach().contiguous()  # a weight may be stored anew while this memory is still read
-                self.held.append(value)
-                value = value.data_ptr()
-            entry[name] = 0 if value is None else value
+    def fill(self, entry: np.void, **values: Any) -> None:
+        """As `memory.fill`; a weight may be stored anew while what it was is still read."""
+        self.held += fill(entry, **values)
 
-    def fill_linear(self, entry: np.void, part: Linear, *, packed: bool = False, skips: bool = False) -> None:
+    def fill_linear(
+        self, entry: np.void, part: Linear, *, packed: bool = False, skips: bool = False, listed: bool = False,
+        sums_at: int = 0,
+    ) -> None:  # fmt: skip
         """
         Args:
             packed, skips: its weight lies by inputs; inputs that are 0, as a part before it dropped them, are skipped.
+            listed: some of its outputs are computed, not all.
+            sums_at: where threads have its sums, if they have sums.
         """
         kept: Kept | None = getattr(part, "kept", None)
-        codes, scale, _, bias, format = part.stored
         if kept is not None:
             packed, skips = kept.packed, kept.skips
-        rows = codes.t() if packed else codes
-        self.formats.add(format)
         self.fill(
-            entry, weight=rows, format=FORMATS[format].code, unit=unit_of(format), scale=scale, bias=bias,
+            entry, **matrix(part.stored, "sums" if packed else "listed_dots" if listed else "dots", tiles=self.tiles),
             by_inputs=packed, skips=skips, masks=kept is not None and not skips,
-            summed=is_summed(packed, skips, part.outputs * rows.itemsize, self.threads),
-            threshold=kept and kept.threshold, shared=kept is not None and kept.shared, outputs=part.outputs,
-            inputs=part.inputs,
+            summed=is_summed(packed, skips, part.outputs * part.stored.codes.itemsize, self.threads), sums_at=sums_at,
+            threshold=kept and kept.threshold, shared=kept is not None and kept.shared,
         )  # fmt: skip
-
-    def fill_matrix(self, entry: np.void, matrix_OI: Tensor) -> None:
-        """A dense product with a matrix in the model's dtype."""
-        outputs, inputs = matrix_OI.shape
-        self.fill(entry, weight=matrix_OI, unit=1, outputs=outputs, inputs=inputs)
 
     def call(self, module: nn.Module, given: Tensor, taken: Tensor) -> None:
         """Cuts the program for a module."""

@@ -15,13 +15,14 @@ from sandcat.layers.cache import PagedCache
 from sandcat.layers.sparse_module import prompts_of
 from sandcat.models.host_memory import use_large_pages
 from sandcat.models.view import ModelView
-from sandcat.ops import CODED, MAX_TOKENS
+from sandcat.ops import MAX_TOKENS
+from sandcat.ops.numba.primitives import products
 from sandcat.ops.numba.primitives.dtypes import STORAGE
 from sandcat.ops.numba.primitives.processor import HAS_TILES, ONE_BY_ONE
 from sandcat.ops.numba.primitives.registers import LANES
 from sandcat.ops.numba.primitives.rows_amx import room_of
 from sandcat.ops.numba.primitives.threads import HAS_BARRIER, VERSION, threads_of
-from sandcat.ops.numba.step import step
+from sandcat.ops.numba.step import records, step
 
 
 def applies(view: ModelView, batch: int) -> bool:
@@ -48,14 +49,14 @@ class CpuStep:
         self.tokens = torch.zeros(batch, dtype=torch.int64)
         self.state = torch.zeros(batch, table.shape[1])
         self.logits = torch.zeros(batch, parts.vocabulary, dtype=table.dtype)
-        self.program = Program(self.threads)
+        tiles = HAS_TILES and batch > 1 and table.dtype == torch.bfloat16
+        self.program = Program(self.threads, table.dtype, tiles=tiles)
         self.program.held += [table.detach(), cache.pool.keys, cache.pool.values]  # by their addresses
         writer = Writer(self.program, self.sizes, self.logits)
         writer.write(parts)
-        tiles = HAS_TILES and batch > 1 and table.dtype == torch.bfloat16
-        self.model = self._model(view, cache, writer, tiles)
+        self.model = self._model(view, cache, writer)
         use_large_pages(self.program.held)
-        self.kernel = step.kernel(table.dtype, tiles, frozenset(self.program.formats & set(CODED)))
+        self.kernel = step.kernel()
         self.records, self.runs = self.program.finished()
 
     def __call__(self, ids_B1: Tensor) -> Tensor:
@@ -74,12 +75,12 @@ class CpuStep:
         with nullcontext() if self.prompts is None else self.prompts.decoded():
             call.taken.copy_(call.module(call.given))
 
-    def _model(self, view: ModelView, cache: PagedCache, writer: Writer, tiles: bool) -> np.ndarray:
+    def _model(self, view: ModelView, cache: PagedCache, writer: Writer) -> np.ndarray:
         """What all records of the program read."""
         table, decoder = view.model.get_input_embeddings().weight, view.decoder
         batch, rows, H, Q, K, neurons, dtype = self.sizes
         _, groups, D = cache.layers[0].shape
-        vocabulary, heads = self.logits.shape[1], Q // D
+        vocabulary, heads, tiles = self.logits.shape[1], Q // D, self.program.tiles
         most = _odd_lines(max(Q, H, neurons))
         stride = _odd_lines(max(Q + 2 * K, 2 * neurons, H, vocabulary))
         positions = torch.arange(cache.max_length)[None]
@@ -88,7 +89,7 @@ class CpuStep:
         def rooms(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(self.threads, *shape, dtype=dtype)
 
-        model = np.zeros(1, step.MODEL)
+        model = np.zeros(1, records.MODEL)
         self.program.fill(
             model[0], sequences=batch, rows=rows, tokens=self.tokens, lengths=cache.length_B,
             table=table.data_ptr(), table_row=table.stride(0), table_column=table.stride(1), vocabulary=self.vocabulary,
@@ -98,7 +99,8 @@ class CpuStep:
             scores=torch.zeros(rows, vocabulary), logits=self.logits, outputs=vocabulary, heads=heads, groups=groups,
             D=D, H=H, L=cache.max_length, x=rooms(rows, most), y=rooms(rows, most), values=rooms(rows, most),
             kept=rooms(most, dtype=torch.int64), wanted=rooms(most, dtype=torch.bool), most=most,
-            sums=rooms(rows, stride), stride=stride, room=rooms(room_of(most), dtype=torch.int32) if tiles else None,
-            tiles=room_of(most),
+            sums=rooms(rows, stride), stride=stride, tiles=room_of(most) if tiles else 0,
+            room=rooms(room_of(most), dtype=torch.int32) if tiles else None,
+            pack=products.function(products.PACK, STORAGE[table.dtype], tiles=True) if tiles else None,
         )  # fmt: skip
         return model

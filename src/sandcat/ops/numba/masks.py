@@ -14,7 +14,8 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from sandcat.ops.numba.primitives.threads import VERSION, on_all_threads, pointer, threads_of
+from sandcat.ops.numba.primitives.memory import pointer
+from sandcat.ops.numba.primitives.threads import VERSION, on_all_threads, threads_of
 
 PARALLEL = 2**14
 """Numbers of a mask from which more than one thread pays."""

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sandcat.ops.numba.primitives.attention import fade_and_add, rotate, scale_scores, score_keys, weigh_scores
 from sandcat.ops.numba.primitives.dtypes import STORAGE, exp, narrow, widen
+from sandcat.ops.numba.primitives.memory import float32s, numbers, piece, pointer, record
 from sandcat.ops.numba.primitives.registers import apart
-from sandcat.ops.numba.primitives.threads import VERSION, float32s, numbers, on_all_threads, piece, pointer, threads_of
-from sandcat.ops.numba.step.linears import record
+from sandcat.ops.numba.primitives.threads import VERSION, on_all_threads, threads_of
 from sandcat.ops.paged_attention import Pages, Rows, check_arguments, check_pages, paged_attention
 
 ROWS = 8
@@ -190,14 +190,14 @@ def _first_thread(pair, total, threads):
 
 
 @njit
-def join(parts, at, sums):
-    """sums [D] = a row and head's result, from the parts of its keys."""
+def join(parts, first, end, at, sums):
+    """sums [D] = a row and head's result, from the parts of its keys from `first` to `end`."""
     D, top, total = sums.size, np.float32(-np.inf), np.float32(0)
     for d in range(D):
         sums[d] = 0
-    for part in range(len(parts)):
+    for part in range(first, end):
         top = max(top, parts[part, at, D])
-    for part in range(len(parts)):
+    for part in range(first, end):
         weight = np.float32(math.exp(parts[part, at, D] - top)) if top > -np.inf else np.float32(0)
         total += weight * parts[part, at, D + 1]
         for d in range(D):
@@ -237,7 +237,7 @@ def join_share(job, thread, threads, items, like):
             first += _first_thread(item.before, total, threads)
             end += _first_thread(item.before + pairs - 1, total, threads) + 1
         for at in range(item.rows * G):
-            join(results[first:end], at, sums)
+            join(results, first, end, at, sums)
             to = out[item.row + at // G, item.n * G + at % G]
             for d in range(job.D):
                 to[d] = narrow(sums[d], like[0])

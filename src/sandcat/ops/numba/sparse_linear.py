@@ -10,39 +10,47 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import carray
+from numba import carray, njit
 from torch import Tensor
 
-from sandcat.ops.numba.primitives.dtypes import STORAGE, outputs, storage, widen
-from sandcat.ops.numba.primitives.rows import add_rows
-from sandcat.ops.numba.primitives.threads import VERSION, on_all_threads, pointer, threads_of
+from sandcat.ops.numba.primitives.dtypes import STORAGE, outputs, widen
+from sandcat.ops.numba.primitives.matrices import MATRIX, add_inputs, matrix
+from sandcat.ops.numba.primitives.memory import columns, float32s, numbers, part, pointer, record, record_at
+from sandcat.ops.numba.primitives.threads import VERSION, on_all_threads, run_job, threads_of
 from sandcat.ops.sparse_linear import check_arguments, sparse_linear
 from sandcat.ops.weights import Stored
 
+JOB = record("tokens x threshold y", weight=MATRIX)
+"""Addresses of the arguments; y [threads, T, O]: each thread's sums."""
+
+
+@njit
+def _share(job, thread, threads, like):
+    """What a thread has to do."""
+    tokens, channels, size = job.tokens, job.weight.inputs, job.weight.outputs
+    x, threshold = float32s(job.x, (tokens, channels)), numbers(job.threshold, (channels,), like)
+    y = float32s(job.y, (threads * tokens, 1, size))
+    kept, values, room = np.empty(channels, np.int64), np.empty((1, channels), np.float32), np.empty(0, np.int32)
+    for t in range(tokens):
+        count = 0
+        for i in range(channels):
+            kept[count] = i
+            values[0, count] = x[t, i]
+            count += not abs(x[t, i]) <= widen(threshold[i])
+        first, end = count * thread // threads, count * (thread + 1) // threads
+        add_inputs(job.weight, y[thread * tokens + t], columns(values, first, end), part(kept, first, end), 0, room)
+
 
 @cache
-def _kernel(format: str, dtype: torch.dtype):
-    """The kernel for weights of a format and one dtype, compiled on first use (and then cached on disk)."""
-    weight_storage, threshold_storage, version = storage(format, dtype), STORAGE[dtype], VERSION
+def _kernel(dtype: torch.dtype):
+    """The kernel for the model's dtype, compiled on first use (and then cached on disk)."""
+    storage, version = STORAGE[dtype], VERSION
 
     def body(args, thread, threads):
-        if args[4] != version:  # never: it ties the code that Numba caches to all sources it was made from
+        if args[1] != version:  # never: it ties the code that Numba caches to all sources it was made from
             return
-        tokens, channels, size = args[5], args[6], args[7]
-        x = carray(pointer(args[0]), (tokens, channels), np.float32)
-        weight = carray(pointer(args[1]), (channels, size), weight_storage)
-        threshold = carray(pointer(args[2]), (channels,), threshold_storage)
-        y = carray(pointer(args[3]), (threads, tokens, size), np.float32)[thread]
-        kept = np.empty(channels, np.int64)
-        values = np.empty(channels, np.float32)
-        for t in range(tokens):
-            count = 0
-            for i in range(channels):
-                kept[count] = i
-                values[count] = x[t, i]
-                count += not abs(x[t, i]) <= widen(threshold[i])
-            first, end = count * thread // threads, count * (thread + 1) // threads
-            add_rows(y[t : t + 1], values[first:end].reshape(1, -1), weight, kept[first:end])
+        like = carray(pointer(args[0]), (1,), storage)  # of which nobody reads the number
+        _share(record_at(args[0], JOB), thread, threads, like)
 
     return on_all_threads(body)
 
@@ -50,10 +58,10 @@ def _kernel(format: str, dtype: torch.dtype):
 @sparse_linear.register_kernel("cpu")
 def _(x_TI: Tensor, weight: Stored, threshold_I: Tensor) -> Tensor:
     check_arguments(x_TI, weight, threshold_I)
-    (tokens, channels), size = x_TI.shape, len(weight.codes)
-    tensors = [x_TI.float().contiguous(), weight.codes.t().contiguous(), threshold_I.contiguous()]
     threads = threads_of()
-    partial_PTO = torch.zeros(threads, tokens, size)
-    addresses = [tensor.data_ptr() for tensor in (*tensors, partial_PTO)]
-    _kernel(weight.format, x_TI.dtype)([*addresses, VERSION, tokens, channels, size], threads)
+    partial_PTO = torch.zeros(threads, len(x_TI), len(weight.codes))
+    run_job(
+        _kernel(x_TI.dtype), JOB, threads, tokens=len(x_TI), x=x_TI.float(), threshold=threshold_I, y=partial_PTO,
+        weight=matrix(weight, "sums"),
+    )  # fmt: skip
     return outputs(partial_PTO.sum(0), weight)

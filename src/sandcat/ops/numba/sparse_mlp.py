@@ -12,70 +12,67 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import carray
+from numba import carray, njit
 from torch import Tensor
 
 from sandcat.ops.numba.primitives.activations import CODES, activate
-from sandcat.ops.numba.primitives.dtypes import STORAGE, outputs, rounded, storage, unit_of, widen
-from sandcat.ops.numba.primitives.rows import BLOCK, add_rows, dot_rows
-from sandcat.ops.numba.primitives.threads import VERSION, on_all_threads, pointer, threads_of
+from sandcat.ops.numba.primitives.dtypes import STORAGE, outputs, rounded, widen
+from sandcat.ops.numba.primitives.matrices import MATRIX, add_inputs, listed_outputs, matrix, outputs_from
+from sandcat.ops.numba.primitives.memory import columns, float32s, numbers, part, pointer, record, record_at
+from sandcat.ops.numba.primitives.rows import BLOCK
+from sandcat.ops.numba.primitives.threads import VERSION, on_all_threads, run_job, threads_of
 from sandcat.ops.sparse_mlp import check_arguments, sparse_mlp, sparse_up_down
 from sandcat.ops.weights import Stored
 
+JOB = record("tokens x a threshold activation y", gate=MATRIX, up=MATRIX, down=MATRIX)
+"""Addresses of the arguments, of gate or a one; y [threads, T, H]: each thread's sums."""
+
+
+@njit
+def _share(job, thread, threads, like):
+    """What a thread has to do."""
+    tokens, neurons, hidden = job.tokens, job.up.outputs, job.up.inputs
+    x, y = float32s(job.x, (tokens, hidden)), float32s(job.y, (threads, tokens, hidden))[thread]
+    given, threshold = numbers(job.a, (tokens if job.a else 0, neurons), like), numbers(job.threshold, (neurons,), like)
+    kept, keeps, room = np.empty(BLOCK, np.int64), np.empty((tokens, BLOCK), np.bool_), np.empty(0, np.int32)
+    g, a = np.empty((tokens, BLOCK), np.float32), np.empty((tokens, BLOCK), np.float32)
+    h = np.empty((tokens, BLOCK), np.float32)
+    end = neurons * (thread + 1) // threads
+    for start in range(neurons * thread // threads, end, BLOCK):
+        stop, count = min(start + BLOCK, end), 0
+        if job.gate.weight:
+            outputs_from(job.gate, x, start, columns(g, 0, stop - start), room, like)
+        for j in range(start, stop):
+            wanted = False
+            for t in range(tokens):
+                if job.gate.weight:
+                    a[t, count] = rounded(activate(rounded(g[t, j - start], like[0]), job.activation), like[0])
+                else:
+                    a[t, count] = widen(given[t, j])
+                keeps[t, count] = not abs(a[t, count]) <= widen(threshold[j])
+                wanted |= keeps[t, count]
+            if wanted:
+                kept[count] = j
+                count += 1
+        units, values = part(kept, 0, count), columns(h, 0, count)
+        listed_outputs(job.up, x, units, values, tokens, room, like)
+        for c in range(count):
+            for t in range(tokens):
+                value = rounded(a[t, c] * rounded(h[t, c], like[0]), like[0])
+                h[t, c] = value if keeps[t, c] else np.float32(0)
+        add_inputs(job.down, y, values, units, 0, room)
+
 
 @cache
-def _kernel(dtype: torch.dtype, gate_format: str, up_format: str, down_format: str):
-    """The kernel for the model's dtype and the weights' formats, compiled on first use (and then cached on disk)."""
-    own, gate_unit, up_unit = STORAGE[dtype], unit_of(gate_format), unit_of(up_format)
-    gate_storage, up_storage, down_storage = (storage(f, dtype) for f in (gate_format, up_format, down_format))
-    like, version = own.type(0), VERSION
+def _kernel(dtype: torch.dtype):
+    """The kernel for the model's dtype, compiled on first use (and then cached on disk)."""
+    storage, version = STORAGE[dtype], VERSION
 
     def body(args, thread, threads):
-        if args[8] != version:  # never: it ties the code that Numba caches to all sources it was made from
+        if args[1] != version:  # never: it ties the code that Numba caches to all sources it was made from
             return
-        tokens, neurons, hidden, code = args[9], args[10], args[11], args[12]
-        x = carray(pointer(args[0]), (tokens, hidden), np.float32)
-        gate = carray(pointer(args[1]), (neurons if args[1] else 0, hidden), gate_storage)
-        given = carray(pointer(args[13]), (tokens if args[13] else 0, neurons), own)
-        up = carray(pointer(args[2]), (neurons, hidden), up_storage)
-        down = carray(pointer(args[3]), (neurons, hidden), down_storage)
-        threshold = carray(pointer(args[4]), (neurons,), own)
-        gate_bias = carray(pointer(args[5]), (neurons if args[5] else 0,), own)
-        up_bias = carray(pointer(args[6]), (neurons if args[6] else 0,), own)
-        gate_scale = carray(pointer(args[14]), (neurons if args[14] else 0,), own)
-        up_scale = carray(pointer(args[15]), (neurons if args[15] else 0,), own)
-        y = carray(pointer(args[7]), (threads, tokens, hidden), np.float32)[thread]
-        kept = np.empty(BLOCK, np.int64)
-        keeps = np.empty((tokens, BLOCK), np.bool_)
-        g = np.empty((tokens, BLOCK), np.float32)
-        a = np.empty((tokens, BLOCK), np.float32)
-        h = np.empty((tokens, BLOCK), np.float32)
-        end = neurons * (thread + 1) // threads
-        for start in range(neurons * thread // threads, end, BLOCK):
-            stop, count = min(start + BLOCK, end), 0
-            if gate.size:
-                dot_rows(x, gate[start:stop], None, g[:, : stop - start])
-            for j in range(start, stop):
-                wanted = False
-                for t in range(tokens):
-                    if gate.size:
-                        s = g[t, j - start] * (widen(gate_scale[j]) * gate_unit) if gate_scale.size else g[t, j - start]
-                        s = s + widen(gate_bias[j]) if gate_bias.size else s
-                        a[t, count] = rounded(activate(rounded(s, like), code), like)
-                    else:
-                        a[t, count] = widen(given[t, j])
-                    keeps[t, count] = not abs(a[t, count]) <= widen(threshold[j])
-                    wanted |= keeps[t, count]
-                if wanted:
-                    kept[count] = j
-                    count += 1
-            dot_rows(x, up, kept, h[:, :count])
-            for c in range(count):
-                for t in range(tokens):
-                    u = h[t, c] * (widen(up_scale[kept[c]]) * up_unit) if up_scale.size else h[t, c]
-                    u = u + widen(up_bias[kept[c]]) if up_bias.size else u
-                    h[t, c] = rounded(a[t, c] * rounded(u, like), like) if keeps[t, c] else np.float32(0)
-            add_rows(y, h[:, :count], down, kept)
+        like = carray(pointer(args[0]), (1,), storage)  # of which nobody reads the number
+        _share(record_at(args[0], JOB), thread, threads, like)
 
     return on_all_threads(body)
 
@@ -83,17 +80,12 @@ def _kernel(dtype: torch.dtype, gate_format: str, up_format: str, down_format: s
 def _run(
     x_TH: Tensor, gate: Stored | None, a_TI: Tensor | None, up: Stored, down: Stored, threshold_I: Tensor, code: int
 ) -> Tensor:
-    (tokens, hidden), dtype = x_TH.shape, x_TH.dtype
-    given = [None if gate is None else gate.codes, up.codes, down.codes.t(), threshold_I]
-    gate = gate or Stored(x_TH)  # without bias and scale, and not read
-    tensors = [x_TH.float(), *given, gate.bias, up.bias, a_TI, gate.scale, up.scale]
-    tensors = [None if t is None else t.contiguous() for t in tensors]
     threads = threads_of()
-    partial_PTH = torch.zeros(threads, tokens, hidden)
-    *addresses, a, gate_scale, up_scale = (0 if t is None else t.data_ptr() for t in tensors)
-    _kernel(dtype, gate.format, up.format, down.format)(
-        [*addresses, partial_PTH.data_ptr(), VERSION, tokens, len(up.codes), hidden, code, a, gate_scale, up_scale],
-        threads,
+    partial_PTH = torch.zeros(threads, *x_TH.shape)
+    run_job(
+        _kernel(x_TH.dtype), JOB, threads, tokens=len(x_TH), x=x_TH.float(), a=a_TI, threshold=threshold_I,
+        activation=code, y=partial_PTH, gate=matrix(gate, "dots") if gate else {}, up=matrix(up, "listed_dots"),
+        down=matrix(down, "sums"),
     )  # fmt: skip
     return outputs(partial_PTH.sum(0), down)
 

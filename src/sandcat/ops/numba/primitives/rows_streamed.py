@@ -11,6 +11,7 @@ from numba.extending import overload
 from sandcat.ops.numba.primitives.bfloat16_pairs import PAIRED, add4x2, dot1x2, dot4x4, halve
 from sandcat.ops.numba.primitives.dtypes import widen
 from sandcat.ops.numba.primitives.int8_vnni import WIDTH, split, sums_of_fours
+from sandcat.ops.numba.primitives.memory import piece
 from sandcat.ops.numba.primitives.processor import HAS_FOURS, HAS_PAIRS
 from sandcat.ops.numba.primitives.registers import (
     LANES,
@@ -25,7 +26,6 @@ from sandcat.ops.numba.primitives.registers import (
     total,
     totals,
 )
-from sandcat.ops.numba.primitives.threads import piece
 
 AT_ONCE = 8
 """Rows that one token is multiplied with before the next one: few enough to stay in the nearest cache."""

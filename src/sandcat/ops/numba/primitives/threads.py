@@ -16,15 +16,19 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
 import torch
 from llvmlite import binding, ir
 from numba import carray, cfunc, njit, prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-SLOTS = 16
+from sandcat.ops.numba.primitives.memory import fill
+
+SLOTS = 8
 _sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[2].rglob("*.py")))
 VERSION = int.from_bytes(hashlib.sha256(_sources).digest()[:7])
 """A digest of the sources of all ops: Numba looks at a kernel's own file alone before it takes compiled code from its
@@ -92,6 +96,42 @@ def on_all_threads(body) -> Callable[[list[int], int], None]:
     return run
 
 
+def run_job(kernel: Callable[[list[int], int], None], kind: np.dtype, threads: int, **values: Any) -> None:
+    """Runs a kernel of the address of a record and the `VERSION`; `values` of the record: see `memory.fill`."""
+    job = np.zeros(1, kind)
+    held = fill(job[0], **values)  # which is read by address
+    kernel([job.ctypes.data, VERSION], threads)
+    del held
+
+
+def at_address(body) -> int:
+    """The address of a function of integers that gives nothing, compiled for the rest of the process."""
+    signature = types.void(*[types.int64] * body.__code__.co_argcount)
+    try:
+        compiled = cfunc(signature, cache=True)(body)
+    except RuntimeError:  # as above
+        compiled = cfunc(signature)(body)
+    _functions.append(compiled)
+    return compiled.address
+
+
+_functions: list = []
+
+
+@intrinsic
+def call(typing, address, integers):
+    """Calls a function of `at_address` with a tuple of integers."""
+
+    def generate(context, builder, signature, args):
+        given = cgutils.unpack_tuple(builder, args[1])
+        given = [context.cast(builder, *both, types.int64) for both in zip(given, integers, strict=True)]
+        kind = ir.FunctionType(ir.VoidType(), [number.type for number in given])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), given)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, integers), generate
+
+
 def _at_its_address(body):
     """The compiled body, to be called by its address: else what calls it would compile it again in every process."""
     signature = (types.Array(types.int64, 1, "C"), types.int32, types.int32)
@@ -116,32 +156,3 @@ def threads_of() -> int:
     """How many threads a kernel runs on: PyTorch's setting, as far as Numba's own pool allows where that one runs."""
     threads = torch.get_num_threads()
     return threads if _openmp is not None else min(threads, numba.config.NUMBA_NUM_THREADS)
-
-
-@intrinsic
-def pointer(typing, address):
-    """An integer as an address, for `carray`."""
-
-    def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.intp), generate
-
-
-@njit
-def numbers(address, shape, like):
-    """The array of what is stored as `like` at an address."""
-    return carray(pointer(address), shape, like.dtype)
-
-
-@njit
-def piece(array, row, first, end):
-    """array[row, first:end] of an array whose rows are contiguous, as Numba does not know where it is a part of
-    another one: loops over strides are not vectorised."""
-    return carray(pointer(array[row, first:end].ctypes.data), (end - first,), array.dtype)
-
-
-@njit
-def float32s(address, shape):
-    """The array of float32 at an address."""
-    return carray(pointer(address), shape, np.float32)

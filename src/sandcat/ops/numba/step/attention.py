@@ -1,8 +1,8 @@
 """Attention of one decode step on a CPU, over pages: what there is of all sequences and key-value heads is laid end to
 end, and each thread takes an equal part of that, whatever the lengths.
 
-Shapes: B sequences, one token each, N key-value heads, D size of a head, G query heads a key-value head. The tables are
-those of step.py; `layer.cached` is a `JOB` with the addresses of the pages, without those of rows.
+Shapes: B sequences, one token each, N key-value heads, D size of a head, G query heads a key-value head. `op.cached` is
+a `JOB` with the addresses of the pages, without those of rows.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, njit
 
-from sandcat.ops.numba.paged_attention import address_of, attend_part, join, part_of
+from sandcat.ops.numba.paged_attention import ITEM, POSITIONS, address_of, attend_part, join, part_of
 from sandcat.ops.numba.primitives.attention import rotate
 from sandcat.ops.numba.primitives.dtypes import narrow, rounded
+from sandcat.ops.numba.primitives.memory import float32s, numbers, piece, pointer
 from sandcat.ops.numba.primitives.registers import apart
 from sandcat.ops.numba.primitives.rows import norm
-from sandcat.ops.numba.primitives.threads import float32s, numbers, pointer
+from sandcat.ops.numba.step.barrier import barrier
 
 
 @njit
@@ -53,40 +54,50 @@ def _write(cached, item, k, v, like):
         values[d] = narrow(v[d], like[0])
 
 
+@njit(inline="always")
+def attend(model, op, x, work):
+    """x = what the rows of q attend to; the keys and values of the tokens are cached."""
+    items = np.zeros(op.cached.items, ITEM)
+    _attend_parts(model, op, items, work)
+    barrier()
+    _join_parts(model, op.cached, items, x, work)
+
+
 @njit
-def attend(model, layer, thread, threads, room, like):
+def _attend_parts(model, op, items, work):
     """This thread's part of the keys: of each key-value head in it the maximum, sum and weighted values of its query
-    heads; and the key and value of the token itself are cached."""
+    heads."""
     apart()
-    items, runs, q, weights = room
-    cached, D, G = layer.cached, model.D, model.heads // model.groups
-    lengths = carray(pointer(model.lengths), (model.sequences,), np.int32)
+    cached, D, G, like = op.cached, model.D, model.heads // model.groups, work.like
+    runs, q = np.empty((POSITIONS, 5), np.int64), np.empty((G, D), np.float32)
+    weights, lengths = np.empty((G, POSITIONS), np.float32), carray(pointer(model.lengths), (work.B,), np.int32)
     qkv = float32s(model.qkv, (model.rows, (model.heads + 2 * model.groups) * D))
-    results = float32s(model.partial, (cached.items + threads, G, D + 2))
+    results = float32s(model.partial, (cached.items + work.threads, G, D + 2))
+    cosines, sines = numbers(model.cos, (model.L, D), like), numbers(model.sin, (model.L, D), like)
     total = list_heads(cached, lengths, items)
-    first, end = total * thread // threads, total * (thread + 1) // threads
+    first, end = total * work.thread // work.threads, total * (work.thread + 1) // work.threads
     for i in range(cached.items):
         item = items[i]
         if item.before >= end or item.before + item.end - item.first <= first:
             continue
         low, high = part_of(item, first, end)
-        row, position = qkv[item.b], item.own
-        cos, sin = numbers(model.cos, (model.L, D), like)[position], numbers(model.sin, (model.L, D), like)[position]
+        b, cos, sin = item.b, piece(cosines, item.own, 0, D), piece(sines, item.own, 0, D)
         if high == item.end:
             k_at = (model.heads + item.n) * D
-            v_at = k_at + model.groups * D
-            _head(row[k_at : k_at + D], layer.k_norm, layer.head_eps, cos, sin, q[0], like)
-            _write(cached, item, q[0], row[v_at : v_at + D], like)
+            v_at, k = k_at + model.groups * D, piece(q, 0, 0, D)
+            _head(piece(qkv, b, k_at, k_at + D), op.k_norm, op.head_eps, cos, sin, k, like)
+            _write(cached, item, k, piece(qkv, b, v_at, v_at + D), like)
         for g in range(G):
             at = (item.n * G + g) * D
-            _head(row[at : at + D], layer.q_norm, layer.head_eps, cos, sin, q[g], like)
-        attend_part(cached, item, low, high, runs, q, weights, results[i + thread], like)
+            _head(piece(qkv, b, at, at + D), op.q_norm, op.head_eps, cos, sin, piece(q, g, 0, D), like)
+        attend_part(cached, item, low, high, runs, q, weights, results[i + work.thread], like)
 
 
 @njit
-def joined(model, cached, threads, items, x, like):
+def _join_parts(model, cached, items, x, work):
     """x = the heads' outputs, joined from the parts that threads have of the keys."""
-    D, G = model.D, model.heads // model.groups
+    apart()
+    D, G, threads = model.D, model.heads // model.groups, work.threads
     results = float32s(model.partial, (cached.items + threads, G, D + 2))
     last, total = 0, items[cached.items - 1].before + items[cached.items - 1].end - items[cached.items - 1].first
     for i in range(cached.items):
@@ -99,7 +110,7 @@ def joined(model, cached, threads, items, x, like):
             last += 1
         for g in range(G):
             at = (item.n * G + g) * D
-            out = x[item.b, at : at + D]
-            join(results[i + first : i + last + 1], g, out)
+            out = piece(x, item.b, at, at + D)
+            join(results, i + first, i + last + 1, g, out)
             for d in range(D):
-                out[d] = rounded(out[d], like)
+                out[d] = rounded(out[d], work.like[0])

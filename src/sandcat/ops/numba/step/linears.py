@@ -1,4 +1,4 @@
-"""The linear layers of a decode step (step.py): tables of them, the lists of inputs that are kept, and the products.
+"""The linear layers of a decode step: the lists of inputs that are kept, and the products.
 
 Shapes: B sequences, one token each; weights are read once for all of them. Arrays have R rows: B and, where
 products are fastest for four at once, some that stay zero. Each thread computes its share of a matrix's outputs; where
@@ -11,28 +11,14 @@ from __future__ import annotations
 from collections import namedtuple
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 
+from sandcat.ops.numba.primitives import products
 from sandcat.ops.numba.primitives.dtypes import widen
 from sandcat.ops.numba.primitives.lists import list_shared
+from sandcat.ops.numba.primitives.matrices import add_inputs, scaled
+from sandcat.ops.numba.primitives.memory import block, clear, columns, float32s, numbers, part, piece, pointer
 from sandcat.ops.numba.primitives.registers import apart
-from sandcat.ops.numba.primitives.rows import add_rows, dot_rows
-from sandcat.ops.numba.primitives.rows_amx import add_rows_tiled, dot_rows_tiled, pack_columns
-from sandcat.ops.numba.primitives.threads import numbers, piece
-from sandcat.ops.weights import CODED, FORMATS
-
-
-def record(integers: str, reals: str = "", **nested: np.dtype) -> np.dtype:
-    fields = [(name, np.int64) for name in integers.split()] + [(name, np.float64) for name in reals.split()]
-    return np.dtype(fields + list(nested.items()))
-
-
-LINEAR = record("weight format scale bias threshold by_inputs summed skips masks shared outputs inputs", "unit")
-"""A matrix by its addresses and sizes, 0 for what it lacks. It is stored [outputs, inputs], and `by_inputs` [inputs,
-outputs]; `format` is a code of `FORMATS`, and `unit` that of `unit_of`. Where it `skips`, which needs a weight stored
-by inputs, those that are not above their threshold, or 0 if there is none, are not read; where it `masks`, they are
-read, and count as 0. Several sequences use one list of them if `shared` (see ops/shared_units.py). `summed`: each
-thread adds up its share of the inputs, see `is_summed`."""
 
 PAGE = 4096
 """Bytes within which the processor reads ahead: threads that take less of each row would fetch each other's."""
@@ -44,11 +30,22 @@ def is_summed(by_inputs: bool, skips: bool, row_bytes: int, threads: int) -> boo
     return by_inputs and (skips or row_bytes < threads * PAGE)
 
 
-Work = namedtuple("Work", "B thread threads like codes kept wanted values sums room")
+Work = namedtuple("Work", "B thread threads like kept wanted values sums pack room")
 """What a thread works with: how many sequences there are, its number, how many threads there are, an array of the
-model's dtype, one like the codes of each format that the model has (else None), in the order of `CODED`, room for the
-list of kept units, for which are wanted and for their values [R, most], sums [threads, R, ...], and where the
-processor's matrix unit is used its room (rows_amx.py), else None."""
+model's dtype, room for the list of kept units [most], for which are wanted [most] and for their values [R, most], sums
+[threads, R, stride], and where the processor's matrix unit is used the function that lays out for it and its room
+(rows_amx.py), else 0 and no room."""
+
+
+@njit(inline="always")
+def work_of(model, thread, threads, like):
+    R, most = model.rows, model.most
+    kept = carray(pointer(model.kept), (threads, most), np.int64)[thread]
+    wanted = carray(pointer(model.wanted), (threads, most), np.bool_)[thread]
+    values, sums = float32s(model.values, (threads, R, most))[thread], float32s(model.sums, (threads, R, model.stride))
+    room = carray(pointer(model.room), (threads, model.tiles), np.int32)[thread]
+    return Work(model.sequences, thread, threads, like, kept, wanted, values, sums, model.pack, room)
+
 
 UNIT = 16
 """Outputs that no two threads share: a cache line of float32."""
@@ -65,90 +62,21 @@ def share(size, work):
 
 
 @njit
-def _dot_rows(x, rows, units, out, room):
-    if room is None:
-        dot_rows(x, rows, units, out)
-    else:
-        dot_rows_tiled(x, rows, units, out, room)
-
-
-@njit
-def _add_rows(y, h, rows, units, room, first):
-    if room is None:
-        add_rows(y, h, rows, units, first)
-    else:
-        add_rows_tiled(y, h, rows, units, room, first)
-
-
-@njit
-def _pack(x, room):
-    if room is not None and len(x) > 1:
-        pack_columns(x, room)
+def _pack(x, work):
+    if work.pack and work.B > 1:
+        products.packed(work.pack, x, work.room)
 
 
 @njit
 def pack(site, x, work):
     """Before the products of layers that are stored by outputs, all with x: lays x out for the matrix unit."""
-    _pack(x[:, : site.inputs], work.room)
-
-
-def _by_format(multiply):
-    """`multiply(site, x, rest, work, like)` as a function without `like`, which is what the site's weight is like."""
-
-    @njit
-    def of_numbers(site, x, rest, work):
-        multiply(site, x, rest, work, work.like)
-
-    run = of_numbers
-    for place, name in enumerate(CODED):
-        run = _or_of(multiply, FORMATS[name].code, place, run)
-    return run
-
-
-def _or_of(multiply, format, place, otherwise):
-    @njit
-    def of_codes(site, x, rest, work, like):
-        if like is not None:
-            multiply(site, x, rest, work, like)
-
-    @njit
-    def run(site, x, rest, work):
-        if site.format == format:
-            of_codes(site, x, rest, work, work.codes[place])
-        else:
-            otherwise(site, x, rest, work)
-
-    return run
-
-
-@njit
-def _scales(site, like):
-    return numbers(site.scale, (site.outputs if site.scale else 0,), like)
-
-
-@njit
-def _biases(site, like):
-    return numbers(site.bias, (site.outputs if site.bias else 0,), like)
-
-
-@njit
-def _finish(site, first, end, y, work):
-    """The scales of codes, and the bias."""
-    unit = np.float32(site.unit)
-    scale, bias = _scales(site, work.like)[first:end], _biases(site, work.like)[first:end]
-    for b in range(work.B):
-        row = piece(y, b, first, end)
-        if scale.size:
-            for r in range(row.size):
-                row[r] *= widen(scale[r]) * unit
-        if bias.size:
-            for r in range(row.size):
-                row[r] += widen(bias[r])
+    _pack(columns(x, 0, site.inputs), work)
 
 
 @njit
 def keep_one(x, threshold, first, end, kept, values):
     """How many of x[first:end] one sequence keeps, after listing them; a NaN is kept."""
+    apart()
     count = 0
     for k in range(first, end):
         kept[count] = k
@@ -162,17 +90,18 @@ def keep_any(x, threshold, first, end, work):
     """The same for several sequences: how many any of them keeps. For those that do not keep one, its value is 0;
     values stand at the places of their units, for `gather`."""
     apart()
-    kept, wanted = work.kept, work.wanted
-    wanted[first:end] = False
+    kept, wanted = work.kept, part(work.wanted, first, end)
+    for k in range(end - first):
+        wanted[k] = False
     for b in range(work.B):
-        x_b, value_b = x[b], work.values[b]
-        for k in range(first, end):
-            keeps = not abs(x_b[k]) <= (widen(threshold[k]) if threshold.size else np.float32(0))
+        x_b, value_b = piece(x, b, first, end), piece(work.values, b, 0, end - first)
+        for k in range(end - first):
+            keeps = not abs(x_b[k]) <= (widen(threshold[first + k]) if threshold.size else np.float32(0))
             wanted[k] |= keeps
-            value_b[k - first] = x_b[k] if keeps else np.float32(0)
+            value_b[k] = x_b[k] if keeps else np.float32(0)
     count = 0
-    for k in range(first, end):
-        kept[count] = k
+    for k in range(end - first):
+        kept[count] = first + k
         count += wanted[k]
     if count >= NEARLY_ALL * (end - first):
         count = end - first
@@ -192,28 +121,31 @@ def _gather(x, first, end, work):
 @njit
 def _keep(site, x, work):
     """Lists the inputs that are kept; the part of the list that is this thread's, with its values."""
+    apart()
     threshold = numbers(site.threshold, (site.inputs if site.threshold else 0,), work.like)
     if work.B == 1:
-        count = keep_one(x[0], threshold, 0, site.inputs, work.kept, work.values[0])
+        row, values = piece(x, 0, 0, site.inputs), piece(work.values, 0, 0, site.inputs)
+        count = keep_one(row, threshold, 0, site.inputs, work.kept, values)
     elif site.shared:
-        count = list_shared(x[: work.B], threshold, work.kept)
+        count = list_shared(block(x, work.B, 0, site.inputs), threshold, work.kept)
     else:
         count = keep_any(x, threshold, 0, site.inputs, work)
     first, end = count * work.thread // work.threads, count * (work.thread + 1) // work.threads
     if site.shared:
         _gather(x, first, end, work)
     elif work.B > 1 and count < site.inputs:
-        _gather(work.values, first, end, work)
-    return slice(first, end)
+        _gather(columns(work.values, 0, site.inputs), first, end, work)
+    return first, end
 
 
 @njit
 def _masked(site, x, work):
     """x with what is dropped of it set to 0."""
+    apart()
     threshold, size = numbers(site.threshold, (site.inputs,), work.like), site.inputs
     if site.shared:
-        count = list_shared(x[: work.B], threshold, work.kept)
-        work.values[: work.B, :size] = 0
+        count = list_shared(block(x, work.B, 0, site.inputs), threshold, work.kept)
+        clear(work.values, 0, size)
         for b in range(work.B):
             for c in range(count):
                 k = work.kept[c]
@@ -221,8 +153,8 @@ def _masked(site, x, work):
     else:
         for b in range(work.B):
             x_b = piece(x, b, 0, size)
-            keep_above(x_b, x_b, threshold, work.values[b, :size])
-    return work.values[:, :size]
+            keep_above(x_b, x_b, threshold, piece(work.values, b, 0, size))
+    return columns(work.values, 0, size)
 
 
 @njit
@@ -233,92 +165,63 @@ def keep_above(x, score, threshold, y):
 
 
 @njit
-def _by_inputs(site, x, first, y, work, like):
-    rows, kept = numbers(site.weight, (site.inputs, site.outputs), like), work.kept
-    y[:] = 0
+def _by_inputs(site, x, first, y, work):
+    apart()
+    kept = work.kept
+    clear(y, 0, y.shape[1])
     if site.skips:
-        mine = _keep(site, x, work)
-        _add_rows(y, work.values[:, mine], rows, kept[mine], work.room, first)
+        at, to = _keep(site, x, work)
+        add_inputs(site, y, columns(work.values, at, to), part(kept, at, to), first, work.room)
         return
     if site.masks:
         x = _masked(site, x, work)
     at, to = share(site.inputs, work) if site.summed else (0, site.inputs)
     for k in range(at, to):  # a list of all: code for no list would have to be compiled, too
         kept[k] = k
-    _add_rows(y, x[:, at:to], rows, kept[at:to], work.room, first)
+    add_inputs(site, y, columns(x, at, to), part(kept, at, to), first, work.room)
 
 
 @njit
-def _multiplied(site, x, rest, work, like):
-    first, end, at, y = rest
-    if site.by_inputs:
-        if site.summed:
-            first, y = 0, work.sums[work.thread, :, at : at + site.outputs]
-        else:
-            y = y[:, first:end]
-        _by_inputs(site, x, first, y, work, like)
-    else:
-        rows = numbers(site.weight, (site.outputs, site.inputs), like)
-        used = x
-        if site.masks:
-            used = _masked(site, x, work)
-            _pack(used, work.room)
-        _dot_rows(used, rows[first:end], None, y[:, first:end], work.room)
-        if site.masks:
-            _pack(x, work.room)  # for the layers after it that have the same x
-
-
-_begin = _by_format(_multiplied)
-
-
-@njit
-def begin(site, x, first, end, y, at, work):
-    """y[:, first:end] = those outputs of a linear layer; where it is summed, the thread's sums from `at` on of what its
-    share of the inputs adds to all outputs, and when all threads have theirs `finish` gives y."""
+def _by_outputs(site, x, first, y, work):
     apart()
-    x = x[:, : site.inputs]
-    _begin(site, x, (first, end, at, y), work)
-    if not site.summed:
-        _finish(site, first, end, y, work)
+    rows = site.weight + first * site.inputs * site.itemsize
+    if site.masks:
+        masked = _masked(site, x, work)
+        _pack(masked, work)
+        products.dots(site.dots, masked, rows, work.kept, y, work.room)
+        _pack(x, work)  # for the layers after it that have the same x
+    else:
+        products.dots(site.dots, x, rows, work.kept, y, work.room)
 
 
 @njit
-def finish(site, first, end, y, at, work):
+def begin(site, x, first, end, y, work):
+    """y[:, first:end] = those outputs of a linear layer; where it is summed, the thread's sums of what its share of the
+    inputs adds to all outputs, and when all threads have theirs `finish` gives y."""
+    apart()
+    x = columns(x, 0, site.inputs)
+    if site.summed:
+        at, to, y = 0, site.outputs, columns(work.sums[work.thread], site.sums_at, site.sums_at + site.outputs)
+    else:
+        at, to = first, end
+    if site.by_inputs:
+        _by_inputs(site, x, at, columns(y, at, to), work)
+    else:
+        _by_outputs(site, x, at, columns(y, at, to), work)
+    if not site.summed:
+        scaled(site, columns(y, first, end), work.B, first, work.like)
+
+
+@njit
+def finish(site, first, end, y, work):
     """y[:, first:end] of a layer that is summed, after `begin` in all threads; of others it is there."""
     apart()
-    if site.summed:
-        sums = work.sums
-        for b in range(work.B):
-            row = piece(y, b, first, end)
-            row[:] = sums[0, b, at + first : at + end]
-            for thread in range(1, len(sums)):
-                more = sums[thread, b, at + first : at + end]
-                for r in range(row.size):
-                    row[r] += more[r]
-        _finish(site, first, end, y, work)
-
-
-@njit
-def _listed_outputs(site, x, rest, work, like):
-    kept, values = rest
-    rows = numbers(site.weight, (site.outputs, site.inputs), like)
-    _dot_rows(x, rows, kept, values, work.room)
-
-
-_outputs_of = _by_format(_listed_outputs)
-
-
-@njit
-def listed_outputs(site, x, count, values, work):
-    """values[:, c] = output kept[c] of a layer that is stored by outputs."""
-    apart()
-    x, kept, values = x[:, : site.inputs], work.kept[:count], values[:, :count]
-    _outputs_of(site, x, (kept, values), work)
-    unit = np.float32(site.unit)
-    scale, bias = _scales(site, work.like), _biases(site, work.like)
+    if not site.summed:
+        return
     for b in range(work.B):
-        for c in range(count):
-            if scale.size:
-                values[b, c] *= widen(scale[kept[c]]) * unit
-            if bias.size:
-                values[b, c] += widen(bias[kept[c]])
+        row = piece(y, b, first, end)
+        for thread in range(len(work.sums)):
+            more = piece(work.sums[thread], b, site.sums_at + first, site.sums_at + end)
+            for r in range(row.size):
+                row[r] = more[r] if thread == 0 else row[r] + more[r]
+    scaled(site, columns(y, first, end), work.B, first, work.like)
