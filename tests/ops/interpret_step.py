@@ -87,7 +87,7 @@ def check(family, recipe, sequences, **sizes):
     assert compare(model, sequences)
 
 
-def compare(model, sequences, steps=4):
+def compare(model, sequences, steps=2):
     """Whether the step applies; then it equals that of transformers, and so does what it caches."""
     ids = torch.randint(4, VOCABULARY, (sequences, 20 + steps))
     want, decoder = logits(model, ids)
