@@ -115,6 +115,7 @@ class Writer:
         cached, (B, N, D) = entry["cached"], part.cached.shape
         self.program.pages += fill_pages(cached, part.cached.pages(), part.scaling, part.cached.window, None)
         cached["items"], cached["H"] = B * N, Q // D
+        self.program.fill(cached, start=part.cached.start_BN)
         self._product(part.o, Place(records.X, Q, H))
 
     def _neurons(self, norm: Norm, part: GatedNeurons) -> None:

@@ -46,7 +46,7 @@ class CpuStep:
         rows = batch if batch == 1 or ONE_BY_ONE else -(-batch // 4) * 4
         self.sizes = Sizes(batch, rows, table.shape[1], parts.heads * D, groups * D, parts.neurons, table.dtype)
         self.vocabulary, self.threads, self.prompts = len(table), threads_of(), prompts_of(view.model)
-        self.tokens = torch.zeros(batch, dtype=torch.int64)
+        self.cache, self.tokens = cache, torch.zeros(batch, dtype=torch.int64)
         self.state = torch.zeros(batch, table.shape[1])
         self.logits = torch.zeros(batch, parts.vocabulary, dtype=table.dtype)
         tiles = HAS_TILES and batch > 1 and table.dtype == torch.bfloat16
@@ -64,6 +64,7 @@ class CpuStep:
         least, most = self.tokens.aminmax()
         if not 0 <= least <= most < self.vocabulary:
             raise IndexError(f"tokens {self.tokens.tolist()}: one is outside the vocabulary of {self.vocabulary}.")
+        self.cache.begin_step()
         model = self.model.ctypes.data
         for first, count, call in self.runs:
             self.kernel([model, first, count, VERSION], self.threads)

@@ -36,7 +36,7 @@ from sandcat.ops.triton.primitives.pages import New, Turn
 
 def applies(batch: int) -> bool:
     """Whether `GpuBatchStep` runs so many sequences: it adds up in any order."""
-    return 1 < batch <= MAX_TOKENS and not torch.are_deterministic_algorithms_enabled()
+    return batch <= MAX_TOKENS and not torch.are_deterministic_algorithms_enabled()
 
 
 class Products(NamedTuple):

@@ -39,12 +39,13 @@ class GpuStepBase(ABC):
         self.tl_dtype, self.room = launch.tl_dtype(self.dtype), launch.Workspace(self.device)
         self.state, self.attended = self.floats(self.B, self.H), self.buffer(self.B, self.Q)
         self.h = self.state
-        self.position = cache.length_B
+        self.cache, self.position = cache, cache.length_B
         positions = torch.arange(self.max_length, device=self.device)[None]
         cos, sin = decoder.rotary_emb(self.buffer(1, 1, self.H), position_ids=positions)
         self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
 
     def __call__(self, ids_B1: Tensor) -> Tensor:
+        self.cache.begin_step()
         with nullcontext() if self.prompts is None else self.prompts.decoded():
             return self.run(ids_B1)
 

@@ -15,10 +15,11 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from sandcat.errors import UnsupportedModel
-from sandcat.layers.cache import PagedCache
+from sandcat.layers.cache import Keeps, PagedCache
+from sandcat.layers.head_plan import HeadPlan, head_plan_of
 from sandcat.layers.sparse_module import sparse_modules
 from sandcat.layers.step_parts import is_changed
-from sandcat.models.view import ModelView
+from sandcat.models.view import Block, ModelView
 from sandcat.ops import kernel_name
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -52,8 +53,16 @@ def cache_of_step(model: nn.Module, max_length: int, batch: int) -> PagedCache |
     page = min(PAGE, 1 << (max_length - 1).bit_length())
     if batch == 1 and kernel_name("sparse_mlp", model.device) == "triton":
         page = max_length  # the kernels of one sequence read all keys of a head in one piece
-    windows = [block.window for block in ModelView(model).blocks()]
-    return PagedCache(windows, max_length, batch, page, model.device)
+    keeps = [_keeps(block) for block in ModelView(model).blocks()]
+    if any(own.heads for own in keeps):
+        page = min(PAGE, 1 << (max_length - 1).bit_length())
+    return PagedCache(keeps, max_length, batch, page, model.device)
+
+
+def _keeps(block: Block) -> Keeps:
+    """What the heads of a layer keep, by the family and by its head plan."""
+    plan = head_plan_of(block.self_attn)
+    return Keeps(block.window, plan and tuple(window or None for window in plan.windows))
 
 
 def fused_step(model: nn.Module, cache: PagedCache) -> Step | None:
@@ -90,7 +99,7 @@ def _maker(model: nn.Module, batch: int) -> Callable[[PagedCache], Step] | None:
         return partial(CpuStep, view) if applies(view, batch) else None
     from sandcat.decoding import fused_gpu, fused_gpu_batch  # nor Triton's
 
-    if batch > 1:
+    if batch > 1 or any(head_plan_of(block.self_attn) for block in view.blocks()):
         return partial(fused_gpu_batch.GpuBatchStep, view) if fused_gpu_batch.applies(batch) else None
     return partial(fused_gpu.GpuStep, view)
 
@@ -107,7 +116,7 @@ def _is_stock(view: ModelView) -> bool:
     inside = {module for part in parts for module in part.modules()}
     if any(module.chooses_in_prompt for module in sparse_modules(view.model).values()):
         return False
-    others = [module for module in view.model.modules() if module not in inside]
+    others = [module for module in view.model.modules() if module not in inside and type(module) is not HeadPlan]
     dtypes = {parameter.dtype for module in others for parameter in module.parameters(recurse=False)}
     return len(dtypes) == 1 and all(view.is_stock(m) and not is_changed(m) for m in others)
 

@@ -7,6 +7,8 @@ lie in one cache, each in the pages that it needs.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -34,20 +36,35 @@ class Pool:
         return 2 * tokens * self.keys.shape[-1] * self.keys.itemsize
 
 
+class Keeps(NamedTuple):
+    """What the heads of a layer keep: how many tokens they see, the own included; None for all.
+
+    Args:
+        window: of all heads.
+        heads: of each key-value head besides, if these differ.
+    """
+
+    window: int | None = None
+    heads: tuple[int | None, ...] | None = None
+
+    def of(self, head: int) -> int | None:
+        windows = [w for w in (self.window, self.heads[head] if self.heads else None) if w is not None]
+        return min(windows) if windows else None
+
+
 class CacheLayer(CacheLayerMixin):
     """One layer of a `PagedCache`.
 
     Args:
-        window: how many tokens the layer sees, the own included; None for all. Its pages are used again once no token
-            to come sees them, so that it takes as many as the window needs.
+        keeps: pages that no token to come sees are used again, so that a head takes as many as its window needs.
     """
 
     is_sliding = False  # for transformers, which gets all keys that are left, and masks the others
     max_cache_len = -1
 
-    def __init__(self, cache: PagedCache, window: int | None, is_last: bool):
+    def __init__(self, cache: PagedCache, keeps: Keeps, is_last: bool):
         super().__init__()
-        self.cache, self.window, self.is_last = cache, window, is_last
+        self.cache, self.keeps, self.is_last = cache, keeps, is_last
         self.table_BNM = torch.empty(0, dtype=torch.int32)
         """int32: the pages of a head, in order."""
 
@@ -57,20 +74,32 @@ class CacheLayer(CacheLayerMixin):
         return len(self.table_BNM), self.table_BNM.shape[1], self.cache.pool.keys.shape[-1]
 
     @property
-    def most_pages(self) -> int:
-        """Pages of a head, at most: those of the window, wherever it begins in a page, and one to go back."""
-        cache = self.cache
-        return cache.entries if self.window is None else min(cache.entries, -(-self.window // cache.page) + 1)
+    def window(self) -> int | None:
+        """Of all heads, which kernels are told; those of single heads they see by where a head's keys start."""
+        return self.keeps.window
+
+    def most_pages(self, head: int) -> int:
+        """Pages of a head, at most: those of its window, wherever it begins in a page, and one to go back."""
+        cache, window = self.cache, self.keeps.of(head)
+        return cache.entries if window is None else min(cache.entries, -(-window // cache.page) + 1)
+
+    @property
+    def groups(self) -> list[tuple[list[int], int]]:
+        """Heads that have as many pages, and how many these are at most."""
+        found: dict[int, list[int]] = {}
+        for head in range(self.table_BNM.shape[1]):
+            found.setdefault(self.most_pages(head), []).append(head)
+        return [(heads, pages) for pages, heads in found.items()]
 
     def lay_out(self, first: int, heads: int) -> int:
         """Takes pages of the pool from the first one on; the next that is free."""
-        entry_M, head_N = torch.arange(self.cache.entries), torch.arange(heads)[:, None]
-        tables = []
+        entry_M, tables = torch.arange(self.cache.entries), []
         for pad in self.cache.pads:
-            count = min(self.most_pages, self.cache.pages_of(self.cache.max_length - pad))
-            tables.append(first + head_N * count + entry_M % max(count, 1))
-            first += heads * count
-        table_BNM = torch.stack(tables).int()
+            for head in range(heads):
+                count = min(self.most_pages(head), self.cache.pages_of(self.cache.max_length - pad))
+                tables.append(first + entry_M % max(count, 1))
+                first += count
+        table_BNM = torch.stack(tables).unflatten(0, (-1, heads)).int()
         if self.table_BNM.shape == table_BNM.shape:
             self.table_BNM.copy_(table_BNM)  # where a captured graph looks for it
         else:
@@ -88,18 +117,20 @@ class CacheLayer(CacheLayerMixin):
         self.is_initialized, is_prompt = True, cache.is_empty
         lengths = [T - pad for pad in cache.pads] if is_prompt else [n + T for n in cache.length_B.tolist()]
         for b, length in enumerate(lengths):
-            page, slot = self.places(b, max(0, length - T), length)
-            new = slice(T - len(slot), T)
-            cache.pool.keys[page, slot], cache.pool.values[page, slot] = key_states[b, :, new], value_states[b, :, new]
+            for heads, pages in self.groups:
+                page, slot = self.places(b, heads, pages, max(0, length - T), length)
+                for pool, states in ((cache.pool.keys, key_states), (cache.pool.values, value_states)):
+                    pool[page, slot] = states[b, heads, T - len(slot) :]
         if self.is_last:
             cache.length_B.copy_(torch.tensor(lengths))
             cache.is_empty = False
         return (key_states, value_states) if is_prompt else self.gathered(lengths)
 
-    def places(self, b: int, first: int, end: int) -> tuple[Tensor, Tensor]:
-        """The pages [N, T] and slots [T] of the tokens of a sequence from `first` to `end`, of those that are left."""
-        index_T = torch.arange(max(first, end - self.most_pages * self.cache.page), end, device=self.table_BNM.device)
-        return self.table_BNM[b][:, index_T // self.cache.page].long(), index_T % self.cache.page
+    def places(self, b: int, heads: list[int], pages: int, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """The pages [heads, T] and slots [T] of the tokens of a sequence from `first` to `end`, of those that are left
+        in so many pages."""
+        index_T = torch.arange(max(first, end - pages * self.cache.page), end, device=self.table_BNM.device)
+        return self.table_BNM[b, heads][:, index_T // self.cache.page].long(), index_T % self.cache.page
 
     def gathered(self, lengths: list[int]) -> tuple[Tensor, Tensor]:
         """Keys and values of sequences of these lengths, [B, N, longest, D] each, 0 where there are none (any more)."""
@@ -108,9 +139,10 @@ class CacheLayer(CacheLayerMixin):
         for pool in (cache.pool.keys, cache.pool.values):
             all_BNTD = pool.new_zeros(*self.table_BNM.shape[:2], longest, pool.shape[-1])
             for b, length in enumerate(lengths):
-                page, slot = self.places(b, 0, length)
                 end = cache.pads[b] + length
-                all_BNTD[b, :, end - len(slot) : end] = pool[page, slot]
+                for heads, pages in self.groups:
+                    page, slot = self.places(b, heads, pages, 0, length)
+                    all_BNTD[b, heads, end - len(slot) : end] = pool[page, slot]
             found.append(all_BNTD)
         return found[0], found[1]
 
@@ -118,9 +150,13 @@ class CacheLayer(CacheLayerMixin):
         """As ops take them; they see what was cached before a step."""
         cache, (B, N, _) = self.cache, self.table_BNM.shape
         keys, values = (pool[:, :, None].expand(-1, -1, N, -1) for pool in (cache.pool.keys, cache.pool.values))
-        return Pages(
-            [keys], [values], self.table_BNM, cache.start_B1.expand(B, N), cache.length_B[:, None].expand(B, N)
-        )
+        start = cache.start_B1.expand(B, N) if self.start_BN is None else self.start_BN
+        return Pages([keys], [values], self.table_BNM, start, cache.length_B[:, None].expand(B, N))
+
+    @property
+    def start_BN(self) -> Tensor | None:
+        """Where the keys start that heads see, in a step that `begin_step` has begun; None where all start alike."""
+        return self.cache.start_LBN[self.cache.split.index(self)] if self.keeps.heads else None
 
     def contiguous(self) -> tuple[Tensor, Tensor]:
         """Keys and values [B, N, S, D], where a head has one page."""
@@ -131,13 +167,16 @@ class CacheLayer(CacheLayerMixin):
 
     def bytes_read(self) -> int:
         """Bytes of keys and values that a step reads after the tokens that are cached."""
-        seen = [min(length, self.window or length) for length in self.cache.length_B.tolist()]
-        return self.table_BNM.shape[1] * self.cache.pool.bytes_of(sum(seen))
+        windows = [self.keeps.of(head) for head in range(self.table_BNM.shape[1])]
+        lengths = self.cache.length_B.tolist()
+        return self.cache.pool.bytes_of(sum(min(length, w or length) for length in lengths for w in windows))
 
     def holds(self, length: int, end: int) -> bool:
         """Whether the tokens that it sees after `length` are left, once `end` have been cached."""
-        left = self.most_pages * self.cache.page - (self.window or 0)
-        return self.most_pages == self.cache.entries or end - length <= left
+        heads = self.keeps.heads or (None,)
+        left = [self.most_pages(head) * self.cache.page - (self.keeps.of(head) or 0) for head in range(len(heads))]
+        whole = [self.most_pages(head) == self.cache.entries for head in range(len(heads))]
+        return all(all_there or end - length <= most for all_there, most in zip(whole, left, strict=True))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return int(self.get_seq_length()) + query_length, 0
@@ -156,20 +195,26 @@ class PagedCache(Cache):
     Whoever adds tokens moves it on: the last layer, or the step that stands for all of them.
 
     Args:
-        windows: of each layer, see `CacheLayer`.
+        keeps: of each layer.
         max_length: tokens of a sequence, its padding included, at most.
         page: tokens a page.
     """
 
-    def __init__(self, windows: list[int | None], max_length: int, batch: int, page: int, device: torch.device):
+    def __init__(self, keeps: list[Keeps], max_length: int, batch: int, page: int, device: torch.device):
         self.max_length, self.page, self.pool = max_length, page, Pool(page)
         self.length_B, self.pad_B = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(2))
         self.start_B1 = torch.zeros(batch, 1, dtype=torch.int32, device=device)
         self.pads = [0] * batch
         """Tokens of padding that came before each sequence."""
         self.is_empty, self.is_laid_out = True, False
-        last = len(windows) - 1
-        super().__init__(layers=[CacheLayer(self, window, i == last) for i, window in enumerate(windows)])
+        last = len(keeps) - 1
+        super().__init__(layers=[CacheLayer(self, own, i == last) for i, own in enumerate(keeps)])
+        self.split = [layer for layer in self.layers if layer.keeps.heads]
+        """Layers whose heads keep different windows."""
+        windows = [[layer.keeps.of(n) or 2**30 for n in range(len(layer.keeps.heads))] for layer in self.split]
+        self.window_L1N = torch.tensor(windows, dtype=torch.int32, device=device)
+        self.window_L1N = self.window_L1N.reshape(len(windows), 1, len(windows[0]) if windows else 0)
+        self.start_LBN = self.window_L1N.expand(-1, batch, -1).clone()
 
     @property
     def position(self) -> Tensor:
@@ -198,6 +243,12 @@ class PagedCache(Cache):
             first = layer.lay_out(first, like.shape[1])
         self.pool.hold(first, like)
         self.is_laid_out = True
+
+    def begin_step(self) -> None:
+        """Before a step that reads pages: says where the keys start that its tokens see."""
+        if self.split:
+            start_LBN = self.length_B[:, None] + 1 - self.window_L1N
+            torch.clamp(start_LBN, min=0, out=self.start_LBN)
 
     def holds(self, length: int, end: int) -> bool:
         """Whether what is seen after `length` tokens, padding included, is left, once `end` have been cached."""

@@ -6,6 +6,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from sandcat.layers.generation import follow_generation
+from sandcat.layers.head_plan import follow_head_plans
 from sandcat.layers.sparse_module import follow_prompts, sparse_modules
 from sandcat.models.host_memory import FilePages
 from sandcat.models.view import ModelView
@@ -21,6 +22,7 @@ def pack(model: nn.Module, pages: FilePages | None = None) -> None:
         module.pack()
         if pages:
             pages.give_back()
+    follow_head_plans(model)
     prompts = follow_prompts(ModelView(model).decoder)
     if prompts is not None:
         follow_generation(model, prompts)

@@ -65,6 +65,9 @@ class Prompts:
         matters: some module does something else for a prompt of any length than for what is decoded.
     """
 
+    in_steps = True
+    """Fused steps do what its hooks do: nothing, as they add decoded tokens."""
+
     def __init__(self, *, chooses: bool, matters: bool):
         self.chooses, self.matters = chooses, matters
         self.told: PerThread[Told] = PerThread()
@@ -216,6 +219,6 @@ def _real_tokens(mask: Tensor | dict | None, start: int, tokens: int) -> Tensor 
     return own_BT if own_BT.dtype == torch.bool else own_BT == 0
 
 
-def only_follows(hook: object) -> bool:
-    """Whether a hook of a module is one of `Prompts`, which changes nothing of what the module computes."""
-    return isinstance(getattr(hook, "__self__", None), Prompts)
+def is_in_steps(hook: object) -> bool:
+    """Whether fused steps do what a hook of a module does, as its owner says."""
+    return bool(getattr(getattr(hook, "__self__", None), "in_steps", False))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from sandcat.layers.cache import CacheLayer
-from sandcat.layers.prompts import only_follows
+from sandcat.layers.prompts import is_in_steps
 from sandcat.layers.weights import stored_of
 from sandcat.ops.weights import Stored
 
@@ -167,9 +167,9 @@ def part_of(module: nn.Module, x_B1H: Tensor) -> Part:
 
 
 def is_changed(module: nn.Module) -> bool:
-    """Whether a module does more than its class says: by hooks, but for those that follow prompts, or by a forward."""
+    """Whether a module does more than its class says: by hooks that steps do not know, or by a forward."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return "forward" in vars(module) or not all(map(only_follows, hooks))
+    return "forward" in vars(module) or not all(map(is_in_steps, hooks))
 
 
 def _numbers(part: Part) -> Iterator[Tensor]:

@@ -26,9 +26,10 @@ from sandcat.models.quantised import START
 class Site:
     """One place in a model where a method can act.
 
-    `name` is the module path in the model, `kind` what it is ("attention", "mlp", the name of a linear layer in
-    `linear_kinds`, or "head"), `layer` its layer's index (of the head: one past the last), `module` what stands there
-    now, `activation` that of the MLP as `ops.activations` names it, `architecture` the row of the family.
+    `name` is the module path in the model, `kind` what it is ("attention"; its "cache", where nothing stands at first,
+    and `module` is the attention; "mlp"; the name of a linear layer in `linear_kinds`; or "head"), `layer` its layer's
+    index (of the head: one past the last), `module` what stands there now, `activation` that of the MLP as
+    `ops.activations` names it, `architecture` the row of the family.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Block:
     scaling: float
     window: int | None
     """Positions that attention sees, the own included; None for all."""
+    self_attn: nn.Module
     mlp_norm: nn.Module
     mlp: Site
     """What stands there, of whatever kind."""
@@ -147,6 +149,7 @@ class ModelView:
             ]
             attention = f"{name}.{self.architecture.attention}"
             yield replace(mlp, name=attention, kind="attention", module=self.model.get_submodule(attention))
+            yield replace(mlp, name=f"{attention}.cache", kind="cache", module=self.model.get_submodule(attention))
             late = [site for site in linears if site.kind in ("up", "down", "gate_up")]
             yield from (site for site in linears if site not in late)
             yield mlp
@@ -157,7 +160,7 @@ class ModelView:
 
     def current(self, site: Site) -> Site:
         """The site with what stands there now."""
-        return replace(site, module=self.model.get_submodule(site.name))
+        return site if site.kind == "cache" else replace(site, module=self.model.get_submodule(site.name))
 
     def own_config(self) -> None:
         """Gives the model a config of its own: other models, and the caller, may hold the one that it was made from."""
@@ -197,7 +200,7 @@ class ModelView:
     def linears_of(self, site: Site) -> dict[str, nn.Module]:
         """The linear layers whose weights a method at a site reads, by their names in the model: the site's own, the
         three of an MLP, and none of attention, which goes on calling them."""
-        if site.kind == "attention":
+        if site.kind in ("attention", "cache"):
             return {}
         if site.kind != "mlp":
             return {site.name: site.module}
@@ -207,7 +210,7 @@ class ModelView:
     def skipped_at(self, site: Site) -> list[str]:
         """Names of the linear layers of which a site skips parts; of an MLP not the gate, unless it is fused. Attention
         stands for itself."""
-        if site.kind == "attention":
+        if site.kind in ("attention", "cache"):
             return [site.name]
         row = site.architecture
         dense = f"{site.name}.{row.gate}" if row.gate != row.up else None
@@ -248,7 +251,7 @@ class ModelView:
             yield Block(
                 layer.input_layernorm, q, k, v, o,
                 getattr(attention, "q_norm", None), getattr(attention, "k_norm", None), attention.scaling,
-                getattr(attention, "sliding_window", window), layer.post_attention_layernorm, mlp,
+                getattr(attention, "sliding_window", window), attention, layer.post_attention_layernorm, mlp,
             )  # fmt: skip
 
     @contextmanager

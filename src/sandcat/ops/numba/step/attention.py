@@ -33,12 +33,14 @@ def _head(values, weight, eps, cos, sin, out, like):
 @njit
 def list_heads(cached, lengths, items):
     """Fills the list of items, each the one row of a sequence and a key-value head; how many keys there are in all."""
-    total = 0
+    total, starts = 0, carray(pointer(cached.start), (len(lengths), cached.N), np.int32)
     for i in range(cached.items):
         item = items[i]
         item.b, item.n, item.row, item.rows = i // cached.N, i % cached.N, i // cached.N, 1
         item.own = lengths[item.b]
         item.first, item.end = max(0, item.own + 1 - cached.window), item.own + 1
+        if cached.start:
+            item.first = max(item.first, starts[item.b, item.n])
         item.before = total
         total += item.end - item.first
     return total
