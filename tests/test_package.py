@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import time
 import venv
 import zipfile
 from pathlib import Path
@@ -77,9 +76,10 @@ def test_it_starts_at_once(bin, tmp_path):
     for seconds, command in ((0.5, [bin / "sandcat", "--help"]), (1, [bin / "python", "-c", "import sandcat"])):
         taken = []
         for _ in range(3):
-            start = time.perf_counter()
+            before = os.times()
             run(*command, cwd=tmp_path)
-            taken.append(time.perf_counter() - start)
+            after = os.times()  # of the processor: others may be busy on it
+            taken.append(sum(after[2:4]) - sum(before[2:4]))
         assert min(taken) < seconds, (command, taken)
 
 

@@ -84,7 +84,12 @@ def test_the_same_plan(moves, recipe, options):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_plan_on_every_family(moves, family):
-    assert both(moves, family, "sandcat", target="bytes=0.75").most <= 2
+    """By a search, which runs layers forward and backward, where names, fused projections or a wrapper differ; else in
+    one pass."""
+    if family in ("llama", "phi3", "gemma3"):
+        assert both(moves, family, "sandcat", target="bytes=0.75").most <= 2
+    else:
+        assert both(moves, family, "teal").most <= 1
 
 
 def test_all_is_put_back_when_something_fails(moves, monkeypatch):

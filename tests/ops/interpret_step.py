@@ -56,7 +56,7 @@ RECIPES = {
         ("biased llama", "cats"),
     ],
     "int8": [
-        *(("llama", f"int8{rest}") for rest in ("", " teal", " cats", " teal:sites=[q,k,v,o,gate] cats")),
+        *(("llama", f"int8{rest}") for rest in ("", " teal", " cats", " teal:sites=[q,k,v,o,gate] cats:layers=:")),
         ("llama", "int8:sites=[k,gate,o] teal:sites=[q,down,head]"), ("llama", "int8:sites=[down,head],layers=1: cats"),
         ("qwen2", "int8:sites=[q,k,v,up] cats"), ("qwen2", "int8 teal:sites=all+head"),
         ("llama", "fp8"), ("llama", "fp8:sites=[q,gate,down] int8:sites=[k,up,o] teal"), ("llama", "fp8 cats"),
@@ -66,7 +66,8 @@ RECIPES = {
         ("llama", "cats"), ("llama", "rsparse:alpha=[0.5]"), ("llama", "int8 teal:sites=[q,k,v,o,gate] cats"),
     ],
     "batch": [
-        ("llama", None), ("llama", "teal"), ("llama", "teal:batch=shared"), ("llama", "int8"), ("qwen2", "int8 teal"),
+        ("llama", None), ("llama", "teal:layers=:"), ("llama", "teal:batch=shared"), ("llama", "int8"),
+        ("qwen2", "int8 teal"),
         ("llama", "teal:sites=[q,k,v,o,gate],batch=shared cats:batch=shared"), ("mistral", "cats"), ("qwen3", "teal"),
         ("llama", "int8:sites=[k,gate,o] teal:sites=[q,down,head]"), ("qwen2", "int8 teal:sites=all+head,batch=shared"),
         ("llama", "int8 cats"), ("llama", "int8:sites=[q,up] teal:batch=shared"), ("llama", "fp8"),
@@ -82,6 +83,8 @@ def check(family, recipe, sequences, **sizes):
     options = {"mlp_bias": False} if family == "llama" else {}
     family = family.removeprefix("biased ")
     window = {"sliding_window": 4} if family == "mistral" else {}
+    if recipe and "layers" not in recipe:  # what one layer leaves for the next, dense ones and some of these show
+        sizes["num_hidden_layers"] = 1
     model = tiny(family, tie_word_embeddings="int8" in (recipe or ""), **options, **window, **sizes)
     if recipe:
         sandcat.sparsify(model, None, recipe, calibration=text())

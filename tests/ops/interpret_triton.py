@@ -118,6 +118,8 @@ for dtype, format in itertools.product(SIZES, ("int8", "fp8")):
             with fixed():
                 found = launch_up_down(x, a, up, down, threshold, *rest)
             check(found, test_codes.exact_mlp(args), dtype)
+            if format != "int8":
+                continue
             x, gate, up, down, threshold, *_ = args = arguments(tokens, 300, 133, dtype, "cpu")
             a = ACTIVATIONS["silu"](torch.nn.functional.linear(x, gate))
             with fixed():
@@ -129,7 +131,7 @@ for dtype, format in itertools.product(SIZES, ("int8", "fp8")):
         for fixed in (contextlib.nullcontext, deterministic):
             with fixed():
                 check(launch_stored(*args), test_codes.exact(*args), torch.float32)
-        for options in ({}, {"bias": True}, {"format": format}):
+        for options in ({}, {"bias": True}, {"format": "int8"}) if format == "int8" else ({"format": format},):
             x, weight, threshold, bias, scale = args = test_shared.linear(tokens, channels, outputs, dtype, **options)
             check(launch_linear(*args), reference_linear(*args), dtype)
             check(launch_shared(*args), test_shared.reference_linear(*args), dtype)
