@@ -156,7 +156,7 @@ class CacheLayer(CacheLayerMixin):
     @property
     def start_BN(self) -> Tensor | None:
         """Where the keys start that heads see, in a step that `begin_step` has begun; None where all start alike."""
-        return self.cache.start_LBN[self.cache.split.index(self)] if self.keeps.heads else None
+        return self.cache.start_LBN[self.cache.by_head.index(self)] if self.keeps.heads else None
 
     def contiguous(self) -> tuple[Tensor, Tensor]:
         """Keys and values [B, N, S, D], where a head has one page."""
@@ -209,9 +209,9 @@ class PagedCache(Cache):
         self.is_empty, self.is_laid_out = True, False
         last = len(keeps) - 1
         super().__init__(layers=[CacheLayer(self, own, i == last) for i, own in enumerate(keeps)])
-        self.split = [layer for layer in self.layers if layer.keeps.heads]
+        self.by_head = [layer for layer in self.layers if layer.keeps.heads]
         """Layers whose heads keep different windows."""
-        windows = [[layer.keeps.of(n) or 2**30 for n in range(len(layer.keeps.heads))] for layer in self.split]
+        windows = [[layer.keeps.of(n) or 2**30 for n in range(len(layer.keeps.heads))] for layer in self.by_head]
         self.window_L1N = torch.tensor(windows, dtype=torch.int32, device=device)
         self.window_L1N = self.window_L1N.reshape(len(windows), 1, len(windows[0]) if windows else 0)
         self.start_LBN = self.window_L1N.expand(-1, batch, -1).clone()
@@ -246,7 +246,7 @@ class PagedCache(Cache):
 
     def begin_step(self) -> None:
         """Before a step that reads pages: says where the keys start that its tokens see."""
-        if self.split:
+        if self.by_head:
             start_LBN = self.length_B[:, None] + 1 - self.window_L1N
             torch.clamp(start_LBN, min=0, out=self.start_LBN)
 
