@@ -73,14 +73,24 @@ def test_it_starts_at_once(bin, tmp_path):
     said = run(bin / "sandcat", "--version", cwd=tmp_path).splitlines()
     assert said[0] == f"sandcat {sandcat.__version__}"
     assert {line.split()[0] for line in said} >= {"python", "torch", "transformers", "device"}
-    for seconds, command in ((0.5, [bin / "sandcat", "--help"]), (1, [bin / "python", "-c", "import sandcat"])):
-        taken = []
-        for _ in range(3):
-            before = os.times()
-            run(*command, cwd=tmp_path)
-            after = os.times()  # of the processor: others may be busy on it
-            taken.append(sum(after[2:4]) - sum(before[2:4]))
-        assert min(taken) < seconds, (command, taken)
+    # Of the processor, beside what it takes to load torch there: neither the machine nor its load decides.
+    torch, helps, imports = (
+        min(processor_seconds(*command, cwd=tmp_path) for _ in range(3))
+        for command in (
+            [bin / "python", "-c", "import torch"],
+            [bin / "sandcat", "--help"],
+            [bin / "python", "-c", "import sandcat"],
+        )
+    )
+    assert helps < torch / 3
+    assert imports < torch / 10
+
+
+def processor_seconds(*command, cwd) -> float:
+    before = os.times()
+    run(*command, cwd=cwd)
+    after = os.times()
+    return sum(after[2:4]) - sum(before[2:4])
 
 
 def test_it_makes_a_model_sparse(bin, tmp_path):
