@@ -150,7 +150,7 @@ class SandcatLM(AfterPrompts):
             return super().generate_until(*args, **kwargs)
 
 
-def share(model: LM) -> None:
+def over_processes(model: LM) -> None:
     """Lets several processes share what a model is asked; each then has all answers."""
 
     def shared(ask: Callable[..., list]) -> Callable[..., list]:

@@ -105,7 +105,7 @@ def test_quality():
     dense, strict, plan = sparse("qwen2", "teal", target="quality=ppl+1%")
     _, loose, other = sparse("qwen2", "teal", target="ppl+20%")
     assert realised(strict) > realised(loose) + 0.02
-    _, held = allocate.split(WORDS)
+    _, held = allocate.held_out_of(WORDS)
     for model, found, limit in ((strict, plan, 1.01), (loose, other, 1.2)):
         ((result, _),) = evaluate_text(dense, [model], held)
         assert result.ratio <= limit

@@ -19,7 +19,7 @@ from sandcat.ops.masks import drop_up, gate_bounds
 from sandcat.ops.weights import Stored
 from sandcat.pipeline import sparsify
 from sandcat.plans.recipe import parse_recipe
-from sandcat.serving.engine_plan import Part, groups, share, sites_of
+from sandcat.serving.engine_plan import Part, groups, own_part, sites_of
 from sandcat.serving.engines import Service, choose, vllm_command
 from sandcat.serving.request_guard import Guard, Limits
 from sandcat.serving.vllm.layers import Masked, Skipping, SkippingUp
@@ -88,8 +88,8 @@ def test_parts_that_are_computed_alike_are_one():
 
 def test_a_share_is_a_ranks_part_or_all():
     x = torch.arange(6)
-    assert [share(x, 2, rank).tolist() for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
-    assert share(x, 6, 2) is x
+    assert [own_part(x, 2, rank).tolist() for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    assert own_part(x, 6, 2) is x
 
 
 def packed(weight, threshold):
@@ -120,9 +120,9 @@ def test_a_linear_layer_over_two_ranks(layout, tokens, recipe):
     threshold = getattr(module, "threshold", None)
     stored, total = stored_of(module), 0
     for rank in range(2):
-        own = None if threshold is None else share(threshold, size, rank)
+        own = None if threshold is None else own_part(threshold, size, rank)
         layer = layout(part(stored, size, rank, 1), own)
-        total = total + layer(share(x[0].t(), size, rank).t())
+        total = total + layer(own_part(x[0].t(), size, rank).t())
     assert_close(total, module(x)[0], torch.float32)
     parts = [layout(part(stored, size, rank), threshold)(x[0]) for rank in range(2)]
     assert_close(torch.cat(parts, -1), module(x)[0], torch.float32)
@@ -139,7 +139,7 @@ def test_neurons_over_two_ranks(layout, tokens, recipe):
     x, size, total = torch.randn(1, tokens, 32), len(mlp.threshold) // 2, 0
     zeros = torch.zeros(size)
     for rank in range(2):
-        threshold = share(mlp.threshold, size, rank)
+        threshold = own_part(mlp.threshold, size, rank)
         gate, up = (part(half, size, rank) for half in (mlp.gate(), mlp.up()))
         g = layout(gate, None)(x[0])
         if layout is Skipping:

@@ -142,7 +142,7 @@ def allocate(
     Raises:
         BudgetError: no sparsities meet the target, or the text is too short to keep a part of it for measuring.
     """
-    fit, held = split(text) if how == "search" or target.kind == "quality" else (text, None)
+    fit, held = held_out_of(text) if how == "search" or target.kind == "quality" else (text, None)
     others = [method for method in methods if not method.has_sparsity]
     start = twin(view, *calibrate.decide(view, others, opening(fit), sequential=sequential)) if others else view
     sites = [(method, site) for method in methods if method.has_sparsity for site in method.select(start)]
@@ -231,7 +231,7 @@ def check_reachable(target: Target, saving: float, at_first: float, most: float)
         )
 
 
-def split(text: Text) -> tuple[Text, Text]:
+def held_out_of(text: Text) -> tuple[Text, Text]:
     """What to calibrate on, and what to measure on: the windows at the end.
 
     Raises:

@@ -16,7 +16,7 @@ from sandcat.layers.fingerprint import fingerprint
 from sandcat.method import SLOTS, Decided, Method, Seen, Spec, Tensors
 from sandcat.models.offload import at_hand, moved
 from sandcat.models.view import ModelView, Site
-from sandcat.plans.plan import Calibration, Plan, Step
+from sandcat.plans.plan import Calibration, Plan, PlanStep
 from sandcat.support import processes
 from sandcat.support.progress import track
 
@@ -81,7 +81,7 @@ def decide(
                 states = [run(state) for state in states]
     decisions.settle(methods)
     calibration = None if text is None else Calibration(text.source, text.sha256, text.tokens, sequential)
-    steps = [Step(method, decisions.specs.get(method, {})) for method in methods]
+    steps = [PlanStep(method, decisions.specs.get(method, {})) for method in methods]
     return Plan([step for step in steps if step.sites or sparsities is None], calibration), decisions.tensors
 
 

@@ -67,7 +67,7 @@ class SavePretrained(InPlace):
         if getattr(model, "_hf_peft_config_loaded", False):
             return save(save_directory, is_main_process, state_dict, **options)
         check_unwrapped(model)
-        if state_dict is None and tensor_parallel.is_split(model):
+        if state_dict is None and tensor_parallel.is_sharded(model):
             raise UnsupportedModel("this model is split over devices: save the whole one, in one process.")
         state = dict(model.state_dict() if state_dict is None else state_dict)
         if is_main_process:

@@ -61,8 +61,8 @@ class SandcatQuantizer(HfQuantizer):
         *_, head = view.sites()
         table = model.get_input_embeddings()
         tied = head.module.weight is table.weight and isinstance(head.module, Kernel)
-        if tensor_parallel.is_split(model):
-            tensor_parallel.split(model)
+        if tensor_parallel.is_sharded(model):
+            tensor_parallel.shard(model)
         pack(model, pages)
         if tied and head.module.weight is not table.weight:
             tensor_parallel.share_table(table, head.module)

@@ -36,12 +36,12 @@ def update_plan(model: nn.Module, plan: dict[str, str]) -> None:
                 plan.setdefault(tensor, "replicated_with_grad_allreduce")
 
 
-def is_split(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     local = any(getattr(module, _LOCAL, False) for module in model.modules())
     return local or any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def split(model: nn.Module) -> None:
+def shard(model: nn.Module) -> None:
     """Gives our modules of a model that transformers has just loaded in parts what their kernels need.
 
     Raises:
@@ -50,10 +50,10 @@ def split(model: nn.Module) -> None:
     modules = kernel_modules(model)
     for name, module in modules.items():
         if isinstance(module, GatedMLP):
-            _split_mlp(name, module)
+            _shard_mlp(name, module)
     for name, module in modules.items():
         if isinstance(module.__dict__.get("_parameters", {}).get("weight"), DTensor):
-            _split_linear(name, module)
+            _shard_linear(name, module)
 
 
 def share_table(table: nn.Module, head: nn.Module) -> None:
@@ -64,7 +64,7 @@ def share_table(table: nn.Module, head: nn.Module) -> None:
     table.weight = nn.Parameter(part, requires_grad=whole.requires_grad)
 
 
-def _split_linear(name: str, module: Kernel) -> None:
+def _shard_linear(name: str, module: Kernel) -> None:
     """A linear layer, around which transformers moves the activations."""
     weight = module.weight
     by_inputs = weight.placements[0] == Shard(1)
@@ -78,7 +78,7 @@ def _split_linear(name: str, module: Kernel) -> None:
     setattr(module, _LOCAL, True)
 
 
-def _split_mlp(name: str, mlp: GatedMLP) -> None:
+def _shard_mlp(name: str, mlp: GatedMLP) -> None:
     """A whole MLP: its projections talk to no other device, it adds up once."""
     down = mlp.down.weight
     if not isinstance(down, DTensor):

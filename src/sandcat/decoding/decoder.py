@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sandcat.decoding.static_cache import DecodeCache
-from sandcat.decoding.step import Step, cache_of_step, fused_step
+from sandcat.decoding.step import DecodeStep, cache_of_step, fused_step
 from sandcat.errors import DataError, UnsupportedModel
 from sandcat.layers.cache import PagedCache
 from sandcat.models.rotary import forget_length, grows, length_to_read_again, steady_length
@@ -40,7 +40,7 @@ class Decoder:
         layers = model.config.get_text_config().num_hidden_layers
         paged = cache_of_step(model, max_length, batch) if compile == "fused" else None
         self.cache: PagedCache | DecodeCache = paged or DecodeCache(layers, max_length, model.device)
-        self.forward: Callable[[Tensor], Tensor] | Step = self._forward
+        self.forward: Callable[[Tensor], Tensor] | DecodeStep = self._forward
         self.compile = compile
         self.prepared = False
         self.pages = torch.empty(0)
@@ -51,7 +51,7 @@ class Decoder:
         """What was read, where it may have to be read again."""
         self.mask_BL: Tensor | None = None
         """bool [B, max_length]: False where a sequence is padded; None where none is."""
-        self.fused: Step | None = None
+        self.fused: DecodeStep | None = None
         if compile not in (None, "fused"):
             if grows(model.config):
                 raise UnsupportedModel(

@@ -36,7 +36,7 @@ def _odd_lines(size: int) -> int:
 
 
 class CpuStep:
-    """The step on a CPU; see `step.Step`. It reads weights as they lie: where those that could be
+    """The step on a CPU; see `DecodeStep`. It reads weights as they lie: where those that could be
     skipped are stored as a dense layer's, or skipping does not pay for so many sequences, it masks.
     """
 

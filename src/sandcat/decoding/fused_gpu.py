@@ -17,8 +17,8 @@ from sandcat.ops.triton import sparse_mlp, step
 
 
 class GpuStep(GpuProducts):
-    """The step of one sequence on CUDA; see `Step`. Five kernels a layer; more where neighbours are not of one kind,
-    and two more for kept neurons under `torch.use_deterministic_algorithms`, where all sums have a fixed order.
+    """The step of one sequence on CUDA; see `DecodeStep`. Five kernels a layer; more where neighbours are not of one
+    kind, and two more for kept neurons under `torch.use_deterministic_algorithms`, where all sums have a fixed order.
     """
 
     def __init__(self, view: ModelView, cache: PagedCache):

@@ -56,7 +56,7 @@ class Products(NamedTuple):
 
 
 class GpuBatchStep(GpuStepBase):
-    """The step of B sequences on CUDA; see `Step`."""
+    """The step of B sequences on CUDA; see `DecodeStep`."""
 
     def __init__(self, view: ModelView, cache: PagedCache):
         super().__init__(view, cache)

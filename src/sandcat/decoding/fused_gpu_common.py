@@ -51,7 +51,7 @@ class GpuStepBase(ABC):
 
     @abstractmethod
     def run(self, ids_B1: Tensor) -> Tensor:
-        """The kernels of a step, one after another; see `step.Step`."""
+        """The kernels of a step, one after another; see `DecodeStep`."""
 
     def buffer(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(*shape, dtype=dtype or self.dtype, device=self.device)

@@ -30,7 +30,7 @@ PAGE = 256
 """Tokens of a page, at most."""
 
 
-class Step(Protocol):
+class DecodeStep(Protocol):
     """Called with ids [B, 1]: the logits [B, vocabulary] that follow; the tokens are added to the cache.
 
     The logits are overwritten by the next call, and the lengths of the cache, which it reads there, go on by one.
@@ -65,7 +65,7 @@ def _keeps(block: Block) -> Keeps:
     return Keeps(block.window, plan and tuple(window or None for window in plan.windows))
 
 
-def fused_step(model: nn.Module, cache: PagedCache) -> Step | None:
+def fused_step(model: nn.Module, cache: PagedCache) -> DecodeStep | None:
     """The fused step of a model over a cache that holds a prompt; None where it does not apply.
 
     It applies to up to `ops.MAX_TOKENS` sequences on CUDA with Triton and on a CPU with OpenMP, to families with
@@ -78,7 +78,7 @@ def fused_step(model: nn.Module, cache: PagedCache) -> Step | None:
     return None if maker is None else maker(cache)
 
 
-def _maker(model: nn.Module, batch: int) -> Callable[[PagedCache], Step] | None:
+def _maker(model: nn.Module, batch: int) -> Callable[[PagedCache], DecodeStep] | None:
     """What makes the fused step of so many sequences; see `fused_step`."""
     kernels = kernel_name("sparse_mlp", model.device)
     if kernels not in ("triton", "numba"):
@@ -91,7 +91,7 @@ def _maker(model: nn.Module, batch: int) -> Callable[[PagedCache], Step] | None:
             return None
     except UnsupportedModel:
         return None
-    if len({p.device for p in model.parameters()}) != 1 or _is_split(model):
+    if len({p.device for p in model.parameters()}) != 1 or _is_sharded(model):
         return None
     if kernels == "numba":
         from sandcat.decoding.fused_cpu import CpuStep, applies  # here, as not every machine has Numba's kernels
@@ -121,6 +121,6 @@ def _is_stock(view: ModelView) -> bool:
     return len(dtypes) == 1 and all(view.is_stock(m) and not is_changed(m) for m in others)
 
 
-def _is_split(model: nn.Module) -> bool:
+def _is_sharded(model: nn.Module) -> bool:
     """Whether several devices have parts of it."""
     return (getattr(model, "tp_size", None) or 1) > 1 or any(hasattr(p, "device_mesh") for p in model.parameters())

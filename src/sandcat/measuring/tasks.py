@@ -73,7 +73,7 @@ def run_tasks(
     loaded = names if isinstance(names, dict) else load_tasks(names, shots=shots)
     from lm_eval.evaluator import evaluate
 
-    from sandcat.lm_eval_model import AfterPrompts, Exact, share
+    from sandcat.lm_eval_model import AfterPrompts, Exact, over_processes
 
     results: list[list[TaskResult]] = [[] for _ in sparse]
     with ExitStack() as stack:
@@ -92,7 +92,7 @@ def run_tasks(
                     if task.get_config("num_fewshot") != 0:
                         task.set_config(key="num_fewshot", value=shots)
                 with closing(_bar(tasks, f"{Path(name).name}, {'sparse' if which else 'dense'}")) as bar:
-                    share(model)
+                    over_processes(model)
                     # lm-eval offers every answer to its cache
                     model.set_cache_hook(SimpleNamespace(add_partial=lambda *_, bar=bar: next(bar, None)))
                     done = evaluate(model, found, limit=limit, log_samples=False, bootstrap_iters=1000)

@@ -56,7 +56,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Step:
+class PlanStep:
     """One method of the plan and what it decided for each site, by the site's module name."""
 
     method: Method
@@ -68,7 +68,7 @@ class Plan:
     """All steps, in order, the calibration they rest on (None if no method needed one), and the budget (None if the
     methods' own sparsities hold)."""
 
-    steps: list[Step] = field(default_factory=list)
+    steps: list[PlanStep] = field(default_factory=list)
     calibration: Calibration | None = None
     budget: Budget | None = None
 
@@ -144,7 +144,8 @@ class Plan:
             )
         try:
             steps = [
-                Step(method_class(m["name"]).from_options(m["options"]), _sites(m["sites"])) for m in data["methods"]
+                PlanStep(method_class(m["name"]).from_options(m["options"]), _sites(m["sites"]))
+                for m in data["methods"]
             ]
             calibration = None if data["calibration"] is None else record(Calibration, data["calibration"])
             budget = None

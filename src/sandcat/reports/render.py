@@ -15,6 +15,6 @@ def render(template: str, **values: Any) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    for name in ("figure", "milliseconds", "share", "size", "tie"):
+    for name in ("figure", "milliseconds", "per_cent", "size", "tie"):
         environment.filters[name] = getattr(wording, name)
     return environment.get_template(template).render(**values)

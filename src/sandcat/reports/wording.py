@@ -37,7 +37,7 @@ def figure(value: float | None, digits: int = 4) -> str:
     return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}".rstrip(".") if value else "0"
 
 
-def share(value: float | None, error: float | None = 0.0) -> str:
+def per_cent(value: float | None, error: float | None = 0.0) -> str:
     """A fraction in per cent."""
     if value is None or not math.isfinite(value):
         return "not a number"
@@ -69,7 +69,7 @@ def text_pairs(text: TextResult) -> list[Pair]:
     return [
         Pair("Perplexity", figure(text.dense_perplexity), figure(text.sparse_perplexity), change),
         Pair("KL to dense, nats a token", "", f"{figure(text.kl, 3)}{_error(text.kl_error, '.2g')}", ""),
-        Pair("Same likeliest next token", "", share(text.agreement, text.agreement_error), ""),
+        Pair("Same likeliest next token", "", per_cent(text.agreement, text.agreement_error), ""),
     ]
 
 
@@ -78,7 +78,7 @@ def task_pair(task: TaskResult) -> Pair:
     label = f"{task.name}, {task.metric}"
     if task.metric.startswith(("acc", "exact_match", "f1")):
         change = f"{100 * (task.sparse - task.dense):+.1f} points"
-        return Pair(label, share(task.dense, task.dense_error), share(task.sparse, task.sparse_error), change)
+        return Pair(label, per_cent(task.dense, task.dense_error), per_cent(task.sparse, task.sparse_error), change)
     dense, sparse = (
         f"{figure(v)}{_error(e, '.2g')}" for v, e in ((task.dense, task.dense_error), (task.sparse, task.sparse_error))
     )
@@ -117,7 +117,7 @@ def speed_pairs(s: SpeedResult) -> list[Pair]:
         Pair("Gain that the bytes allow", "", "", f"{s.allowed_gain:.2f}x{by_kernel}"),
         Pair("Gain measured", "", "", gain),
         *over_stored,
-        Pair("Share of read bandwidth", share(used[0]), share(used[1]) if saved else "", ""),
+        Pair("Share of read bandwidth", per_cent(used[0]), per_cent(used[1]) if saved else "", ""),
         Pair("Step, kernel", s.dense_variant, f"{s.sparse_variant}, {s.kernel}", ""),
     ]  # fmt: skip
 

@@ -123,7 +123,7 @@ def activation_of(config, row: Architecture) -> str:
     return ACTIVATIONS[getattr(config.get_text_config(), row.activation)]
 
 
-def share(tensor: Tensor, size: int, rank: int) -> Tensor:
+def own_part(tensor: Tensor, size: int, rank: int) -> Tensor:
     """What one process has of a tensor whose first dimension is split over all: all of it if that is its size."""
     return tensor if len(tensor) == size else tensor.narrow(0, rank * size, size)
 

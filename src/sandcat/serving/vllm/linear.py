@@ -79,7 +79,7 @@ class SandcatLinear(UnquantizedLinearMethod):
         def load(param: Tensor, loaded: Tensor, shard_id: str | int | None = None) -> None:
             where: Any = slice(None) if shard_id is None else shard_id
             where = engine_plan.SHARDS[where] if isinstance(where, str) else where
-            param.data[where] = engine_plan.share(loaded, size, layer.tp_rank).to(param)
+            param.data[where] = engine_plan.own_part(loaded, size, layer.tp_rank).to(param)
 
         set_weight_attrs(parameter, {"weight_loader": load})
         return parameter

@@ -87,11 +87,11 @@ def on_all_threads(body) -> Callable[[list[int], int], None]:
         body_at(carray(args, (SLOTS,)), _thread(), _threads())
 
     address = entry.address
-    pack = ctypes.c_int64 * SLOTS
+    slots = ctypes.c_int64 * SLOTS
 
     def run(args: list[int], threads: int) -> None:
-        packed = pack(*args)  # alive until the threads are done with it
-        _openmp.GOMP_parallel(address, ctypes.addressof(packed), threads, 0)
+        filled = slots(*args)  # alive until the threads are done with it
+        _openmp.GOMP_parallel(address, ctypes.addressof(filled), threads, 0)
 
     return run
 
