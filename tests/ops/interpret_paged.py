@@ -3,14 +3,11 @@
 A program of its own, for the same reason as interpret_triton.py.
 """
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
-
 import contextlib
 import sys
 from pathlib import Path
 
+import interpreted  # noqa: F401  (before the kernels)
 import torch
 
 sys.path[:0] = [str(folder) for folder in (Path(__file__).parent, Path(__file__).parent.parent)]

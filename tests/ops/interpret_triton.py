@@ -4,15 +4,12 @@ A program of its own, because the interpreter is chosen when the kernels are imp
 it. It checks what the kernels compute, not what a GPU makes of them: the `gpu` tests do that.
 """
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
-
 import contextlib
 import itertools
 import sys
 from pathlib import Path
 
+import interpreted  # noqa: F401  (before the kernels)
 import torch
 
 here = Path(__file__).parent
