@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -44,27 +45,36 @@ def folder(tmp_path_factory):
     return sandcat.save(model, tokenizer(), tmp_path_factory.mktemp("models") / "sparse")
 
 
-@pytest.mark.parametrize(
-    "first, then",
-    [
-        ("import sandcat", "from transformers import AutoModelForCausalLM"),
-        ("from transformers import AutoModelForCausalLM", "import sandcat"),
-        ("from transformers import AutoModelForCausalLM, LlamaForCausalLM", "import sandcat"),
-        ("import sandcat", "from transformers import LlamaForCausalLM, AutoModelForCausalLM"),
-        ("import sandcat", "import transformers.quantizers; from transformers import AutoModelForCausalLM"),
-        ("import sandcat", "from transformers.quantizers.auto import AutoHfQuantizer as A, AutoHfQuantizer"),
-        ("import sandcat, inspect; inspect.stack()", "from transformers.quantizers import AutoHfQuantizer"),
-        ("import sandcat; sandcat.load", "from transformers import AutoModelForCausalLM"),
-    ],
-)
-def test_transformers_loads_sparse_models_whatever_was_imported_first(first, then, folder):
-    script = f"""
-{first}
-{then}
-from transformers import AutoModelForCausalLM
-print(type(AutoModelForCausalLM.from_pretrained({str(folder)!r}).model.layers[0].mlp).__name__)
-"""
-    assert run(script).strip() == "SparseMLP"
+ORDERS = [
+    ("import sandcat", "from transformers import AutoModelForCausalLM"),
+    ("from transformers import AutoModelForCausalLM", "import sandcat"),
+    ("from transformers import AutoModelForCausalLM, LlamaForCausalLM", "import sandcat"),
+    ("import sandcat", "from transformers import LlamaForCausalLM, AutoModelForCausalLM"),
+    ("import sandcat", "import transformers.quantizers; from transformers import AutoModelForCausalLM"),
+    ("import sandcat", "from transformers.quantizers.auto import AutoHfQuantizer as A, AutoHfQuantizer"),
+    ("import sandcat, inspect; inspect.stack()", "from transformers.quantizers import AutoHfQuantizer"),
+    ("import sandcat; sandcat.load", "from transformers import AutoModelForCausalLM"),
+]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_transformers_loads_sparse_models_whatever_was_imported_first(folder):
+    """Each order in a process that has imported PyTorch, which takes long, and nothing else of these."""
+    said = run(f"""
+import os, sys
+import torch, torch._dynamo, torch.distributed.tensor
+assert not {{"sandcat", "transformers"}} & set(sys.modules)
+for order in {ORDERS}:
+    if not os.fork():
+        for line in order:
+            exec(line)
+        from transformers import AutoModelForCausalLM
+        print(order, type(AutoModelForCausalLM.from_pretrained({str(folder)!r}).model.layers[0].mlp).__name__)
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.wait()[1] == 0, order
+""")
+    assert said.splitlines() == [f"{order} SparseMLP" for order in ORDERS]
 
 
 def test_a_module_that_is_not_where_it_was_is_not_waited_for():

@@ -212,7 +212,6 @@ BAD = [
     ("no GPU", ["generate", "SPARSE", "x", "--device", "cuda"], "no CUDA GPU"),
     ("no device", ["generate", "SPARSE", "x", "--device", "abacus"], "is no device"),
     ("no dtype", ["generate", "SPARSE", "x", "--dtype", "int3"], "not known"),
-    ("unknown task", ["eval", "SPARSE", "--text", "OTHER", "--tokens", 512, "--tasks", "piqqa"], "did you mean"),
     ("measured on its calibration text", ["eval", "SPARSE", "--text", "WORDS"], "calibrated on"),
     ("dense model", ["eval", "DENSE"], "is a dense model"),
     ("dense model shown", ["show", "DENSE"], "is a dense model"),

@@ -369,7 +369,7 @@ torch.save(out, sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(2))
 def test_saved_models_in_fresh_processes(tmp_path, part):
     """With sandcat imported: bit for bit the sparse model. Without: the dense one, every weight of it bit for bit (but
     where weights are codes).
@@ -380,7 +380,7 @@ def test_saved_models_in_fresh_processes(tmp_path, part):
 
     prompts = [torch.randint(4, VOCABULARY, shape) for shape in ((1, 1), (1, 5), (3, 20))]
     want_sparse, want_dense = {}, {}
-    for family, recipe, dtype in CASES[part::4]:
+    for family, recipe, dtype in CASES[part::2]:
         if family in THOROUGH and dtype != DTYPES[0] and recipe != "cats-output":
             continue
         dense, sparse, _, plan = sparsified(family, recipe, dtype)

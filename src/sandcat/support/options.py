@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
 from dataclasses import field
@@ -15,6 +16,7 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+@functools.cache  # a search makes hundreds of methods
 def field_type(cls: type, name: str) -> Any:
     return typing.get_type_hints(cls)[name]
 
