@@ -17,6 +17,7 @@ import runpy
 import shlex
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,10 @@ def write_texts(code: str) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
-def test_python(page, folders, workplace):
+def test_python(page, folders, workplace, monkeypatch):
+    monkeypatch.setattr(
+        sandcat, "sweep", partial(sandcat.sweep, calibration_tokens=512, tokens=512, runs=1, compile=False)
+    )
     run_python(blocks(page, "python"), folders, workplace / f"{page.stem}_blocks.py")
 
 
