@@ -90,3 +90,18 @@ def test_the_names_of_the_package_stay():
         "METHODS", "Method", "Plan", "SandcatError", "load", "parse", "save", "sparsify", "sweep",
     }  # fmt: skip
     assert importlib.util.find_spec("sandcat.lm_eval_model")  # python -m sandcat.lm_eval_model
+
+
+def undocumented(tree: ast.Module | ast.ClassDef) -> Iterator[str]:
+    """Public definitions of a module without a docstring, but for methods that a base class may have described."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            if not ast.get_docstring(node):
+                yield node.name
+            if isinstance(node, ast.ClassDef) and not node.bases:
+                yield from (f"{node.name}.{name}" for name in undocumented(node))
+
+
+def test_public_definitions_say_what_they_are():
+    found = {path: list(undocumented(ast.parse(path.read_text(encoding="utf-8")))) for path in ROOT.rglob("*.py")}
+    assert {str(path.relative_to(ROOT)): names for path, names in found.items() if names} == {}

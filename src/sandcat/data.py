@@ -37,6 +37,7 @@ class Text:
 
     @property
     def tokens(self) -> int:
+        """How many there are in all."""
         return self.ids_NL.numel()
 
     def part(self, first: int, end: int) -> Text:
@@ -64,6 +65,7 @@ def check_ids(ids: Tensor, model: nn.Module, what: str) -> None:
 
 
 def made(ids_NL: Tensor, source: str) -> Text:
+    """A text of these windows, with its digest."""
     return Text(ids_NL, source, hashlib.sha256(ids_NL.to(torch.int64).numpy().tobytes()).hexdigest())
 
 

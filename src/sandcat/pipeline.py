@@ -69,6 +69,7 @@ class Order:
 
     @property
     def methods(self) -> list[Method]:
+        """Those of the recipe, parsed; raises BadRecipe."""
         return parse_recipe(self.recipe)
 
     @property

@@ -109,6 +109,8 @@ def options(group: list[S]) -> list[list[S]]:
 
 
 def best(group: list[Curve], price: float) -> list[Curve]:
+    """The sites of the method of a group that costs least at this price of a byte."""
+
     def cost(option: list[Curve]) -> float:
         return sum(float(worth(curve, price).min()) for curve in option)
 
@@ -248,6 +250,7 @@ def held_out_of(text: Text) -> tuple[Text, Text]:
 
 
 def opening(text: Text) -> Text:
+    """The first windows, of about `PROBE_TOKENS` tokens."""
     return text.part(0, max(1, PROBE_TOKENS // text.ids_NL.shape[1]))
 
 

@@ -41,6 +41,7 @@ class Savings:
     """Bytes saved, as a share of what a token reads of the dense model."""
 
     def saved_at(self, sparsity_S: np.ndarray | float) -> np.ndarray:
+        """Bytes saved at a sparsity between those of `GRID`, too; of many at once, [S]."""
         return np.interp(sparsity_S, GRID, self.saved_L)
 
 

@@ -37,6 +37,7 @@ def update_plan(model: nn.Module, plan: dict[str, str]) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Whether this process holds a part of the weights alone."""
     local = any(getattr(module, _LOCAL, False) for module in model.modules())
     return local or any(isinstance(parameter, DTensor) for parameter in model.parameters())
 

@@ -36,10 +36,12 @@ Report_ = Annotated[Path | None, typer.Option("--report", help="Folder to write 
 
 
 def listed(text: str) -> list[str]:
+    """What stands between commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def numbers(text: str, name: str) -> list[float]:
+    """Those in a text with commas between them; BadRecipe says of which option they are not."""
     try:
         return [float(part) for part in listed(text)]
     except ValueError:
@@ -47,6 +49,7 @@ def numbers(text: str, name: str) -> list[float]:
 
 
 def whole_numbers(text: str, name: str) -> list[int]:
+    """The same of whole ones from 1 on."""
     found = numbers(text, name)
     if not found or any(number < 1 or number != int(number) for number in found):
         raise BadRecipe(f"{name} {text!r}: give whole numbers from 1 on, with commas between them.")

@@ -13,10 +13,12 @@ out, err = Console(), Console(stderr=True)
 
 
 def print_json(data) -> None:
+    """To standard output, for programs."""
     print(json.dumps(data, indent=2))
 
 
 def print_report(report, as_json: bool) -> None:
+    """As a table, or for programs."""
     print_json(report.to_json()) if as_json else out.print(report.table())
 
 
@@ -26,6 +28,7 @@ def plain(text: str) -> Text:
 
 
 def print_plan(plan) -> None:
+    """Its methods with what they decided for each site, the budget and the calibration."""
     from sandcat.reports import wording
 
     for step in plan.steps:
@@ -49,4 +52,5 @@ def print_plan(plan) -> None:
 
 
 def summary(method: type) -> str:
+    """The first line of a method's file."""
     return str(sys.modules[method.__module__].__doc__).splitlines()[0]

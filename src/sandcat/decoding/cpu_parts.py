@@ -78,6 +78,7 @@ class Writer:
         """The highest one of a low-rank product."""
 
     def write(self, parts: ModelParts) -> None:
+        """The whole step: the embedding, each layer's branches, the last norm and the head."""
         add, H = self.program.add, self.sizes.H
         add(operations.EMBED)
         for layer in parts.layers:

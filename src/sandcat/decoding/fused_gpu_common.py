@@ -67,6 +67,7 @@ class GpuStepBase(ABC):
 
 
 def tiles(size: int, block: int) -> int:
+    """How many blocks cover a size."""
     return -(-size // block)
 
 

@@ -111,6 +111,7 @@ class Kernel(nn.Module, ABC):
 
 
 def tokens_of(x: Tensor) -> int:
+    """How many there are in x [..., I]."""
     return math.prod(x.shape[:-1])
 
 

@@ -77,6 +77,7 @@ class Prompts:
 
     @contextmanager
     def tell(self, told: Told) -> Iterator[None]:
+        """Within this context this thread's forwards are of what is told."""
         before = self.told.get()
         self.told.set(told)
         try:

@@ -125,6 +125,7 @@ class ModelView:
         return tail if stage == len(self.layers) else [self.layers[stage]]
 
     def layer_name(self, layer: int) -> str:
+        """The module name of a decoder layer."""
         return f"{self.architecture.layers}.{layer}"
 
     @property

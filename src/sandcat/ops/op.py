@@ -90,6 +90,7 @@ class Op:
         return device in FORMATS[format].devices and (self.floats or FORMATS[format].codes is not None)
 
     def register_fake(self, fake: Callable[..., Any]) -> None:
+        """What gives a result's shape and dtype, to PyTorch's compiler; it gets what the op is called with."""
         self.op.register_fake(self._of_whole(fake))
 
     def register_kernel(self, device: str) -> Callable[[Callable], Callable]:

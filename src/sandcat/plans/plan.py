@@ -74,10 +74,12 @@ class Plan:
 
     @property
     def recipe(self) -> str:
+        """What was asked for, as words of a command line."""
         words = [str(step.method) for step in self.steps]
         return " ".join([*words, str(self.budget)] if self.budget else words)
 
     def to_json(self) -> dict[str, Any]:
+        """The plan as its format has it (docs/plan-format.md)."""
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,

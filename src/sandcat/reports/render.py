@@ -7,6 +7,7 @@ from typing import Any
 
 
 def render(template: str, **values: Any) -> str:
+    """A file of templates/, filled in; a value that it lacks is an error."""
     import jinja2
 
     from sandcat.reports import wording

@@ -45,6 +45,7 @@ def per_cent(value: float | None, error: float | None = 0.0) -> str:
 
 
 def milliseconds(seconds: float) -> str:
+    """Seconds in ms, three digits."""
     return f"{figure(1e3 * seconds, 3)} ms"
 
 
@@ -60,6 +61,7 @@ def _error(error: float | None, form: str) -> str:
 
 
 def text_title(text: TextResult) -> str:
+    """Over the figures of one text."""
     return f"Quality on {text.source}" + (f", batch {text.batch}" if text.batch > 1 else "")
 
 

@@ -78,11 +78,13 @@ class Guard:
             await self.app(scope, replay(json.dumps(asked).encode(), receive), send)
 
     def check_key(self, headers: dict[bytes, bytes]) -> None:
+        """Raises Refused (401) where a key is wanted and not given."""
         given = headers.get(b"authorization", b"")
         if self.key is not None and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
             raise Refused(401, "no API key, or a wrong one: send it as Authorization: Bearer KEY.")
 
     def entry(self) -> dict[str, Any]:
+        """The model as /v1/models lists it."""
         made = {"created": int(time.time()), "max_model_len": self.limits.context}
         return {"id": self.name, "object": "model", "owned_by": "sandcat", **made}
 
@@ -123,6 +125,7 @@ class Guard:
         return {**asked, "model": self.target, "max_tokens": min(most, wanted or most)}
 
     def check_numbers(self, asked: dict[str, Any]) -> None:
+        """Raises Refused (400) for a number out of its range."""
         ranges = {"temperature": (0, 2), "top_p": (1e-6, 1), "frequency_penalty": (-2, 2)}
         for field, (low, high) in ranges.items():
             value = asked.get(field, high)
@@ -135,6 +138,7 @@ class Guard:
 
 
 def check_messages(messages: Any) -> None:
+    """Raises Refused (400) for what is no conversation."""
     if not isinstance(messages, list) or not messages:
         raise Refused(400, "messages: give a list of at least one message.", "messages")
     for message in messages:
@@ -143,11 +147,13 @@ def check_messages(messages: Any) -> None:
 
 
 def check_prompt(prompt: Any) -> None:
+    """Raises Refused (400) for what is no text."""
     if not isinstance(prompt, str) or not prompt:
         raise Refused(400, "prompt: give one text (several are several requests here).", "prompt")
 
 
 async def read(receive) -> bytes:
+    """The body of a request; raises Refused (400, 413) if the client leaves, or if it is too large."""
     parts, size = [], 0
     while True:
         message = await receive()
@@ -176,6 +182,7 @@ def replay(body: bytes, receive):
 
 
 async def answer(send, status: int, body: dict[str, Any]) -> None:
+    """Sends a JSON answer."""
     headers = [(b"content-type", b"application/json")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": json.dumps(body).encode()})

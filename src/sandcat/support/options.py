@@ -18,10 +18,12 @@ def option(default: Any, help: str) -> Any:
 
 @functools.cache  # a search makes hundreds of methods
 def field_type(cls: type, name: str) -> Any:
+    """The type of a method's option."""
     return typing.get_type_hints(cls)[name]
 
 
 def type_text(kind: Any) -> str:
+    """A type as help and docs write it."""
     if typing.get_origin(kind) is typing.Literal:
         return " | ".join(typing.get_args(kind))
     if isinstance(kind, types.UnionType):

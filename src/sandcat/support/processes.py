@@ -65,10 +65,12 @@ def alone(condition: bool = True) -> Iterator[None]:
 
 
 def count() -> int:
+    """How many work together; 1 outside of `together`."""
     return 1 if _group.get() is None else dist.get_world_size(_group.get())
 
 
 def rank() -> int:
+    """The number of this one; 0 outside of `together`."""
     return 0 if _group.get() is None else dist.get_rank(_group.get())
 
 

@@ -27,6 +27,7 @@ def shown(on: bool = True) -> Iterator[None]:
 
 
 def are_shown() -> bool:
+    """Whether progress is shown here."""
     return _shown.get()
 
 

@@ -83,6 +83,7 @@ class Sweep:
         return [point for point in self.points if point.figures is not None and not beaten(point, point.figures)]
 
     def to_json(self) -> dict[str, Any]:
+        """All points, each with the fronts that it is on, the settings and the machine."""
         fronts = {name: self.front(name) for name in ("bytes", "gain")}
         points = [
             {**asdict(point), "front": [name for name, front in fronts.items() if point in front]}

@@ -43,6 +43,7 @@ def _mask_kernel(itemsize: int):
 
 
 def mask(x_TI: Tensor, threshold_I: Tensor) -> Tensor:
+    """See ops/masks.py; ValueError if sizes or dtypes do not go together."""
     tokens, columns = x_TI.shape
     if threshold_I.shape != (columns,) or threshold_I.dtype != x_TI.dtype or not threshold_I.is_contiguous():
         raise ValueError(f"sandcat::mask: {threshold_I.shape} {threshold_I.dtype} for {x_TI.shape} {x_TI.dtype}.")
@@ -80,6 +81,7 @@ def _drop_up_kernel(itemsize: int):
 
 
 def drop_up(y_T2I: Tensor, bounds_3I: Tensor) -> None:
+    """See ops/masks.py; ValueError as well where y or the bounds are not contiguous."""
     tokens, neurons = len(y_T2I), y_T2I.shape[-1] // 2
     if bounds_3I.shape != (3, neurons) or bounds_3I.itemsize != y_T2I.itemsize:
         raise ValueError(f"sandcat::drop_up: {bounds_3I.shape} {bounds_3I.dtype} for {y_T2I.shape} {y_T2I.dtype}.")

@@ -180,6 +180,7 @@ def write(
 
 @paged_attention.register_kernel("cuda")
 def launch(q_RHD: Tensor, pages: Pages, rows: Rows, scaling: float, window: int | None, cap: float | None) -> Tensor:
+    """The op on a GPU; see ops/paged_attention.py."""
     check_arguments("paged_attention", q_RHD, pages, rows)
     q_RHD, (_, H, D), device = q_RHD.contiguous(), q_RHD.shape, q_RHD.device
     out_RHD, grid = torch.empty_like(q_RHD), grid_of(H, rows.most, pages, multiprocessors(device))
@@ -194,6 +195,7 @@ def launch(q_RHD: Tensor, pages: Pages, rows: Rows, scaling: float, window: int 
 
 @paged_write.register_kernel("cuda")
 def launch_write(k_RND: Tensor, v_RND: Tensor, pages: Pages, first_B: Tensor) -> None:
+    """The op on a GPU; see ops/paged_attention.py."""
     for x_RND in (k_RND, v_RND):
         check_arguments("paged_write", x_RND, pages, Rows(first_B, len(k_RND)))
     (R, N, D), (P, S), B = k_RND.shape, pages.keys[0].shape[:2], len(pages.table_BNM)

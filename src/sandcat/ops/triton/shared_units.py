@@ -17,6 +17,7 @@ OPS = ("shared_linear", "shared_up_down")
 
 @shared_linear.register_kernel("cuda")
 def launch(x_BI: Tensor, weight: Stored, threshold_I: Tensor) -> Tensor:
+    """The op on a GPU; see ops/shared_units.py."""
     check_linear(x_BI, weight, threshold_I)
     if torch.are_deterministic_algorithms_enabled():
         return reference_linear(x_BI, weight, threshold_I)
@@ -25,6 +26,7 @@ def launch(x_BI: Tensor, weight: Stored, threshold_I: Tensor) -> Tensor:
 
 @shared_up_down.register_kernel("cuda")
 def launch_up_down(x_BH: Tensor, a_BI: Tensor, up: Stored, down: Stored, threshold_I: Tensor) -> Tensor:
+    """The op on a GPU; see ops/shared_units.py."""
     check_mlp("shared_up_down", x_BH, None, a_BI, up, down, threshold_I)
     if torch.are_deterministic_algorithms_enabled():
         return reference_up_down(x_BH, a_BI, up, down, threshold_I)

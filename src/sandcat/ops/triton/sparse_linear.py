@@ -268,6 +268,7 @@ def sparse_rows_config(
 
 @sparse_linear.register_kernel("cuda")
 def launch(x_TI: Tensor, weight: Stored, threshold_I: Tensor) -> Tensor:
+    """The op on a GPU; see ops/sparse_linear.py."""
     check_arguments(x_TI, weight, threshold_I)
     if len(x_TI) > 1 and torch.are_deterministic_algorithms_enabled():
         return reference(x_TI, weight, threshold_I)

@@ -196,6 +196,7 @@ def up_down(
 
 @sparse_mlp.register_kernel("cuda")
 def launch(x_TH: Tensor, gate: Stored, up: Stored, down: Stored, threshold_I: Tensor, activation: str) -> Tensor:
+    """The op on a GPU; see ops/sparse_mlp.py."""
     (I, H), T = gate.codes.shape, len(x_TH)
     check_arguments("sparse_mlp", x_TH, gate, None, up, down, threshold_I)
     if T > 1:
@@ -221,6 +222,7 @@ def launch(x_TH: Tensor, gate: Stored, up: Stored, down: Stored, threshold_I: Te
 
 @sparse_up_down.register_kernel("cuda")
 def launch_up_down(x_TH: Tensor, a_TI: Tensor, up: Stored, down: Stored, threshold_I: Tensor) -> Tensor:
+    """The op on a GPU; see ops/sparse_mlp.py."""
     (I, H), T = up.codes.shape, len(x_TH)
     check_arguments("sparse_up_down", x_TH, None, a_TI, up, down, threshold_I)
     if T > 1 and torch.are_deterministic_algorithms_enabled():

@@ -58,6 +58,7 @@ def up_tokens(
     FORMAT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
+    """h = a * up(x) of the listed neurons, 0 where a token does not keep one; a and h are [n, TOKENS]."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -90,6 +91,7 @@ def down_tokens(
     h_nT, down, scale, count, list_n, y, T, H, FORMAT: tl.constexpr, SPLITS: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """y += down of the listed neurons, of every token."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()

@@ -20,6 +20,7 @@ OPS = ("sparse_up",)
 def up_kernel(
     x, a, up, threshold, up_bias, up_scale, u, I, H, FORMAT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """u = up(x) of the neurons that are kept by |a|, 0 of others."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     a_n = tl.load(a + rows, mask=rows < I, other=0.0).to(tl.float32)
     t = tl.load(threshold + rows, mask=rows < I, other=0.0).to(tl.float32)
@@ -37,6 +38,7 @@ def up_kernel(
 
 @sparse_up.register_kernel("cuda")
 def launch(x_TH: Tensor, a_TI: Tensor, up: Stored, threshold_I: Tensor) -> Tensor:
+    """The op on a GPU; see ops/sparse_up.py. Several tokens are the reference's."""
     check_arguments(x_TH, a_TI, up, threshold_I)
     if len(x_TH) > 1:
         return reference(x_TH, a_TI, up, threshold_I)

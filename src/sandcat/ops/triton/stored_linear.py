@@ -245,6 +245,7 @@ def write_digits_config(format: str, columns: int) -> dict:
 
 @stored_linear.register_kernel("cuda")
 def launch(x_TI: Tensor, weight: Stored) -> Tensor:
+    """The op on a GPU; see ops/stored_linear.py."""
     check_arguments(x_TI, weight)
     assert weight.scale is not None
     x, rows, scale, format = x_TI.contiguous(), codes(weight).contiguous(), weight.scale.contiguous(), weight.format

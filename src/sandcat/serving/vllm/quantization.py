@@ -80,4 +80,5 @@ class SandcatQuantization(QuantizationConfig):
 
 
 def register() -> None:
+    """Makes our plans one of vLLM's quantizations."""
     register_quantization_config(QUANT_METHOD)(SandcatQuantization)

@@ -23,6 +23,7 @@ def _silu(g):
 
 @njit(inline="always")
 def activate(g, code):
+    """The activation of that code, of one float32."""
     if code == _SILU:
         return _silu(g)
     if code == _GELU:

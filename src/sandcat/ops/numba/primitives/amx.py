@@ -56,6 +56,8 @@ def release_tiles(typing):
 
 @intrinsic(prefer_literal=True)
 def zero_tile(typing, tile):
+    """Sets all sums of a tile to 0."""
+
     def generate(context, builder, signature, args):
         _call(builder, "tilezero", _number(tile))
         return context.get_dummy_value()

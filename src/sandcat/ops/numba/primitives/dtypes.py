@@ -70,6 +70,7 @@ def outputs(total: Tensor, weight: Stored) -> Tensor:
 
 
 def unit_of(format: str) -> np.float32:
+    """What sums of a format's codes are to be multiplied with, besides scales."""
     return UNITS.get(format, np.float32(1))
 
 

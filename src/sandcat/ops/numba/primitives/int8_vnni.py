@@ -85,6 +85,8 @@ def nothing(typing):
 
 @intrinsic
 def as_floats(typing, sums):
+    """Sixteen int32 sums as float32."""
+
     def generate(context, builder, signature, args):
         return builder.sitofp(args[0], ir.VectorType(ir.FloatType(), LANES))
 

@@ -35,6 +35,7 @@ ROWS_AHEAD = 8
 
 @njit(inline="always")
 def dot(x, row):
+    """x . row as float32, in four sums that do not wait for each other."""
     s0 = s1 = s2 = s3 = splat(np.float32(0))
     fours, whole = x.size // (4 * LANES) * (4 * LANES), x.size // LANES * LANES
     for k in range(0, fours, 4 * LANES):
@@ -92,6 +93,7 @@ def row_of(units, c):
 
 @njit
 def four_rows(rows, units, c):
+    """Four rows from the c-th on; of the listed ones, where there is a list."""
     return rows[row_of(units, c)], rows[row_of(units, c + 1)], rows[row_of(units, c + 2)], rows[row_of(units, c + 3)]
 
 

@@ -39,6 +39,7 @@ model's dtype, room for the list of kept units [most], for which are wanted [mos
 
 @njit(inline="always")
 def work_of(model, thread, threads, like):
+    """The `Work` of a thread, in the room that a model's record names."""
     R, most = model.rows, model.most
     kept = carray(pointer(model.kept), (threads, most), np.int64)[thread]
     wanted = carray(pointer(model.wanted), (threads, most), np.bool_)[thread]

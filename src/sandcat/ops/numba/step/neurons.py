@@ -20,6 +20,7 @@ BLOCK = 64
 
 @njit
 def activations(g, first, end, code, work):
+    """g[:, first:end] = its activations."""
     apart()
     for b in range(work.B):
         activate_all(piece(g, b, first, end), code, work.like[0])

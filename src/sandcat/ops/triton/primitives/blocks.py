@@ -22,6 +22,7 @@ _SILU, _GELU, _GELU_TANH = (tl.constexpr(CODES[name]) for name in ("silu", "gelu
 
 @triton.jit
 def activate(g, CODE: tl.constexpr):
+    """The activation of that code, of float32."""
     if CODE == _SILU:
         return g / (1.0 + tl.exp(-g))
     if CODE == _GELU:

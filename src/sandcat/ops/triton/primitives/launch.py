@@ -13,6 +13,7 @@ from sandcat.ops.weights import FORMATS, Stored
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
