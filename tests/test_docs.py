@@ -46,7 +46,7 @@ NOT_RUN = {
 """Blocks of Python and commands of sandcat that have this in them are only parsed, and why."""
 ELSEWHERE = {
     "vllm": "needs vLLM", "ray": "needs several machines", "torchrun": "needs several processes",
-    "accelerate": "needs several processes",
+    "accelerate": "needs several processes", "qemu-x86_64": "needs QEMU",
 }  # fmt: skip
 """Programs whose arguments nothing here can check."""
 SHORT = {"--calibration-tokens": 512, "--tokens": 512, "--runs": 1, "--steps": 2, "--max-new-tokens": 4}

@@ -28,6 +28,7 @@ def tiles_permitted() -> bool:
 
 
 NAME, FEATURES = _compiled_for()
+IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
 ONE_BY_ONE = NAME.startswith("znver")
 """Whether rows are read one after another, as AMD's processors read ahead of those by themselves, and faster than of
 four at once or than what is asked for (docs/performance.md)."""
@@ -39,14 +40,14 @@ HAS_PAIRS = "avx512bf16" in FEATURES
 """Whether one multiplies and adds two bfloat16 numbers (bfloat16_pairs.py)."""
 HAS_TILES = "amx-bf16" in FEATURES and tiles_permitted()
 """Whether there is a unit that multiplies tiles of bfloat16 numbers (amx.py)."""
-HAS_HALF = "f16c" in FEATURES or platform.machine().lower() in ("aarch64", "arm64")
+HAS_HALF = "f16c" in FEATURES or IS_ARM
 """Whether an instruction widens and narrows float16 (float16.py)."""
 
 
 def path() -> str:
     """The path that kernels take here, in words: registers, the order of rows, and what multiplies them."""
-    registers = {"avx512f": "AVX-512", "avx2": "AVX2", "neon": "NEON"}
-    wide = next((text for feature, text in registers.items() if feature in FEATURES), "no SIMD")
+    registers = {"avx512f": "AVX-512", "avx2": "AVX2"}
+    wide = next((text for feature, text in registers.items() if feature in FEATURES), "NEON" if IS_ARM else "no SIMD")
     words = [wide, "rows one by one" if ONE_BY_ONE else "rows four at once"]
     words += ["int8 by VNNI"] * (ONE_BY_ONE and HAS_FOURS) + ["bfloat16 by pairs"] * (ONE_BY_ONE and HAS_PAIRS)
     return ", ".join(words + ["bfloat16 by AMX"] * HAS_TILES)
