@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sandcat.layers.sparse_linear import SparseLinear
 from sandcat.models.view import ModelView
 from sandcat.ops.sparse_linear import reference
+from sandcat.ops.triton.primitives.arguments import three, three_sizes
 from sandcat.ops.triton.primitives.blocks import which_of_three
 from sandcat.ops.weights import Stored
 
@@ -31,12 +32,10 @@ CONFIGS = [
 
 
 @triton.jit
-def masked_rows(
-    x, a, b, c, a_threshold, b_threshold, c_threshold, y, A, B, C, K, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """y += products of x with up to three matrices of K channels, and A, B and C columns, one after another."""
-    w, size, cols, before = which_of_three(tl.program_id(0), a, b, c, A, B, C, BLOCK)
-    threshold = which_of_three(tl.program_id(0), a_threshold, b_threshold, c_threshold, A, B, C, BLOCK)[0]
+def masked_rows(x, weights, thresholds, y, sizes, K, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """y += products of x with up to three matrices of K channels, and of so many columns, one after another."""
+    w, size, cols, before = which_of_three(tl.program_id(0), weights, sizes, BLOCK)
+    threshold = which_of_three(tl.program_id(0), thresholds, sizes, BLOCK)[0]
     i = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     x_i = tl.load(x + i, mask=i < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
     keep = (i < K) & (tl.abs(x_i) > tl.load(threshold + i, mask=i < K, other=0.0).to(tl.float32))
@@ -46,7 +45,7 @@ def masked_rows(
     tl.atomic_add(y + before + cols, total.to(y.dtype.element_ty), mask=cols < size, sem="relaxed")
 
 
-tuned = triton.autotune(CONFIGS, key=["A", "B", "C", "K"], reset_to_zero=["y"])(masked_rows)
+tuned = triton.autotune(CONFIGS, key=["sizes", "K"], reset_to_zero=["y"])(masked_rows)
 
 
 @torch.library.custom_op("sandcat_benchmarks::teal", mutates_args=())
@@ -58,13 +57,11 @@ def teal(x_I: Tensor, weights_IO: list[Tensor], thresholds_I: list[Tensor]) -> T
         return torch.cat([reference(x_I[None], Stored(w.t()), t)[0].to(x_I.dtype) for w, t in pairs])
     sizes = [w.shape[1] for w in weights_IO]
     y = torch.zeros(sum(sizes), dtype=x_I.dtype, device=x_I.device)
-    weights, thresholds = (tensors + tensors[:1] * (3 - len(tensors)) for tensors in (weights_IO, thresholds_I))
-    sizes += [0] * (3 - len(sizes))
 
     def grid(config: dict) -> tuple[int, int]:
         return sum(triton.cdiv(size, config["BLOCK"]) for size in sizes), triton.cdiv(len(x_I), config["CHANNELS"])
 
-    tuned[grid](x_I, *weights, *thresholds, y, *sizes, len(x_I))
+    tuned[grid](x_I, three(weights_IO), three(thresholds_I), y, three_sizes(sizes), len(x_I))
     return y
 
 

@@ -4,50 +4,27 @@ python tests/ops/compile_paged.py [compute capability, default 90]
 """
 
 import sys
-from collections.abc import Iterator
 
 import torch
-from compile_triton import resources
-from triton.compiler import ASTSource
+from compile_triton import NONE, resources, source_of
 
 import sandcat.ops.triton.paged_attention as paged
 from sandcat.ops.triton.primitives.page_grid import attend_config
 from sandcat.ops.triton.primitives.pages import Cached, New, Room, Turn
-
-NONE = "constexpr"
-"""The type of what is None."""
 
 
 def source(dtype: str, config: dict, *, new: bool, turn: bool, shifts: bool, chunks: bool, window: bool, pdl: bool):
     """`attend` for these arguments; addresses, and how far pages, tokens and heads lie apart, are multiples of 16."""
     x, n = f"*{dtype}", "i32"
     by_chunks, shift, angles = "*i64" if chunks else NONE, "*i32" if shifts else NONE, x if turn else NONE
-    signature = {
+    types = {
         "q": x, "out": x, "first": "*i32",
         "cached": Cached(x, x, by_chunks, by_chunks, "*i32", shift, "*i32", "*i32", *[n] * 16),
         "turn": Turn("*i32" if turn else NONE, angles, angles, NONE, NONE, "fp32"),
         "new": New(x, x, n, n) if new else New(NONE, NONE, n, n), "room": Room("*fp32", "*fp32", "*fp32", "*i32"),
         "q_row": n, "scaling": "fp32", "cap": "fp32" if window else NONE, "items": n, "WINDOW": n if window else NONE,
     }  # fmt: skip
-    config |= {"N": 8, "P": 64, "ITEMS": 64, "PDL": pdl}
-    names = paged.attend.arg_names
-    constants, aligned = {(names.index(name),): value for name, value in config.items()}, []
-    for path, kind in paths({name: signature.get(name, NONE) for name in names}):
-        if kind == NONE:
-            constants.setdefault(path, None)
-        elif kind[0] == "*" or (names[path[0]] == "cached" and path[1] < Cached._fields.index("table_b")):
-            aligned.append(path)
-    signature = {name: signature.get(name, NONE) for name in names}
-    return ASTSource(paged.attend, signature, constants, {path: [["tt.divisibility", 16]] for path in aligned})
-
-
-def paths(signature: dict) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Where each argument stands, those in tuples too, and its type."""
-    for i, kind in enumerate(signature.values()):
-        if isinstance(kind, tuple):
-            yield from (((i, j), part) for j, part in enumerate(kind))
-        else:
-            yield (i,), kind
+    return source_of(paged.attend, types, config | {"N": 8, "P": 64, "ITEMS": 64, "PDL": pdl})
 
 
 def main(capability: int) -> None:

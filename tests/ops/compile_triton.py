@@ -25,43 +25,50 @@ import sandcat.ops.triton.sparse_mlp as kernels
 import sandcat.ops.triton.sparse_mlp_batch as tokens
 import sandcat.ops.triton.step as step
 import sandcat.ops.triton.stored_linear as stored
+from sandcat.ops.triton.primitives.arguments import Neurons, Source, Zeros
 from sandcat.ops.triton.primitives.launch import code_of
+from sandcat.ops.triton.primitives.pages import Cached, New, Room, Turn
 
 stored.multiprocessors = lambda device: 132
 stored.shared_memory = lambda device: 231424
 
+NONE = "constexpr"
+"""The type of what is None."""
 TYPES = {
     "x": "*{0}", "gate": "*{0}", "up": "*{0}", "down": "*{0}", "bias": "*{0}", "threshold": "*{0}", "h_nT": "*{0}",
     "count": "*i32", "list_n": "*i32", "keep_n": "*i32", "a_n": "*fp32", "a_nT": "*fp32", "y": "*fp32",
-    "I": "i32", "H": "i32", "T": "i32", "N": "i32", "K": "i32", "A": "i32", "B": "i32", "C": "i32", "L": "i32",
-    "G": "i32", "D": "i32", "WINDOW": "i32", "ids": "*i64", "table": "*{0}", "h": "*fp32", "a": "*{0}", "b": "*{0}",
-    "c": "*{0}", "a_bias": "*{0}", "b_bias": "*{0}", "c_bias": "*{0}", "w": "*{0}", "gate_bias": "*{0}",
-    "up_bias": "*{0}", "q": "*{0}", "k": "*{0}", "v": "*{0}", "q_norm": "*{0}", "k_norm": "*{0}", "cos": "*{0}",
-    "sin": "*{0}", "position": "*i32", "keys": "*{0}", "values": "*{0}", "scale": "fp32", "top_ws": "*fp32",
-    "sum_ws": "*fp32", "acc_ws": "*fp32", "arrived": "*i32", "out": "*{0}", "norm": "*{0}", "x_normed": "*{0}",
-    "eps": "fp32", "top": "*fp32", "total": "*fp32", "zeros": "*fp32", "n_zeros": "i32",
-    "a_threshold": "*{0}", "b_threshold": "*{0}", "c_threshold": "*{0}",
-    "list_i": "*i32", "list_x": "*fp32", "parts": "*fp32", "neurons": "*{0}",
-    "a_scale": "*{0}", "b_scale": "*{0}", "c_scale": "*{0}", "gate_scale": "*{0}", "up_scale": "*{0}",
-    "down_scale": "*{0}", "P": "i32", "room": "*i32", "PIECES": "i32", "x_stride": "i32", "y_stride": "i32",
-    "q_stride": "i32", "ids_stride": "i32", "k_stride": "i32", "v_stride": "i32", "back_t": "*fp32", "x_tn": "*{0}",
-    "gate_stride": "i32", "up_stride": "i32", "due": "*{0}",
+    "I": "i32", "H": "i32", "T": "i32", "N": "i32", "K": "i32", "L": "i32", "G": "i32", "D": "i32", "P": "i32",
+    "WINDOW": "i32", "PIECES": "i32", "h": "*fp32", "w": "*{0}", "gate_bias": "*{0}", "up_bias": "*{0}", "q": "*{0}",
+    "a": "*{0}",
+    "position": "*i32", "keys": "*{0}", "values": "*{0}", "scale": "fp32", "out": "*{0}", "norm": "*{0}",
+    "x_normed": "*{0}", "x_taken": "*{0}", "eps": "fp32", "parts": "*fp32", "gate_scale": "*{0}", "up_scale": "*{0}",
+    "down_scale": "*{0}", "room": "*i32", "x_stride": "i32", "y_stride": "i32", "q_row": "i32", "back_t": "*fp32",
+    "x_tn": "*{0}", "gate_stride": "i32", "up_stride": "i32", "due": "*{0}",
+    "source": Source("*{0}", "*{0}", "*{0}", "fp32"), "zeros": Zeros("*fp32", "i32"),
+    "neurons": Neurons("*{0}", "*i32", "*fp32", "*i32"), "heads": linear.Heads("*fp32", "*fp32", "i32"),
+    "lists": linear.Lists("*i32", "*fp32", "*fp32", "*i32"), "new": New("*{0}", "*{0}", "i32", "i32"),
+    "turn": Turn("*i32", "*{0}", "*{0}", "*{0}", "*{0}", "fp32"), "sizes": ("i32",) * 3,
+    **dict.fromkeys(["weights", "thresholds", "biases", "scales"], ("*{0}",) * 3),
 }  # fmt: skip
-SIZES = ("I", "H", "N", "K", "A", "B", "C", "L", "D", "x_stride", "y_stride", "gate_stride", "up_stride", "room")
+"""Of each argument, of a tuple's each."""
+SIZES = (
+    "I", "H", "N", "K", "L", "D", "x_stride", "y_stride", "gate_stride", "up_stride", "room", "sizes", "q_row",
+    "new.k_row", "new.v_row", "heads.size",
+    *(f"cached.{name}" for name in Cached._fields if name.startswith(("key_", "value_"))),
+)  # fmt: skip
 """Sizes that a launch finds to be multiples of 16, as all addresses are; it makes loads wide."""
 TL_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 CODES = {"int8": "*i8", "fp8": "*fp8e4nv"}
 DIGITS = {"int8": "*i8", "fp8": "*fp16"}
 WEIGHTS = {
-    kernels.gate_kernel: ["gate"], kernels.up_down_kernel: ["up", "down"], stored.coded_rows: ["a", "b", "c"],
-    linear.sparse_rows: ["a", "b", "c"], several.listed_rows: ["a", "b", "c"], tokens.up_tokens: ["up"],
+    kernels.gate_kernel: ["gate"], kernels.up_down_kernel: ["up", "down"], stored.coded_rows: ["weights"],
+    linear.sparse_rows: ["weights"], several.listed_rows: ["weights"], tokens.up_tokens: ["up"],
     tokens.down_tokens: ["down"],
 }  # fmt: skip
 SCALES = {
     kernels.gate_kernel: ["gate_scale"], kernels.up_down_kernel: ["up_scale", "down_scale"],
-    stored.coded_rows: ["a_scale", "b_scale", "c_scale"], linear.sparse_rows: ["a_scale", "b_scale", "c_scale"],
-    several.listed_rows: ["a_scale", "b_scale", "c_scale"], tokens.up_tokens: ["scale"],
-    tokens.down_tokens: ["scale"],
+    stored.coded_rows: ["scales"], linear.sparse_rows: ["scales"], several.listed_rows: ["scales"],
+    tokens.up_tokens: ["scale"], tokens.down_tokens: ["scale"],
 }  # fmt: skip
 
 
@@ -80,6 +87,33 @@ def resources(source: ASTSource, capability: int, options: dict) -> tuple[str, s
     return registers, [line.strip().split(",")[1].strip() for line in said.splitlines() if "spill stores" in line][-1]
 
 
+def source_of(kernel, types: dict, constants: dict) -> ASTSource:
+    """A kernel for arguments of these types; what `constants` has is given. Parts of a named tuple are called after it
+    and themselves, those of a plain one as it is, together."""
+    signature, given, aligned = {}, {}, []
+    for i, name in enumerate(kernel.arg_names):
+        kind, found = types.get(name, NONE), []
+        fields = getattr(kind, "_fields", None)
+        whole = not isinstance(kind, tuple) or (fields and name in constants)
+        for j, one in enumerate([NONE] if whole and fields else [kind] if whole else kind):
+            at, part = ((i,), name) if whole else ((i, j), f"{name}.{fields[j]}" if fields else name)
+            if one == NONE or part in constants:
+                one, given[at] = NONE, constants.get(part)
+            elif one[0] == "*" or part in SIZES:
+                aligned.append(at)
+            found.append(one)
+        signature[name] = found[0] if whole else type(kind)(*found) if fields else tuple(found)
+    return ASTSource(kernel, signature, given, {at: [["tt.divisibility", 16]] for at in aligned})
+
+
+def of_dtype(kind, dtype: str):
+    """A type of `TYPES`, or a tuple of them, for activations of that dtype."""
+    if not isinstance(kind, tuple):
+        return kind.format(dtype)
+    parts = [one.format(dtype) for one in kind]
+    return type(kind)(*parts) if hasattr(kind, "_fields") else tuple(parts)
+
+
 def check(kernel, dtype: str, capability: int, *, format: str = "float", **constants) -> str:
     """Registers a thread and bytes spilled, of one kernel for one dtype."""
     options = {name: constants.pop(name) for name in ("num_warps", "maxnreg") if name in constants}
@@ -90,6 +124,8 @@ def check(kernel, dtype: str, capability: int, *, format: str = "float", **const
     types = dict(TYPES)
     if kernel in (step.project, step.normalize, step.gate_times_up, step.gate_up, teal_published.masked_rows):
         types["y"] = "*{0}"
+    if kernel is step.attend:
+        types["room"] = Room("*fp32", "*fp32", "*fp32", "*i32")
     if kernel is stored.write_digits or (kernel is stored.coded_rows and "back_t" not in constants):
         types["room"] = DIGITS[format]
     if kernel in (several.list_channels, several.listed_rows):
@@ -97,22 +133,14 @@ def check(kernel, dtype: str, capability: int, *, format: str = "float", **const
     for name in ("FORMAT", "UP", "DOWN"):
         if name in kernel.arg_names:
             constants[name] = code_of(format)
-    if format != "float" and kernel in WEIGHTS:
-        types |= dict.fromkeys(WEIGHTS[kernel], CODES[format]) | dict.fromkeys(SCALES[kernel], "*{0}")
-    else:
+    if format == "float":
         constants |= dict.fromkeys(SCALES.get(kernel, []))
-    types = {name: type for name, type in types.items() if name not in constants}
-    signature = {name: types[name].format(dtype) if name in types else "constexpr" for name in kernel.arg_names}
-    aligned = [
-        i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or (name in SIZES and name in types)
-    ]
-    source = ASTSource(
-        kernel,
-        signature,
-        {(kernel.arg_names.index(k),): v for k, v in constants.items()},
-        {(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
-    registers, spilled = resources(source, capability, options)
+    else:
+        for name in WEIGHTS.get(kernel, []):
+            types[name] = (CODES[format],) * 3 if isinstance(types[name], tuple) else CODES[format]
+        types |= {name: "*{0}" for name in SCALES.get(kernel, []) if not isinstance(types[name], tuple)}
+    types = {name: of_dtype(kind, dtype) for name, kind in types.items()}
+    registers, spilled = resources(source_of(kernel, types, constants), capability, options)
     shape = " ".join(
         f"{name.lower()} {constants[name]}" for name in ("TOKENS", "ROWS", "NEURONS", "BLOCK") if name in constants
     )
@@ -133,7 +161,7 @@ def main(formats: tuple[str, ...], capability: int) -> None:
                     print(check(kernel, dtype, capability, format=format, **constants))
         if "float" not in formats:
             continue  # what follows has no weights
-        for norms, crowded in product((dict.fromkeys(["q_norm", "k_norm"]), {}), (False, True)):
+        for norms, crowded in product((dict.fromkeys(["turn.q_norm", "turn.k_norm"]), {}), (False, True)):
             config = step.attend_config(1, 128, itemsize, 521, 4, crowded)
             print(check(step.attend, dtype, capability, **norms, **config))
     if "float" not in formats:
@@ -151,17 +179,16 @@ def of_one_token(itemsize: int, dtype: str, format: str) -> Iterator[tuple]:
     for hidden in (576, 2048, 4096, 8192):
         for parts in (False, True):
             yield kernels.up_down_kernel, {"PARTS": parts, **kernels.up_down_config(hidden, itemsize)}
-    no_bias = dict.fromkeys(["a_bias", "b_bias", "c_bias"])
     dtypes = {"CODE": 0, "DTYPE": getattr(tl, TL_TYPES[dtype])}
     for columns in (4096, 8192, 14336):
-        for left_out in ({"position": None}, {"position": None, **no_bias}):
+        for left_out in ({"position": None}, {"position": None, "biases": None}):
             if itemsize == 1:
                 for sizes in ([4096], [14336, 14336]):
                     config, _ = stored.coded_rows_config(format, sizes, columns, torch.device("cuda"), columns)
-                    for options in ({"norm": None}, {"gate": None}):
+                    for option in ("source.norm", "source.gate"):
                         yield stored.coded_rows, {
-                            **left_out, **dtypes, **options, "back_t": None, "ADD": True, "SHARED": True, "ZEROS": 64,
-                            **config,
+                            **left_out, **dtypes, option: None, "back_t": None, "ADD": True, "SHARED": True,
+                            "ZEROS": 64, **config,
                         }  # fmt: skip
             else:
                 yield step.project, {**left_out, **step.whole_rows_config(columns, itemsize)}
@@ -171,31 +198,31 @@ def of_one_token(itemsize: int, dtype: str, format: str) -> Iterator[tuple]:
     if itemsize > 1:
         yield step.gate_times_up, {"CODE": 0, "BLOCK": 1024, "num_warps": 4}
         yield step.gate_up, {"CODE": 0, **step.whole_rows_config(4096, itemsize, matrices=2)}
-    constants = dict.fromkeys(["neurons", "position", "gate"]) | no_bias
+    constants = dict.fromkeys([*(f"neurons.{name}" for name in Neurons._fields), "position", "source.gate", "biases"])
     constants |= {"CODE": 0, "ADD": True, "HEAD_PARTS": 0, "ZEROS": 64}
     for columns, channels in (([4096] * 3, 4096), ([4096], 11008), ([14336] * 2, 4096), ([32000], 4096)):
         for ordered, alone in product((False, True), repeat=2):
             config, _ = linear.sparse_rows_config(columns, channels, itemsize, 132, alone=alone)
             yield linear.sparse_rows, {**constants, "ORDERED": ordered, **config}
     config, _ = linear.sparse_rows_config([4096], 4096, itemsize, 132)
-    yield linear.sparse_rows, {**constants, "ORDERED": False, "HEAD_PARTS": 4, "norm": None, "x_normed": None, **config}
+    constants |= {"ORDERED": False, "HEAD_PARTS": 4, "source.norm": None, "x_taken": None}
+    yield linear.sparse_rows, {**constants, **config}
 
 
 def of_tokens(itemsize: int, of_x: int, dtype: str, format: str) -> Iterator[tuple]:
     """Kernels of several tokens that read weights of so many bytes each, and their constants."""
-    no_bias = dict.fromkeys(["a_bias", "b_bias", "c_bias"])
     dtypes = {"CODE": 0, "DTYPE": getattr(tl, TL_TYPES[dtype])}
     for sizes, columns in (([4096] * 3, 4096), ([4096], 14336)):
         if itemsize == 1:
             for size in (4, 16):
                 config, _ = stored.coded_rows_config(format, sizes, columns, torch.device("cuda"), columns, size)
-                left_out = dict.fromkeys(["x", "gate", "norm", "position"]) | no_bias | dtypes
+                left_out = dict.fromkeys(["source", "position", "biases"]) | dtypes
                 yield stored.coded_rows, {**left_out, "ADD": True, "SHARED": True, "ZEROS": 64, **config}
-            for options in ({"norm": None}, {"gate": None}):
+            for options in ({}, {"gate": None}):
                 config = stored.write_digits_config(format, columns)
                 yield stored.write_digits, {**dtypes, **options, "ZEROS": 64, **config}
         config, _ = several.listed_rows_config(sizes, columns, of_x, 132)
-        yield several.listed_rows, {**no_bias, **config}
+        yield several.listed_rows, {"biases": None, **config}
         config = several.list_channels_config(config["CHANNELS"], 16)
         yield several.list_channels, {"CODE": 0, "SHARED": True, "ZEROS": 64, **config}
     yield tokens.up_tokens, tokens.up_tokens_config(of_x)

@@ -29,6 +29,7 @@ import sandcat.ops.triton.sparse_mlp as sparse_mlp
 import sandcat.ops.triton.sparse_mlp_batch as several_neurons
 import sandcat.ops.triton.stored_linear as stored_linear
 from sandcat.ops.activations import ACTIVATIONS
+from sandcat.ops.triton.primitives.arguments import three, three_sizes
 
 reference_linear, reference_up_down = both("sparse_linear")[1], both("sparse_up_down")[1]
 launch_linear = of(sparse_linear.launch, "sparse_linear")
@@ -146,9 +147,8 @@ for dtype, sizes in ((torch.float32, [33]), (torch.float16, [40, 24, 24])):  # T
     weights = [torch.randn(70, size).to(dtype) for size in sizes]
     x, thresholds = torch.randn(70).to(dtype), [torch.rand(70).to(dtype) for _ in sizes]
     y = torch.zeros(sum(sizes), dtype=dtype)
-    three = [tensors + tensors[:1] * (3 - len(sizes)) for tensors in (weights, thresholds)]
     teal_published.masked_rows[(sum(-(-size // 16) for size in sizes), 3)](
-        x, *three[0], *three[1], y, *sizes, *[0] * (3 - len(sizes)), 70, CHANNELS=32, BLOCK=16
+        x, three(weights), three(thresholds), y, three_sizes(sizes), 70, CHANNELS=32, BLOCK=16
     )
     pairs = zip(weights, thresholds, strict=True)
     check(y, torch.cat([reference_linear(x[None], w, t)[0] for w, t in pairs]), dtype)

@@ -14,6 +14,8 @@ from sandcat.layers.cache import PagedCache
 from sandcat.layers.step_parts import Attention, GatedNeurons, KeptNeurons, KeptProduct, Norm, Product
 from sandcat.models.view import ModelView
 from sandcat.ops.triton import sparse_mlp, step
+from sandcat.ops.triton.primitives.arguments import Source
+from sandcat.ops.triton.primitives.pages import New
 
 
 class GpuStep(GpuProducts):
@@ -39,22 +41,19 @@ class GpuStep(GpuProducts):
         self._project(norm, [part.q, part.k, part.v], rows, self.qkv)
         joins = PRODUCTS.get(kind_of(part.o)) in JOIN_HEADS
         self.attend(part, [y[None] for y in self.qkv.split(rows)], None if joins else self.attended)
-        self._add(self.acc if joins else self.attended, part.o, zeros=self.sums)
+        self._add(self.attending.acc if joins else self.attended, part.o, zeros=self.sums)
 
     def attend(self, part: Attention, qkv: Iterable[Tensor], out: Tensor | None) -> None:
-        """out = what the rows of q, k and v [B, ...] attend to; without it parts of that, in `top`, `sum` and `acc`."""
+        """out = what the rows of q, k and v [B, ...] attend to; without it parts of that, in `attending`."""
         (q, k, v), G, (keys, values) = qkv, self.Q // self.K, self.cached[part]
-        norms = [None if norm is None else norm.weight for norm in (part.q_norm, part.k_norm)]
         programs = self.kv_heads * self.splits
         config = step.attend_config(
             G, self.D, keys.element_size(), self.max_length, self.splits, programs > self.multiprocessors
         )
         step.attend[(self.kv_heads, self.splits)](
-            q, k, v, q.stride(0), k.stride(0), v.stride(0), *norms,
-            0.0 if part.q_norm is None else part.q_norm.eps, self.cos, self.sin, self.position, keys, values,
-            part.scaling, self.top, self.sum, self.acc, self.heads_arrived, out, self.max_length,
-            self.kv_heads, G, self.D, part.cached.window,
-            **config, **self.dependent,
+            q, q.stride(0), New(k, v, k.stride(0), v.stride(0)), self.turn_of(part), keys, values, part.scaling,
+            self.attending, out, self.max_length, self.kv_heads, G, self.D, part.cached.window, **config,
+            **self.dependent,
         )  # fmt: skip
 
     def _neurons(self, norm: Norm, part: GatedNeurons) -> None:
@@ -88,14 +87,14 @@ class GpuStep(GpuProducts):
         gate = part.gate
         config = sparse_mlp.gate_config(gate.stored.codes.element_size())
         sparse_mlp.gate_kernel[(tiles(gate.outputs, config["ROWS"]),)](
-            self.h, *norm, *codes_of([gate]), gate.stored.bias, gate.stored.scale, part.kept.threshold,
-            self.counted, self.list_n, self.a_n, self.x_normed, gate.outputs, self.H, FORMAT=format_of([gate]),
+            Source(self.h, None, *norm), *codes_of([gate]), gate.stored.bias, gate.stored.scale,
+            self.listed(part.kept.threshold), self.x_normed, gate.outputs, self.H, FORMAT=format_of([gate]),
             CODE=sparse_mlp.CODES[part.activation], **config, **self.dependent,
         )  # fmt: skip
 
     def _kept_gate(self, norm: Norm, part: KeptNeurons) -> None:
         products = Products([part.gate], self.h, None, norm, code=sparse_mlp.CODES[part.activation])
-        self.sparse_rows(products, neurons=part.kept.threshold, taken=self.x_normed)
+        self.sparse_rows(products, neurons=self.listed(part.kept.threshold), taken=self.x_normed)
 
     def _called_branch(self, norm: Norm, part: Any) -> None:
         self.h.add_(part.module(self.normed(self.h, norm)).view(-1))

@@ -20,10 +20,8 @@ from sandcat.decoding.fused_gpu_common import (
     codes_of,
     format_of,
     kind_of,
-    share_of,
-    sizes,
-    three,
     tiles,
+    zeros_of,
 )
 from sandcat.layers.cache import PagedCache
 from sandcat.layers.step_parts import Attention, GatedNeurons, KeptProduct, LowRankProduct, Norm, Product
@@ -31,7 +29,8 @@ from sandcat.models.view import ModelView
 from sandcat.ops.checks import MAX_TOKENS
 from sandcat.ops.triton import paged_attention, sparse_linear_batch, step, stored_linear
 from sandcat.ops.triton.primitives import blocks, page_grid
-from sandcat.ops.triton.primitives.pages import New, Turn
+from sandcat.ops.triton.primitives.arguments import Zeros, three, three_sizes
+from sandcat.ops.triton.primitives.pages import New
 
 
 def applies(batch: int) -> bool:
@@ -95,13 +94,11 @@ class GpuBatchStep(GpuStepBase):
 
     def _attend(self, part: Attention, q: Tensor, k: Tensor, v: Tensor) -> None:
         """attended = what the rows of q, k and v [B, ...] attend to; k and v are cached."""
-        turn = Turn(self.position, self.cos, self.sin)
-        if part.q_norm is not None and part.k_norm is not None:
-            turn = turn._replace(q_norm=part.q_norm.weight, k_norm=part.k_norm.weight, eps=part.q_norm.eps)
         paged_attention.attend[(self.grid.programs,)](
-            q, self.attended, self.first_B, self.cached[part], turn, New(k, v, k.stride(0), v.stride(0)), self.sums,
-            q.stride(0), *page_grid.scalings(part.scaling, None), self.grid.items, part.cached.window,
-            **self.grid.config, **self.dependent,
+            q, self.attended, self.first_B, self.cached[part], self.turn_of(part),
+            New(k, v, k.stride(0), v.stride(0)), self.sums, q.stride(0),
+            *page_grid.scalings(part.scaling, None), self.grid.items, part.cached.window, **self.grid.config,
+            **self.dependent,
         )  # fmt: skip
 
     def _kind(self, part: Any) -> tuple | None:
@@ -113,9 +110,10 @@ class GpuBatchStep(GpuStepBase):
 
     def _normalize(self, norm: Norm, zeros: Tensor | None = None, position: Tensor | None = None) -> None:
         """h += what is due; x = h after the norm; and zeros = 0."""
+        filled, share = zeros_of(zeros, self.B)
         step.normalize[(self.B,)](
-            self.h, self.due, *norm, self.x, zeros, 0 if zeros is None else zeros.numel(), position, self.H,
-            ZEROS=share_of(zeros, self.B), **step.normalize_config(self.H), **self.dependent,
+            self.h, self.due, *norm, self.x, filled, position, self.H, ZEROS=share,
+            **step.normalize_config(self.H), **self.dependent,
         )  # fmt: skip
         self.due = None
 
@@ -174,14 +172,15 @@ class GpuBatchStep(GpuStepBase):
         list_n, count = (self.room(name, size, torch.int32) for name, size in (("list", room), ("count", room)))
         x_tn = self.room("x_tn", sparse_linear_batch.TOKENS * room, self.dtype)
         sparse_linear_batch.list_channels[(splits, len(parts))](
-            x, x.stride(0), gate, *three(p.kept.threshold for p in parts), list_n, x_tn, count, room, None, 0, self.B,
+            x, x.stride(0), gate, three(p.kept.threshold for p in parts), list_n, x_tn, count, room, Zeros(), self.B,
             K, CODE=code, SHARED=parts[0].kept.shared, ZEROS=1,
             **sparse_linear_batch.list_channels_config(config["CHANNELS"], self.B), **self.dependent,
         )  # fmt: skip
         sparse_linear_batch.listed_rows[(across, splits)](
-            list_n, x_tn, count, room, *three(codes.t() for codes in codes_of(parts)),
-            *three(p.stored.bias for p in parts), *three(p.stored.scale for p in parts), y, y.stride(0), self.B,
-            *sizes(parts), FORMAT=format_of(parts), **config, **self.dependent,
+            list_n, x_tn, count, room, three(codes.t() for codes in codes_of(parts)),
+            three(p.stored.bias for p in parts), three(p.stored.scale for p in parts),
+            three_sizes(part.outputs for part in parts), y, y.stride(0), self.B, FORMAT=format_of(parts), **config,
+            **self.dependent,
         )  # fmt: skip
 
     def _low_rank(self, products: Products) -> None:
@@ -197,17 +196,17 @@ class GpuBatchStep(GpuStepBase):
 
     def _coded_rows(self, products: Products) -> None:
         parts, x, y, gate, code, add = products
-        K, format = parts[0].inputs, parts[0].stored.format
+        K, format, rows = parts[0].inputs, parts[0].stored.format, [part.outputs for part in parts]
         digits = self.digits.view(stored_linear.digits_dtype(format))
-        config, grid = stored_linear.coded_rows_config(format, sizes(parts), K, self.device, K, self.B)
+        config, grid = stored_linear.coded_rows_config(format, rows, K, self.device, K, self.B)
         stored_linear.write_digits[(self.B,)](
-            x, x.stride(0), gate, None, 0.0, digits, self.back, None, 0, K, CODE=code, DTYPE=self.tl_dtype,
+            x, x.stride(0), gate, digits, self.back, Zeros(), K, CODE=code, DTYPE=self.tl_dtype,
             ZEROS=1, **stored_linear.write_digits_config(format, K), **self.dependent,
         )  # fmt: skip
         stored_linear.coded_rows[grid](
-            x, None, None, 0.0, *three(codes_of(parts)), *three(p.stored.bias for p in parts),
-            *three(p.stored.scale for p in parts), y, y.stride(0), None, 0, None, digits, self.back, *sizes(parts),
-            K, self.B, CODE=0, DTYPE=self.tl_dtype, ADD=add, SHARED=grid[1] > 1, ZEROS=1, **config, **self.dependent,
+            None, three(codes_of(parts)), three(p.stored.bias for p in parts), three(p.stored.scale for p in parts),
+            three_sizes(rows), y, y.stride(0), Zeros(), None, digits, self.back, K, self.B,
+            CODE=0, DTYPE=self.tl_dtype, ADD=add, SHARED=grid[1] > 1, ZEROS=1, **config, **self.dependent,
         )  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,11 +12,13 @@ from torch import Tensor
 from sandcat.decoding.layer_parts import model_parts
 from sandcat.layers.cache import PagedCache
 from sandcat.layers.sparse_module import prompts_of
-from sandcat.layers.step_parts import Linear
+from sandcat.layers.step_parts import Attention, Linear
 from sandcat.models.view import ModelView
 from sandcat.ops import FORMATS
 from sandcat.ops.triton import step
 from sandcat.ops.triton.primitives import launch
+from sandcat.ops.triton.primitives.arguments import Zeros
+from sandcat.ops.triton.primitives.pages import Turn
 
 READ = tuple(name for name, row in FORMATS.items() if "cuda" in row.devices)
 """Formats of weights that CUDA kernels read."""
@@ -59,6 +60,13 @@ class GpuStepBase(ABC):
     def floats(self, *shape: int) -> Tensor:
         return self.buffer(*shape, dtype=torch.float32)
 
+    def turn_of(self, part: Attention) -> Turn:
+        """How the rows of q and k are normed and turned."""
+        turn = Turn(self.position, self.cos, self.sin)
+        if part.q_norm is None or part.k_norm is None:
+            return turn
+        return turn._replace(q_norm=part.q_norm.weight, k_norm=part.k_norm.weight, eps=part.q_norm.eps)
+
     def embed(self, ids_B1: Tensor) -> None:
         """h = the rows of the tokens."""
         step.embed[(tiles(self.H, 1024), self.B)](
@@ -96,17 +104,8 @@ def alike(part: Any) -> tuple:
     return kind if len(kind) == 1 else (*kind, part.stored.bias is None)
 
 
-def three(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """Tensors of up to three products, filled up to three."""
-    tensors = list(tensors)
-    return tensors + tensors[:1] * (3 - len(tensors))
-
-
-def sizes(parts: list[Linear]) -> list[int]:
-    """Output sizes of up to three products, filled up to three."""
-    return [part.outputs for part in parts] + [0] * (3 - len(parts))
-
-
-def share_of(zeros: Tensor | None, programs: int) -> int:
-    """How many zeroes each of so many programs writes, as a power of two."""
-    return 1 if zeros is None else 1 << (tiles(zeros.numel(), programs) - 1).bit_length()
+def zeros_of(sums: Tensor | None, programs: int) -> tuple[Zeros, int]:
+    """These sums to be filled with zeros, and how many each of so many programs writes, a power of two."""
+    if sums is None:
+        return Zeros(), 1
+    return Zeros(sums, sums.numel()), 1 << (tiles(sums.numel(), programs) - 1).bit_length()

@@ -13,15 +13,16 @@ from sandcat.decoding.fused_gpu_common import (
     GpuStepBase,
     codes_of,
     format_of,
-    share_of,
-    sizes,
-    three,
     tiles,
+    zeros_of,
 )
 from sandcat.layers.cache import PagedCache
 from sandcat.layers.step_parts import KeptProduct, LowRankProduct, Norm, Product
 from sandcat.models.view import ModelView
 from sandcat.ops.triton import low_rank, sparse_linear, sparse_mlp, step, stored_linear
+from sandcat.ops.triton.primitives.arguments import Neurons, Source, Zeros, three, three_sizes
+from sandcat.ops.triton.primitives.pages import Room
+from sandcat.ops.triton.sparse_linear import Heads, Lists
 
 
 class Products(NamedTuple):
@@ -54,8 +55,10 @@ class GpuProducts(GpuStepBase):
         self.h, self.attended = self.h[0], self.attended[0]
         heads, size = self.Q // self.D, self.D
         self.splits = step.attend_splits(self.kv_heads, self.max_length, self.multiprocessors)
-        self.top, self.sum, self.acc = (self.floats(heads, self.splits, *last) for last in ((), (), (size,)))
-        self.heads_arrived = self.buffer(self.kv_heads, dtype=torch.int32)
+        self.attending = Room(
+            *(self.floats(heads, self.splits, *last) for last in ((), (), (size,))),
+            self.buffer(self.kv_heads, dtype=torch.int32),
+        )
         neurons, qkv = self.neurons, self.Q + 2 * self.K
         self.x_normed, self.hidden = self.buffer(self.H), self.buffer(neurons)
         self.logits = self.buffer(self.vocabulary)
@@ -63,8 +66,11 @@ class GpuProducts(GpuStepBase):
         self.qkv, self.gate_up, count = self.sums.split([qkv, 2 * neurons, 1])
         self.count, self.list_n = count.view(torch.int32), self.buffer(neurons, dtype=torch.int32)
         self.a_n, self.parts = self.floats(neurons), sparse_mlp.parts_like(self.h)
-        self.counted = self.count if self.parts is None else None  # what the list of neurons is made with
         self.ordered = torch.are_deterministic_algorithms_enabled()
+
+    def listed(self, threshold: Tensor) -> Neurons:
+        """The list of the neurons above these thresholds."""
+        return Neurons(threshold, self.list_n, self.a_n, self.count if self.parts is None else None)
 
     def called(self, products: Products) -> None:
         """Products that have no launcher, by their modules."""
@@ -83,7 +89,7 @@ class GpuProducts(GpuStepBase):
     def normed(self, x: Tensor, norm: Norm) -> Tensor:
         """x after a norm, as modules take it, [1, 1, H]."""
         step.normalize[(1,)](
-            x, None, *norm, self.x_normed, None, 0, None, self.H, ZEROS=1, **step.normalize_config(self.H),
+            x, None, *norm, self.x_normed, Zeros(), None, self.H, ZEROS=1, **step.normalize_config(self.H),
             **self.dependent,
         )  # fmt: skip
         return self.x_normed.view(1, 1, -1)
@@ -93,14 +99,15 @@ class GpuProducts(GpuStepBase):
         config, grid = self.whole_rows(weights[0])
         if products.norm is not None:
             step.project[grid](
-                products.x, *products.norm, *three(weights), *three(biases), products.y, products.position,
-                *sizes(products.parts), self.H, **config, **self.dependent,
+                products.x, *products.norm, three(weights), three(biases),
+                three_sizes(part.outputs for part in products.parts), products.y, products.position, self.H, **config,
+                **self.dependent,
             )  # fmt: skip
         else:
+            zeros, share = zeros_of(products.zeros, grid[0])
             step.add_rows[grid](
-                products.x, products.gate, *weights, *biases, products.y, products.zeros, len(self.sums),
-                *weights[0].shape, CODE=products.code, DTYPE=self.tl_dtype, ZEROS=share_of(products.zeros, grid[0]),
-                **config, **self.dependent,
+                products.x, products.gate, *weights, *biases, products.y, zeros, *weights[0].shape,
+                CODE=products.code, DTYPE=self.tl_dtype, ZEROS=share, **config, **self.dependent,
             )  # fmt: skip
 
     def whole_rows(self, weight: Tensor, matrices: int = 1) -> tuple[dict, tuple[int]]:
@@ -108,56 +115,59 @@ class GpuProducts(GpuStepBase):
         config = step.whole_rows_config(weight.shape[1], weight.element_size(), matrices)
         return config, (self.multiprocessors * config.pop("per_multiprocessor"),)
 
-    def sparse_rows(self, products: Products, neurons: Tensor | None = None, taken: Tensor | None = None) -> None:
+    def sparse_rows(self, products: Products, neurons: Neurons | None = None, taken: Tensor | None = None) -> None:
         """
         Args:
-            neurons: the thresholds of neurons, whose gate the products are: they go into the list of neurons, not to y.
+            neurons: whose gate the products are: they go into this list, not to y.
             taken: what the input is written to, in the model's dtype.
         """
-        parts, x, y, norm, gate, code, zeros, position = products
-        channels, itemsize, columns = parts[0].inputs, parts[0].stored.codes.element_size(), sizes(parts)
-        config, grid = sparse_linear.sparse_rows_config(
-            [part.outputs for part in parts], channels, itemsize, self.multiprocessors
-        )
-        programs, heads = grid[0] * grid[1], x is self.acc
+        parts, x, y, norm, gate, code, sums, position = products
+        channels, itemsize = parts[0].inputs, parts[0].stored.codes.element_size()
+        columns = [part.outputs for part in parts]
+        config, grid = sparse_linear.sparse_rows_config(columns, channels, itemsize, self.multiprocessors)
+        programs, heads = grid[0] * grid[1], Heads()
+        if x is self.attending.acc:
+            heads = Heads(self.attending.top, self.attending.sum, self.D)
+        zeros, share = zeros_of(sums, programs)
         ordered = self.ordered or y is None or y.dtype != torch.float32 or position is not None
         partial = arrived = None
         if ordered:
             partial = self.room("parts", grid[1] * sum(columns), torch.float32)
             arrived = self.room("arrived", grid[0], torch.int32)
         sparse_linear.sparse_rows[grid](
-            x, gate, *(norm or (None, 0.0)), self.top if heads else None,
-            self.sum if heads else None, self.D, *three(codes.t() for codes in codes_of(parts)),
-            *three(p.kept.threshold for p in parts), *three(p.stored.bias for p in parts),
-            *three(p.stored.scale for p in parts), self.room("list_i", programs * config["CHANNELS"], torch.int32),
-            self.room("list_x", programs * config["CHANNELS"], torch.float32),
-            partial, arrived, y, zeros, len(self.sums), neurons, self.list_n, self.a_n, self.counted, taken, position,
-            *columns, channels,
-            FORMAT=format_of(parts), CODE=code, ADD=position is None, ORDERED=ordered,
-            HEAD_PARTS=self.splits if heads else 0, ZEROS=share_of(zeros, programs), **config, **self.dependent,
+            Source(x, gate, *(norm or ())), heads, three(codes.t() for codes in codes_of(parts)),
+            three(p.kept.threshold for p in parts), three(p.stored.bias for p in parts),
+            three(p.stored.scale for p in parts), three_sizes(columns), Lists(
+                self.room("list_i", programs * config["CHANNELS"], torch.int32),
+                self.room("list_x", programs * config["CHANNELS"], torch.float32), partial, arrived,
+            ), y, zeros, neurons or Neurons(), taken, position, channels, FORMAT=format_of(parts), CODE=code,
+            ADD=position is None, ORDERED=ordered, HEAD_PARTS=self.splits if heads.size else 0, ZEROS=share,
+            **config, **self.dependent,
         )  # fmt: skip
 
     def coded_rows(self, products: Products) -> None:
         """They are added to zeroes where y is float32."""
-        parts, x, y, norm, gate, code, zeros, position = products
-        rows, columns = sizes(parts), parts[0].inputs
+        parts, x, y, norm, gate, code, sums, position = products
+        rows, columns = [part.outputs for part in parts], parts[0].inputs
         most = columns if position is None else 1  # programs that may add to one sum: the logits are not zeroed
         if self.ordered:
             most = min(most, 1 if norm is None else 2)  # two added to zero are the same in any order
         config, grid = stored_linear.coded_rows_config(parts[0].stored.format, rows, columns, x.device, most)
         programs = grid[0] * grid[1]
+        zeros, share = zeros_of(sums, programs)
         stored_linear.coded_rows[grid](
-            x, gate, *(norm or (None, 0.0)), *three(codes_of(parts)),
-            *three(p.stored.bias for p in parts), *three(p.stored.scale for p in parts), y, 0, zeros, len(self.sums),
-            position, self.room("digits", programs * config["SLICE"], torch.int32), None, *rows, columns, 1, CODE=code,
-            DTYPE=self.tl_dtype, ADD=norm is None, SHARED=grid[1] > 1, ZEROS=share_of(zeros, programs), **config,
-            **self.dependent,
+            Source(x, gate, *(norm or ())), three(codes_of(parts)), three(p.stored.bias for p in parts),
+            three(p.stored.scale for p in parts), three_sizes(rows), y, 0, zeros, position,
+            self.room("digits", programs * config["SLICE"], torch.int32), None, columns, 1, CODE=code,
+            DTYPE=self.tl_dtype, ADD=norm is None, SHARED=grid[1] > 1, ZEROS=share, **config, **self.dependent,
         )  # fmt: skip
 
     def low_rank_rows(self, products: Products) -> None:
         """What is kept; for each, what is dropped times the first factor; and that times the other."""
         parts, x, y, norm, gate, *_ = products
-        taken = self.attended if x is self.acc else self.x_normed if norm else None if gate is None else self.hidden
+        taken = self.x_normed if norm else None if gate is None else self.hidden
+        if x is self.attending.acc:
+            taken = self.attended
         self.sparse_rows(products._replace(parts=[part.without for part in parts]), taken=taken)
         for part, out in zip(parts, y.split([part.outputs for part in parts]), strict=True):
             rank, channels = part.factor_a.shape
@@ -170,7 +180,7 @@ class GpuProducts(GpuStepBase):
             )  # fmt: skip
             config, grid = self.whole_rows(part.factor_b)
             step.add_rows[grid](
-                between, None, part.factor_b, None, out, None, 0, *part.factor_b.shape, CODE=0, DTYPE=self.tl_dtype,
+                between, None, part.factor_b, None, out, Zeros(), *part.factor_b.shape, CODE=0, DTYPE=self.tl_dtype,
                 ZEROS=1, **config, **self.dependent,
             )  # fmt: skip
 

@@ -55,8 +55,8 @@ class HeadPlan(nn.Module):
             )
         query_Q1 = past + torch.arange(Q, device=states.device)[:, None]
         key_K = offset + torch.arange(keys if given is None else given.shape[-1], device=states.device)
-        window_N11 = torch.tensor([window or 2**31 for window in self.windows], device=states.device)[:, None, None]
-        seen_NQK = (key_K <= query_Q1) & (key_K > query_Q1 - window_N11)
+        back_QK = query_Q1 - key_K
+        seen_NQK = torch.stack([back_QK < (window or 2**31) for window in self.windows]) & (back_QK >= 0)
         heads = attention.config.num_attention_heads // len(self.windows)
         seen_1HQK = seen_NQK.repeat_interleave(heads, 0)[None]
         if given is None:

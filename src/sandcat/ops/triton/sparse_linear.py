@@ -3,12 +3,15 @@
 `sparse_rows` cuts the columns of a weight into tiles and its channels into splits; channels are dealt out to the splits
 sixteen at a time, so that busy regions of x are shared. A program compares its split of x with the thresholds, writes
 the list of what it keeps, and reads the rows of that list: a thread sixteen bytes of each, so that its sums never
-leave it. Sums are float32; of int8 weights they are exact, of fixed-point digits (fixed_point.py). Programs add theirs
-to y as they end, so two runs may differ in the last bits; under `torch.use_deterministic_algorithms` the last of a
+leave it. Sums are float32; of int8 weights they are exact, of fixed-point digits (fixed_point.py); of e4m3 weights and
+a bfloat16 x, four products at a time are added up as float16, within 2^-12 of them. Programs add their sums to y as
+they end, so two runs may differ in the last bits; under `torch.use_deterministic_algorithms` the last of a
 tile's programs adds them up in a fixed order. Several tokens: sparse_linear_batch.py.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,6 +20,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sandcat.ops.sparse_linear import check_arguments, reference, sparse_linear
+from sandcat.ops.triton.primitives.arguments import Neurons, Source, Zeros, three, three_sizes
 from sandcat.ops.triton.primitives.blocks import (
     FP8,
     INT8,
@@ -39,38 +43,56 @@ from sandcat.ops.weights import Stored
 OPS = ("sparse_linear",)
 
 
+class Heads(NamedTuple):
+    """What the input is added up of, where x is the parts that `attend` leaves of heads: their maxima and sums, and the
+    size of a head."""
+
+    top: Tensor | None = None
+    sum: Tensor | None = None
+    size: int = 0
+
+
+class Lists(NamedTuple):
+    """Room for what programs write: channels that they keep, and what they multiply those with; where sums have a fixed
+    order, their sums, and how many programs of a tile have left theirs."""
+
+    channel: Tensor
+    factor: Tensor
+    parts: Tensor | None = None
+    arrived: Tensor | None = None
+
+
 @triton.jit
-def attended(out, top, total, i, K, D, PARTS: tl.constexpr):
-    """Some elements of what heads of D elements attend to, from the parts that `attend` leaves."""
-    part = i // D * PARTS
-    highest = tl.load(top + part, mask=i < K, other=0.0)
+def attended(x, heads, i, K, PARTS: tl.constexpr):
+    """Some elements of what `Heads` attend to, from the parts x that `attend` leaves."""
+    part = i // heads.size * PARTS
+    highest = tl.load(heads.top + part, mask=i < K, other=0.0)
     for p in tl.static_range(1, PARTS):
-        highest = tl.maximum(highest, tl.load(top + part + p, mask=i < K, other=0.0))
+        highest = tl.maximum(highest, tl.load(heads.top + part + p, mask=i < K, other=0.0))
     x_i, weights = tl.zeros_like(highest), tl.zeros_like(highest)
     for p in tl.static_range(PARTS):
-        fade = tl.exp(tl.load(top + part + p, mask=i < K, other=0.0) - highest)
-        weights += fade * tl.load(total + part + p, mask=i < K, other=1.0)
-        x_i += fade * tl.load(out + (part + p) * D + i % D, mask=i < K, other=0.0)
+        fade = tl.exp(tl.load(heads.top + part + p, mask=i < K, other=0.0) - highest)
+        weights += fade * tl.load(heads.sum + part + p, mask=i < K, other=1.0)
+        x_i += fade * tl.load(x + (part + p) * heads.size + i % heads.size, mask=i < K, other=0.0)
     return x_i / weights
 
 
 @triton.jit
 def _split_of_x(
-    x, gate, norm, norm_i, eps, top, total, D, i, K,
-    dtype: tl.constexpr, CODE: tl.constexpr, PAD: tl.constexpr, PARTS: tl.constexpr,
+    source, norm_i, heads, i, K, dtype: tl.constexpr, CODE: tl.constexpr, PAD: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """Some elements of a layer's input: of x; of act(gate) * x; of x after an RMSNorm; or of parts of what was attended
-    to. Rounded as transformers rounds it."""
+    """Some elements of a layer's input: of `Source`, or of parts of what `Heads` attend to. Rounded as transformers
+    rounds it."""
     if PARTS:
-        return attended(x, top, total, i, K, D, PARTS).to(dtype).to(tl.float32)
-    x_i = tl.load(x + i, mask=i < K, other=0.0).to(tl.float32)
-    if gate is not None:
-        g_i = tl.load(gate + i, mask=i < K, other=0.0).to(tl.float32)
+        return attended(source.x, heads, i, K, PARTS).to(dtype).to(tl.float32)
+    x_i = tl.load(source.x + i, mask=i < K, other=0.0).to(tl.float32)
+    if source.gate is not None:
+        g_i = tl.load(source.gate + i, mask=i < K, other=0.0).to(tl.float32)
         x_i = gated(g_i, x_i.to(dtype).to(tl.float32), dtype, CODE)
-    if norm is not None:
+    if source.norm is not None:
         k = tl.arange(0, PAD)
-        x_k = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-        x_i = (x_i * tl.rsqrt(tl.sum(x_k * x_k) / K + eps)).to(dtype).to(tl.float32)
+        x_k = tl.load(source.x + k, mask=k < K, other=0.0).to(tl.float32)
+        x_i = (x_i * tl.rsqrt(tl.sum(x_k * x_k) / K + source.eps)).to(dtype).to(tl.float32)
         x_i = (x_i * norm_i).to(dtype).to(tl.float32)
     return x_i
 
@@ -153,52 +175,52 @@ def _add_four(acc, w_rc, x_r, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def sparse_rows(
-    x, gate, norm, eps, top, total, D, a, b, c, a_threshold, b_threshold, c_threshold, a_bias, b_bias, c_bias,
-    a_scale, b_scale, c_scale, list_i, list_x, parts, arrived, y, zeros, n_zeros, neurons, list_n, a_n, count, x_normed,
-    position, A, B, C, K, FORMAT: tl.constexpr, CODE: tl.constexpr, ADD: tl.constexpr, ORDERED: tl.constexpr,
-    HEAD_PARTS: tl.constexpr, ZEROS: tl.constexpr, PAD: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    source, heads, weights, thresholds, biases, scales, sizes, lists, y, zeros, neurons, x_taken, position, K,
+    FORMAT: tl.constexpr, CODE: tl.constexpr, ADD: tl.constexpr, ORDERED: tl.constexpr, HEAD_PARTS: tl.constexpr,
+    ZEROS: tl.constexpr, PAD: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Up to three matrices of K channels, and A, B and C columns, with the kept channels of one input.
+    """Up to three matrices of K channels, and of so many columns, with the kept channels of one input.
 
     The results go, one after another, into y (ORDERED; with ADD they are added to it), or are added to y (else). With
-    the thresholds `neurons` they are a gate's, and go into the list of neurons that `up_down_kernel` walks (ORDERED).
-    For `zeros` see `clear_share`, for HEAD_PARTS `attended`, for `position` `project`.
+    `Neurons` they are a gate's, and go into the list that `up_down_kernel` walks (ORDERED). The input goes into
+    x_taken, if there is one. For `zeros` see `clear_share`, for HEAD_PARTS `attended`, for `position` `project`.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
-    w, size, cols, before = which_of_three(tile, a, b, c, A, B, C, BLOCK)
-    threshold = which_of_three(tile, a_threshold, b_threshold, c_threshold, A, B, C, BLOCK)[0]
+    w, size, cols, before = which_of_three(tile, weights, sizes, BLOCK)
+    threshold = which_of_three(tile, thresholds, sizes, BLOCK)[0]
     dtype: tl.constexpr = threshold.dtype.element_ty
     e, r = tl.arange(0, CHANNELS), tl.arange(0, ROWS)
     i = (e // 16 * SPLITS + split) * 16 + e % 16
     t = tl.load(threshold + i, mask=i < K, other=0.0).to(tl.float32)
     norm_i = t
-    if norm is not None:
-        norm_i = tl.load(norm + i, mask=i < K, other=0.0).to(tl.float32)
+    if source.norm is not None:
+        norm_i = tl.load(source.norm + i, mask=i < K, other=0.0).to(tl.float32)
     if PDL:
         gdc_wait()
-    x_i = _split_of_x(x, gate, norm, norm_i, eps, top, total, D, i, K, dtype, CODE, PAD, HEAD_PARTS)
-    if x_normed is not None:
-        tl.store(x_normed + i, x_i.to(dtype), mask=(i < K) & (tile == 0))
+    x_i = _split_of_x(source, norm_i, heads, i, K, dtype, CODE, PAD, HEAD_PARTS)
+    if x_taken is not None:
+        tl.store(x_taken + i, x_i.to(dtype), mask=(i < K) & (tile == 0))
     keep = (i < K) & ~(tl.abs(x_i) <= t)
     own = (split * tl.num_programs(0) + tile) * CHANNELS
+    list_i, list_x = lists.channel + own, lists.factor + own
     by_words: tl.constexpr = FORMAT == INT8 or (
-        FORMAT == FP8 and PTX and w.dtype.element_ty != tl.uint8 and dtype != tl.float32
+        FORMAT == FP8 and PTX and w.dtype.element_ty != tl.uint8 and dtype == tl.bfloat16
     )
     if by_words:
-        n, back = _list_words(list_i + own, list_x + own, i, x_i, keep, e, FORMAT)
+        n, back = _list_words(list_i, list_x, i, x_i, keep, e, FORMAT)
         early: tl.constexpr = PDL and not ORDERED  # what was measured to gain (docs/performance.md)
-        acc = _word_sums(list_i + own, list_x + own, n, w, size, cols, FORMAT, ROWS, BLOCK, STAGES, early) * back
+        acc = _word_sums(list_i, list_x, n, w, size, cols, FORMAT, ROWS, BLOCK, STAGES, early) * back
     else:
         place, n = tl.cumsum(keep.to(tl.int32)) - 1, tl.sum(keep.to(tl.int32))
-        tl.store(list_i + own + place, i, mask=keep)
-        tl.store(list_x + own + place, x_i, mask=keep)
+        tl.store(list_i + place, i, mask=keep)
+        tl.store(list_x + place, x_i, mask=keep)
         tl.debug_barrier()
         acc = tl.zeros((BLOCK,), tl.float32)
         for start in tl.range(0, n, ROWS, num_stages=STAGES):
             here = start + r < n
-            row = tl.load(list_i + own + start + r, mask=here, other=0).to(tl.int64)
-            x_r = tl.load(list_x + own + start + r, mask=here, other=0.0)
+            row = tl.load(list_i + start + r, mask=here, other=0).to(tl.int64)
+            x_r = tl.load(list_x + start + r, mask=here, other=0.0)
             at = w + row[:, None] * size + cols[None, :]
             w_rc = tl.load(at, mask=here[:, None] & (cols < size)[None, :], other=0.0, eviction_policy="evict_first")
             if FORMAT == FP8:
@@ -207,32 +229,32 @@ def sparse_rows(
                 acc += tl.sum(w_rc.to(tl.float32) * x_r[:, None], 0)
     if PDL:
         gdc_launch_dependents()  # else not before: programs that wait take from these the room to read ahead
-    clear_share(zeros, n_zeros, ZEROS)
-    scale, bias = a_scale, a_bias
-    if a_scale is not None:
-        scale = which_of_three(tile, a_scale, b_scale, c_scale, A, B, C, BLOCK)[0]
-    if a_bias is not None:
-        bias = which_of_three(tile, a_bias, b_bias, c_bias, A, B, C, BLOCK)[0]
+    clear_share(zeros, ZEROS)
+    scale, bias = None, None
+    if scales[0] is not None:
+        scale = which_of_three(tile, scales, sizes, BLOCK)[0]
+    if biases[0] is not None:
+        bias = which_of_three(tile, biases, sizes, BLOCK)[0]
     if not ORDERED:
         acc = finish(acc, scale, None, cols, size)
-        if a_bias is not None:
+        if biases[0] is not None:
             acc += tl.load(bias + cols, mask=(cols < size) & (split == 0), other=0.0).to(tl.float32)
         tl.atomic_add(y + before + cols, acc, mask=cols < size, sem="relaxed")
     else:
-        columns = A + B + C
-        tl.store(parts + split * columns + before + cols, acc, mask=cols < size)
+        columns = sizes[0] + sizes[1] + sizes[2]
+        tl.store(lists.parts + split * columns + before + cols, acc, mask=cols < size)
         tl.debug_barrier()
-        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1:
+        if tl.atomic_add(lists.arrived + tile, 1, sem="acq_rel") == SPLITS - 1:
             s, acc_s = tl.arange(0, 2 * ROWS), tl.zeros((2 * ROWS, BLOCK), tl.float32)
             for first in tl.range(0, SPLITS, 2 * ROWS, num_stages=4):
                 here = (first + s < SPLITS)[:, None] & (cols < size)[None, :]
-                part = parts + (first + s)[:, None] * columns + (before + cols)[None, :]
+                part = lists.parts + (first + s)[:, None] * columns + (before + cols)[None, :]
                 acc_s += tl.load(part, mask=here, other=0.0, cache_modifier=".cg")
             acc = tl.sum(acc_s, 0)
-            tl.store(arrived + tile, 0)
+            tl.store(lists.arrived + tile, 0)
             acc = finish(acc, scale, bias, cols, size)
-            if neurons is not None:
-                keep_neurons(list_n, a_n, count, cols, activated(acc, dtype, CODE), neurons, size)
+            if neurons.threshold is not None:
+                keep_neurons(neurons, cols, activated(acc, dtype, CODE), size)
             else:
                 if ADD:
                     acc += tl.load(y + before + cols, mask=cols < size, other=0.0)
@@ -291,8 +313,8 @@ def launch(x_TI: Tensor, weight: Stored, threshold_I: Tensor) -> Tensor:
         if not ordered:
             clear[(triton.cdiv(O, 1024),)](y_TO, None, O, BLOCK=1024, **dependent)
         sparse_rows[(tiles, splits)](
-            x, None, None, 0.0, None, None, 0, *[rows] * 3, *[threshold] * 3, *[bias] * 3, *[scale] * 3, list_i,
-            list_x, parts, arrived, y_TO, None, 0, None, None, None, None, None, None, O, 0, 0, I,
+            Source(x), Heads(), three([rows]), three([threshold]), three([bias]), three([scale]), three_sizes([O]),
+            Lists(list_i, list_x, parts, arrived), y_TO, Zeros(), Neurons(), None, None, I,
             FORMAT=code_of(weight.format), CODE=0, ADD=False, ORDERED=ordered, HEAD_PARTS=0, ZEROS=1, **config,
             **dependent,
         )  # fmt: skip

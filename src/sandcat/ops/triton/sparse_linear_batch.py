@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sandcat.ops.shared_units import GROUP, LEAST_THRESHOLD
+from sandcat.ops.triton.primitives.arguments import Zeros, three, three_sizes
 from sandcat.ops.triton.primitives.blocks import as_dtype, clear_share, gated, which_of_three
 from sandcat.ops.triton.primitives.launch import code_of, codes, dependent_launch, multiprocessors
 from sandcat.ops.weights import Stored
@@ -50,7 +51,7 @@ def _of_token(x, gate, i, here, dtype: tl.constexpr, CODE: tl.constexpr):
 
 @triton.jit
 def list_channels(
-    x, x_stride, gate, a_threshold, b_threshold, c_threshold, list_n, x_tn, count, room, zeros, n_zeros, T, K,
+    x, x_stride, gate, thresholds, list_n, x_tn, count, room, zeros, T, K,
     CODE: tl.constexpr, SHARED: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
     ZEROS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -60,11 +61,11 @@ def list_channels(
     Every list has `CHANNELS` places of `room`; `count` says how many are taken. For `zeros` see `clear_share`.
     """
     split, matrix = tl.program_id(0), tl.program_id(1)
-    threshold = a_threshold
+    threshold = thresholds[0]
     if matrix == 1:
-        threshold = b_threshold
+        threshold = thresholds[1]
     elif matrix == 2:
-        threshold = c_threshold
+        threshold = thresholds[2]
     dtype: tl.constexpr = threshold.dtype.element_ty
     e = tl.arange(0, CHANNELS)
     i = (e // GROUP * tl.num_programs(0) + split) * GROUP + e % GROUP
@@ -93,20 +94,20 @@ def list_channels(
             x_i = tl.where(tl.abs(x_i) <= limit, 0.0, x_i)
         tl.store(x_tn + t * room + place, x_i.to(dtype), mask=wanted)
     tl.store(count + own, tl.sum(wanted.to(tl.int32)))
-    clear_share(zeros, n_zeros, ZEROS)
+    clear_share(zeros, ZEROS)
 
 
 @triton.jit
 def listed_rows(
-    list_n, x_tn, count, room, a, b, c, a_bias, b_bias, c_bias, a_scale, b_scale, c_scale, y, y_stride, T, A, B, C,
+    list_n, x_tn, count, room, weights, biases, scales, sizes, y, y_stride, T,
     FORMAT: tl.constexpr, CHANNELS: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y += the products of up to three matrices, of A, B and C columns, one after another, with what the lists hold."""
+    """y += the products of up to three matrices, of so many columns, one after another, with what the lists hold."""
     tile, split = tl.program_id(0), tl.program_id(1)
-    w, size, cols, before = which_of_three(tile, a, b, c, A, B, C, BLOCK)
+    w, size, cols, before = which_of_three(tile, weights, sizes, BLOCK)
     none = split * 0
-    matrix = which_of_three(tile, none, none + 1, none + 2, A, B, C, BLOCK)[0]
+    matrix = which_of_three(tile, (none, none + 1, none + 2), sizes, BLOCK)[0]
     own = matrix * SPLITS + split
     r, t = tl.arange(0, ROWS), tl.arange(0, TOKENS)
     list_n += own * CHANNELS
@@ -124,11 +125,11 @@ def listed_rows(
         acc = tl.dot(x_tr, as_dtype(w_rc, x_tr.dtype, FORMAT), acc, input_precision="ieee")
     if PDL:
         gdc_launch_dependents()
-    if a_scale is not None:
-        scale = which_of_three(tile, a_scale, b_scale, c_scale, A, B, C, BLOCK)[0]
+    if scales[0] is not None:
+        scale = which_of_three(tile, scales, sizes, BLOCK)[0]
         acc *= tl.load(scale + cols, mask=cols < size, other=0.0).to(tl.float32)[None, :]
-    if a_bias is not None:
-        bias = which_of_three(tile, a_bias, b_bias, c_bias, A, B, C, BLOCK)[0]
+    if biases[0] is not None:
+        bias = which_of_three(tile, biases, sizes, BLOCK)[0]
         acc += tl.load(bias + cols, mask=(cols < size) & (split == 0), other=0.0).to(tl.float32)[None, :]
     out = y + t.to(tl.int64)[:, None] * y_stride + (before + cols)[None, :]
     tl.atomic_add(out, acc, mask=(t < T)[:, None] & (cols < size)[None, :], sem="relaxed")
@@ -177,12 +178,12 @@ def add_channels(x_TI: Tensor, weight: Stored, threshold_I: Tensor, *, shared: b
     y_TO = torch.empty(T, O, dtype=torch.float32, device=device)
     with torch.cuda.device(device):
         list_channels[(splits, 1)](
-            x, I, None, *[threshold] * 3, list_n, x_tn, count, room, y_TO, T * O, T, I, CODE=0,
+            x, I, None, three([threshold]), list_n, x_tn, count, room, Zeros(y_TO, T * O), T, I, CODE=0,
             SHARED=shared, ZEROS=triton.next_power_of_2(triton.cdiv(T * O, splits)),
             **list_channels_config(config["CHANNELS"], T), **dependent,
         )  # fmt: skip
         listed_rows[(tiles, splits)](
-            list_n, x_tn, count, room, *[rows] * 3, *[bias] * 3, *[scale] * 3, y_TO, O, T, O, 0, 0,
+            list_n, x_tn, count, room, three([rows]), three([bias]), three([scale]), three_sizes([O]), y_TO, O, T,
             FORMAT=code_of(weight.format), **config, **dependent,
         )  # fmt: skip
     return y_TO

@@ -27,6 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from sandcat.ops.activations import ACTIVATIONS
 from sandcat.ops.sparse_mlp import check_arguments, reference_up_down, sparse_mlp, sparse_up_down
 from sandcat.ops.triton import stored_linear
+from sandcat.ops.triton.primitives.arguments import Neurons, Source
 from sandcat.ops.triton.primitives.blocks import CODES, activated, clear, finish, keep_neurons, load_rows, widen
 from sandcat.ops.triton.primitives.launch import code_of, codes, dependent_launch, multiprocessors
 from sandcat.ops.triton.sparse_mlp_batch import add_tokens
@@ -37,13 +38,11 @@ OPS = ("sparse_mlp", "sparse_up_down")
 
 @triton.jit
 def gate_kernel(
-    x, norm, eps, gate, bias, gate_scale, threshold, count, list_n, a_n, x_normed, I, H,
+    source, gate, bias, gate_scale, neurons, x_normed, I, H,
     FORMAT: tl.constexpr, CODE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """With `norm`, x is normed first (which is a number that the sums are multiplied with), and kept in x_normed.
-
-    Without `count` see `keep_neurons`.
-    """
+    """The list of `Neurons` by a gate of `Source`. With a norm, x is normed first (which is a number that the sums are
+    multiplied with), and kept in x_normed."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = gate + rows.to(tl.int64)[:, None] * H
     total = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -54,34 +53,34 @@ def gate_kernel(
         k = start + tl.arange(0, BLOCK)
         here = (rows < I)[:, None] & (k < H)[None, :]
         w = tl.load(at + k[None, :], mask=here, other=0.0, eviction_policy="evict_first")
-        x_k = tl.load(x + k, mask=k < H, other=0.0).to(tl.float32)
-        if norm is not None:
+        x_k = tl.load(source.x + k, mask=k < H, other=0.0).to(tl.float32)
+        if source.norm is not None:
             square += x_k * x_k
-            x_k *= tl.load(norm + k, mask=k < H, other=0.0).to(tl.float32)
+            x_k *= tl.load(source.norm + k, mask=k < H, other=0.0).to(tl.float32)
         total += widen(w, FORMAT) * x_k[None, :]
     if PDL:
         gdc_launch_dependents()
     g = tl.sum(total, 1)
-    if norm is not None:
-        scale = tl.rsqrt(tl.sum(square) / H + eps)
+    if source.norm is not None:
+        scale = tl.rsqrt(tl.sum(square) / H + source.eps)
         g *= scale
         if tl.program_id(0) == 0:
             for start in range(0, H, BLOCK):
                 k = start + tl.arange(0, BLOCK)
-                x_k = tl.load(x + k, mask=k < H, other=0.0).to(tl.float32) * scale
-                x_k *= tl.load(norm + k, mask=k < H, other=0.0).to(tl.float32)
+                x_k = tl.load(source.x + k, mask=k < H, other=0.0).to(tl.float32) * scale
+                x_k *= tl.load(source.norm + k, mask=k < H, other=0.0).to(tl.float32)
                 tl.store(x_normed + k, x_k.to(x_normed.dtype.element_ty), mask=k < H)
-    a = activated(finish(g, gate_scale, bias, rows, I), threshold.dtype.element_ty, CODE)
-    keep_neurons(list_n, a_n, count, rows, a, threshold, I)
+    a = activated(finish(g, gate_scale, bias, rows, I), neurons.threshold.dtype.element_ty, CODE)
+    keep_neurons(neurons, rows, a, I)
 
 
 @triton.jit
-def _list_kernel(a, threshold, count, list_n, a_n, I, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _list_kernel(a, neurons, I, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    keep_neurons(list_n, a_n, count, rows, tl.load(a + rows, mask=rows < I, other=0.0).to(tl.float32), threshold, I)
+    keep_neurons(neurons, rows, tl.load(a + rows, mask=rows < I, other=0.0).to(tl.float32), I)
 
 
 @triton.jit
@@ -213,8 +212,9 @@ def launch(x_TH: Tensor, gate: Stored, up: Stored, down: Stored, threshold_I: Te
         clear[(triton.cdiv(H, 1024),)](y_TH, count, H, BLOCK=1024, **dependent)
         config = gate_config(gate.codes.element_size())
         gate_kernel[(triton.cdiv(I, config["ROWS"]),)](
-            x, None, 0.0, codes(gate), gate.bias, gate.scale, threshold, None if parts is not None else count, list_n,
-            a_n, None, I, H, FORMAT=code_of(gate.format), CODE=CODES[activation], **config, **dependent,
+            Source(x), codes(gate), gate.bias, gate.scale,
+            Neurons(threshold, list_n, a_n, count if parts is None else None), None, I, H,
+            FORMAT=code_of(gate.format), CODE=CODES[activation], **config, **dependent,
         )  # fmt: skip
         up_down(x, up, down, count, list_n, a_n, y_TH[0], parts)
     return y_TH if down.bias is None else y_TH + down.bias
@@ -236,9 +236,8 @@ def launch_up_down(x_TH: Tensor, a_TI: Tensor, up: Stored, down: Stored, thresho
     dependent = dependent_launch(x.device)
     with torch.cuda.device(x.device):
         clear[(triton.cdiv(H, 1024),)](y_TH, count, H, BLOCK=1024, **dependent)
-        _list_kernel[(triton.cdiv(I, 1024),)](
-            a, threshold, None if parts is not None else count, list_n, a_n, I, BLOCK=1024, **dependent
-        )  # fmt: skip
+        neurons = Neurons(threshold, list_n, a_n, count if parts is None else None)
+        _list_kernel[(triton.cdiv(I, 1024),)](a, neurons, I, BLOCK=1024, **dependent)
         up_down(x, up, down, count, list_n, a_n, y_TH[0], parts)
     return y_TH if down.bias is None else y_TH + down.bias
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sandcat.ops.triton.primitives.blocks import clear_share, finish, gated, load_rows, which_of_three
+from sandcat.ops.triton.primitives.pages import angles_of
 from sandcat.ops.triton.primitives.rotary import turned
 
 
@@ -52,7 +53,7 @@ def embed(ids, ids_stride, table, h, row_stride, stride, H, BLOCK: tl.constexpr,
 
 @triton.jit
 def normalize(
-    h, due, norm, eps, y, zeros, n_zeros, position, H, ZEROS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    h, due, norm, eps, y, zeros, position, H, ZEROS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """h += what is due, if anything is; a row of y = that of h after an RMSNorm. For `zeros` see `clear_share`;
     `position` as in `project`, each row's own."""
@@ -65,7 +66,7 @@ def normalize(
         h_k += tl.load(due + t * H + k, mask=k < H, other=0.0).to(tl.float32)
         tl.store(h + t * H + k, h_k, mask=k < H)
     tl.store(y + t * H + k, normed(h_k, norm, eps, k, H).to(y.dtype.element_ty), mask=k < H)
-    clear_share(zeros, n_zeros, ZEROS)
+    clear_share(zeros, ZEROS)
     if position is not None:
         tl.store(position + t, tl.load(position + t) + 1)
 
@@ -85,29 +86,26 @@ def gate_times_up(gate, up, y, gate_stride, up_stride, I, CODE: tl.constexpr, BL
 
 @triton.jit
 def project(
-    h, norm, eps, a, b, c, a_bias, b_bias, c_bias, y, position, A, B, C, H,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """y = the products of up to three matrices, of A, B and C rows, with the normed h, one after another.
+    h, norm, eps, weights, biases, sizes, y, position, H, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    """y = the products of up to three matrices, of so many rows, with the normed h, one after another.
 
     With `position`, the last kernel of a step: the position goes on by one.
     """
     k = tl.arange(0, BLOCK)
-    tiles = tl.cdiv(A, ROWS) + tl.cdiv(B, ROWS) + tl.cdiv(C, ROWS)
-    at, size, rows, before = which_of_three(tl.program_id(0), a, b, c, A, B, C, ROWS)
+    tiles = tl.cdiv(sizes[0], ROWS) + tl.cdiv(sizes[1], ROWS) + tl.cdiv(sizes[2], ROWS)
+    at, size, rows, before = which_of_three(tl.program_id(0), weights, sizes, ROWS)
     w = load_rows(at, rows, size, k, H)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     x_k = load_x(h, None, norm, eps, k, H, 0, norm.dtype.element_ty)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        at, size_ahead, rows_ahead, before_ahead = which_of_three(
-            tile + tl.num_programs(0), a, b, c, A, B, C, ROWS
-        )  # fmt: skip
+        at, size_ahead, rows_ahead, before_ahead = which_of_three(tile + tl.num_programs(0), weights, sizes, ROWS)
         w_ahead = load_rows(at, rows_ahead, size_ahead, k, H)
-        bias = a_bias
-        if a_bias is not None:
-            bias = which_of_three(tile, a_bias, b_bias, c_bias, A, B, C, ROWS)[0]
+        bias = None
+        if biases[0] is not None:
+            bias = which_of_three(tile, biases, sizes, ROWS)[0]
         total = finish(tl.sum(w.to(tl.float32) * x_k[None, :], 1), None, bias, rows, size)
         tl.store(y + before + rows, total.to(y.dtype.element_ty), mask=rows < size)
         w, size, rows, before = w_ahead, size_ahead, rows_ahead, before_ahead
@@ -117,7 +115,7 @@ def project(
 
 @triton.jit
 def add_rows(
-    x, gate, w, bias, h, zeros, n_zeros, N, K,
+    x, gate, w, bias, h, zeros, N, K,
     CODE: tl.constexpr, DTYPE: tl.constexpr, ZEROS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -135,7 +133,7 @@ def add_rows(
         total = finish(tl.sum(w_rk.to(tl.float32) * x_k[None, :], 1), None, bias, rows, N)
         tl.store(h + rows, h_r + total, mask=rows < N)
         w_rk = ahead
-    clear_share(zeros, n_zeros, ZEROS)
+    clear_share(zeros, ZEROS)
 
 
 @triton.jit
@@ -164,12 +162,11 @@ def gate_up(
 
 @triton.jit
 def attend(
-    q, k, v, q_stride, k_stride, v_stride, q_norm, k_norm, eps, cos, sin, position, keys, values, scale, top_ws, sum_ws,
-    acc_ws, arrived, out, L, N, G, D, WINDOW, GROUP: tl.constexpr, BLOCK: tl.constexpr, POSITIONS: tl.constexpr,
-    SPLITS: tl.constexpr, PDL: tl.constexpr,
+    q, q_row, new, turn, keys, values, scale, room, out, L, N, G, D, WINDOW,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, POSITIONS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rotates q and k, writes k and v into the cache, and attends to it. A sequence has N key-value heads, and a row of
-    q, of k and of v.
+    """Turns q and the `New` k, writes k and v into the cache, and attends to it. A sequence has N key-value heads, and
+    a row of q, of k and of v.
 
     A program takes every SPLITS-th run of POSITIONS cached positions for one key-value head of one sequence; the last
     of a head's programs to end adds up their parts. Without `out` they stay parts, for `sparse_rows` to add up what it
@@ -181,42 +178,41 @@ def attend(
     base = head.to(tl.int64) * L * D
     keys += base
     values += base
-    q += head // N * q_stride + head % N * (G * D)
-    k += head // N * k_stride + head % N * D
-    v += head // N * v_stride + head % N * D
-    new = tl.load(position)  # this and what is cached were written long before
+    q += head // N * q_row + head % N * (G * D)
+    k = new.k + head // N * new.k_row + head % N * D
+    v = new.v + head // N * new.v_row + head % N * D
+    own = tl.load(turn.position)  # this and what is cached were written long before
     run, step = tl.arange(0, POSITIONS)[:, None], SPLITS * POSITIONS
     first = split * POSITIONS
     if WINDOW is not None:
-        first += tl.maximum(0, new + 1 - WINDOW)
+        first += tl.maximum(0, own + 1 - WINDOW)
     t = first + run
     # what lies beyond the new position is read too, so that nothing waits for that
     k_sd = tl.load(keys + t * D + d, mask=(t < L) & (d < D), other=0.0)
     v_sd = tl.load(values + t * D + d, mask=(t < L) & (d < D), other=0.0)
-    cos_d = tl.load(cos + new * D + d, mask=d < D, other=0.0).to(tl.float32)
-    sin_d = tl.load(sin + new * D + d, mask=d < D, other=0.0).to(tl.float32)
-    v_sd = tl.where(t < new, v_sd, 0.0)
+    cos_d, sin_d = angles_of(own, turn, d, D)
+    v_sd = tl.where(t < own, v_sd, 0.0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     row = (head * G + g)[:, None]
     here = (g < G)[:, None] & (d < D)
-    q_gd = turned(q + g[:, None] * D, cos_d, sin_d, q_norm, eps, here, d, D, dtype)
-    k_d = turned(k, cos_d, sin_d, k_norm, eps, d < D, d, D, dtype)
+    q_gd = turned(q + g[:, None] * D, cos_d, sin_d, turn.q_norm, turn.eps, here, d, D, dtype)
+    k_d = turned(k, cos_d, sin_d, turn.k_norm, turn.eps, d < D, d, D, dtype)
     v_d = tl.load(v + d, mask=d < D, other=0.0).to(dtype)
     if split == 0:
-        tl.store(keys + new * D + d, k_d, mask=d < D)
-        tl.store(values + new * D + d, v_d, mask=d < D)
+        tl.store(keys + own * D + d, k_d, mask=d < D)
+        tl.store(values + own * D + d, v_d, mask=d < D)
     score = tl.sum(q_gd.to(tl.float32) * k_d.to(tl.float32), 1) * scale
     top = tl.where(split == 0, score, float("-inf"))  # the new position belongs to the first part
     total = tl.where(split == 0, tl.full((GROUP,), 1.0, tl.float32), 0.0)
     acc = tl.where(split == 0, tl.zeros((GROUP, BLOCK), tl.float32) + v_d.to(tl.float32), 0.0)
-    for start in range(first, new, step):
+    for start in range(first, own, step):
         ahead = start + step + run
-        k_ahead = tl.load(keys + ahead * D + d, mask=(ahead < new) & (d < D), other=0.0)
-        v_ahead = tl.load(values + ahead * D + d, mask=(ahead < new) & (d < D), other=0.0)
+        k_ahead = tl.load(keys + ahead * D + d, mask=(ahead < own) & (d < D), other=0.0)
+        v_ahead = tl.load(values + ahead * D + d, mask=(ahead < own) & (d < D), other=0.0)
         score_gs = tl.dot(q_gd, tl.trans(k_sd), input_precision="ieee") * scale
-        score_gs = tl.where(tl.trans(start + run) < new, score_gs, float("-inf"))
+        score_gs = tl.where(tl.trans(start + run) < own, score_gs, float("-inf"))
         higher = tl.maximum(top, tl.max(score_gs, 1))
         p = tl.exp(score_gs - higher[:, None])
         fade = tl.exp(top - higher)
@@ -225,24 +221,24 @@ def attend(
         top = higher
         k_sd, v_sd = k_ahead, v_ahead
     part_g = (head * G + g) * SPLITS
-    tl.store(top_ws + part_g + split, top, mask=g < G)
-    tl.store(sum_ws + part_g + split, total, mask=g < G)
-    tl.store(acc_ws + (row * SPLITS + split) * D + d, acc, mask=here)
+    tl.store(room.top + part_g + split, top, mask=g < G)
+    tl.store(room.sum + part_g + split, total, mask=g < G)
+    tl.store(room.acc + (row * SPLITS + split) * D + d, acc, mask=here)
     if out is not None:
         tl.debug_barrier()
-        if tl.atomic_add(arrived + head, 1, sem="acq_rel") == SPLITS - 1:
+        if tl.atomic_add(room.arrived + head, 1, sem="acq_rel") == SPLITS - 1:
             highest = tl.full((GROUP,), float("-inf"), tl.float32)
             for p in tl.static_range(SPLITS):
-                top = tl.load(top_ws + part_g + p, mask=g < G, other=0.0, cache_modifier=".cg")
+                top = tl.load(room.top + part_g + p, mask=g < G, other=0.0, cache_modifier=".cg")
                 highest = tl.maximum(highest, top)
             acc, total = tl.zeros((GROUP, BLOCK), tl.float32), tl.zeros((GROUP,), tl.float32)
             for p in tl.static_range(SPLITS):
-                fade = tl.exp(tl.load(top_ws + part_g + p, mask=g < G, other=0.0, cache_modifier=".cg") - highest)
-                total += fade * tl.load(sum_ws + part_g + p, mask=g < G, other=1.0, cache_modifier=".cg")
-                at = acc_ws + (row * SPLITS + p) * D + d
+                fade = tl.exp(tl.load(room.top + part_g + p, mask=g < G, other=0.0, cache_modifier=".cg") - highest)
+                total += fade * tl.load(room.sum + part_g + p, mask=g < G, other=1.0, cache_modifier=".cg")
+                at = room.acc + (row * SPLITS + p) * D + d
                 acc += fade[:, None] * tl.load(at, mask=here, other=0.0, cache_modifier=".cg")
             tl.store(out + row * D + d, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
-            tl.store(arrived + head, 0)
+            tl.store(room.arrived + head, 0)
 
 
 def attend_splits(heads: int, length: int, multiprocessors: int) -> int:

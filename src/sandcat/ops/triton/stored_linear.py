@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sandcat.ops.stored_linear import check_arguments, stored_linear
+from sandcat.ops.triton.primitives.arguments import Source, Zeros, three, three_sizes
 from sandcat.ops.triton.primitives.blocks import INT8, as_dtype, ask_for, clear, clear_share, gated, which_of_three
 from sandcat.ops.triton.primitives.fixed_point import digits, scale_of_all
 from sandcat.ops.triton.primitives.launch import code_of, codes, dependent_launch, multiprocessors, shared_memory
@@ -62,20 +63,20 @@ def digits_of(x, FORMAT: tl.constexpr):
 
 @triton.jit
 def _own_digits(
-    x, gate, norm, eps, room, first, width, K,
-    FORMAT: tl.constexpr, DIGITS: tl.constexpr, CODE: tl.constexpr, DTYPE: tl.constexpr, SLICE: tl.constexpr,
-    PAD: tl.constexpr,
+    source, room, first, width, K, FORMAT: tl.constexpr, DIGITS: tl.constexpr, CODE: tl.constexpr,
+    DTYPE: tl.constexpr, SLICE: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
-    """Writes the digits of `width` numbers of x, from the first one on, into `room`, [DIGITS, SLICE], in whole words.
-    What sums of them are to be multiplied with."""
+    """Writes the digits of `width` numbers of `Source`, from the first one on, into `room`, [DIGITS, SLICE], in whole
+    words. What sums of them are to be multiplied with."""
     PER_WORD: tl.constexpr = DIGITS  # for both formats: four bytes, or two halves
     s = tl.arange(0, SLICE // PER_WORD)[:, None] * PER_WORD + tl.arange(0, PER_WORD)[None, :]
-    x_s = _inputs(x, gate, norm, first + s, (s < width) & (first + s < K), CODE, DTYPE)
+    here = (s < width) & (first + s < K)
+    x_s = _inputs(source.x, source.gate, source.norm, first + s, here, CODE, DTYPE)
     factor = 1.0
-    if norm is not None:
+    if source.norm is not None:
         i = tl.arange(0, PAD)
-        x_i = tl.load(x + i, mask=i < K, other=0.0).to(tl.float32)
-        factor = tl.rsqrt(tl.sum(x_i * x_i) / K + eps)
+        x_i = tl.load(source.x + i, mask=i < K, other=0.0).to(tl.float32)
+        factor = tl.rsqrt(tl.sum(x_i * x_i) / K + source.eps)
     there, back = scale_of_all(x_s)
     bits = digits_of(x_s * there, FORMAT)
     WIDTH: tl.constexpr = 32 // PER_WORD
@@ -89,13 +90,11 @@ def _own_digits(
 
 @triton.jit
 def write_digits(
-    x, x_stride, gate, norm, eps, room, back_t, zeros, n_zeros, K,
-    FORMAT: tl.constexpr, DIGITS: tl.constexpr, CODE: tl.constexpr, DTYPE: tl.constexpr, ZEROS: tl.constexpr,
-    PAD: tl.constexpr, PDL: tl.constexpr,
+    x, x_stride, gate, room, back_t, zeros, K, FORMAT: tl.constexpr, DIGITS: tl.constexpr, CODE: tl.constexpr,
+    DTYPE: tl.constexpr, ZEROS: tl.constexpr, PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The digits of a token's x, of act(gate) * x in DTYPE, or of x after an RMSNorm, for weights of the FORMAT: rows
-    DIGITS t and so on of `room`, [DIGITS T, K]; and what sums of them are to be multiplied with. For `zeros` see
-    `clear_share`."""
+    """The digits of a token's x, or of act(gate) * x in DTYPE, for weights of the FORMAT: rows DIGITS t and so on of
+    `room`, [DIGITS T, K]; and what sums of them are to be multiplied with. For `zeros` see `clear_share`."""
     t, k = tl.program_id(0), tl.arange(0, PAD)
     if PDL:
         gdc_wait()
@@ -103,11 +102,7 @@ def write_digits(
     x += t * x_stride
     if gate is not None:
         gate += t * x_stride
-    x_k = _inputs(x, gate, norm, k, k < K, CODE, DTYPE)
-    factor = 1.0
-    if norm is not None:
-        h_k = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-        factor = tl.rsqrt(tl.sum(h_k * h_k) / K + eps)
+    x_k = _inputs(x, gate, None, k, k < K, CODE, DTYPE)
     there, back = scale_of_all(x_k)
     bits = digits_of(x_k * there, FORMAT)
     room += t.to(tl.int64) * DIGITS * K
@@ -117,27 +112,26 @@ def write_digits(
         else:
             d_k = (bits >> (16 * digit)).to(tl.int16).to(tl.float16, bitcast=True)
         tl.store(room + digit * K + k, d_k, mask=k < K)
-    tl.store(back_t + t, factor * back)
-    clear_share(zeros, n_zeros, ZEROS)
+    tl.store(back_t + t, back)
+    clear_share(zeros, ZEROS)
 
 
 @triton.jit
 def coded_rows(
-    x, gate, norm, eps, a, b, c, a_bias, b_bias, c_bias, a_scale, b_scale, c_scale, y, y_stride, zeros, n_zeros,
-    position, room, back_t, A, B, C, K, T, PIECES, FORMAT: tl.constexpr, DIGITS: tl.constexpr, CODE: tl.constexpr,
-    DTYPE: tl.constexpr, ADD: tl.constexpr, SHARED: tl.constexpr, ZEROS: tl.constexpr, PAD: tl.constexpr,
-    SLICE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
+    source, weights, biases, scales, sizes, y, y_stride, zeros, position, room, back_t, K, T, PIECES,
+    FORMAT: tl.constexpr, DIGITS: tl.constexpr, CODE: tl.constexpr, DTYPE: tl.constexpr, ADD: tl.constexpr,
+    SHARED: tl.constexpr, ZEROS: tl.constexpr, PAD: tl.constexpr, SLICE: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y = the products of up to three matrices, of A, B and C rows, one after another, with x, with act(gate) * x in
-    DTYPE, or with x after an RMSNorm. With ADD they are added to y; where programs are SHARED, by atomics.
+    """y = the products of up to three matrices, of so many rows, one after another, with `Source`, in DTYPE where that
+    is act(gate) * x. With ADD they are added to y; where programs are SHARED, by atomics.
 
     A program takes ROWS of them and PIECES times BLOCK columns, at most SLICE. For `zeros` see `clear_share`; with
     `position`, the last kernel of a step, the position goes on by one. With `back_t` the digits of T tokens, at most
-    TOKENS, are in `room` (see `write_digits`); else it is room for those of the one token that x is.
+    TOKENS, are in `room` (see `write_digits`), and the source is None; else it is room for those of the one token.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
-    w, size, rows, before = which_of_three(tile, a, b, c, A, B, C, ROWS)
+    w, size, rows, before = which_of_three(tile, weights, sizes, ROWS)
     first = split * PIECES * BLOCK
     k, n = tl.arange(0, BLOCK), tl.arange(0, TOKENS * DIGITS)
     w += rows.to(tl.int64)[:, None] * K + first
@@ -151,7 +145,7 @@ def coded_rows(
     tokens = tl.arange(0, TOKENS)
     if back_t is None:
         room += (tile * tl.num_programs(1) + split) * SLICE
-        back = _own_digits(x, gate, norm, eps, room, first, PIECES * BLOCK, K, FORMAT, DIGITS, CODE, DTYPE, SLICE, PAD)
+        back = _own_digits(source, room, first, PIECES * BLOCK, K, FORMAT, DIGITS, CODE, DTYPE, SLICE, PAD)
         worth_t = tl.where(tokens == 0, back, 0.0)
         kind: tl.constexpr = tl.int8 if FORMAT == INT8 else tl.float16
         digit_n = room.to(tl.pointer_type(kind)) + n[None, :] * SLICE
@@ -173,18 +167,17 @@ def coded_rows(
             acc = tl.dot(as_dtype(w_rk, tl.float16, FORMAT), d_kn, acc, input_precision="ieee")
     if PDL:
         gdc_launch_dependents()
-    clear_share(zeros, n_zeros, ZEROS)
+    clear_share(zeros, ZEROS)
     BITS: tl.constexpr = 7 if FORMAT == INT8 else 11
     digit = tl.arange(0, DIGITS)
     worth = ((127 - BITS * digit) << 23).to(tl.float32, bitcast=True)
     total_td = tl.reshape(acc.to(tl.float32), (ROWS, TOKENS, DIGITS)) * worth[None, None, :]
-    scale = which_of_three(tile, a_scale, b_scale, c_scale, A, B, C, ROWS)[0]
-    bias = None
-    if a_bias is not None:
-        bias = which_of_three(tile, a_bias, b_bias, c_bias, A, B, C, ROWS)[0]
+    scale, bias = which_of_three(tile, scales, sizes, ROWS)[0], None
+    if biases[0] is not None:
+        bias = which_of_three(tile, biases, sizes, ROWS)[0]
     factor = tl.load(scale + rows, mask=rows < size, other=0.0).to(tl.float32)
     total = tl.sum(total_td, 2) * worth_t[None, :] * factor[:, None]
-    if a_bias is not None:
+    if biases[0] is not None:
         total += tl.load(bias + rows, mask=(rows < size) & (split == 0), other=0.0).to(tl.float32)[:, None]
     out = y + tokens.to(tl.int64)[None, :] * y_stride + (before + rows)[:, None]
     here = (rows < size)[:, None] & (tokens < T)[None, :]
@@ -265,11 +258,12 @@ def launch(x_TI: Tensor, weight: Stored) -> Tensor:
             room = torch.empty(T, DIGITS[format], I, dtype=digits_dtype(format), device=device)
             back_t = torch.empty(T, dtype=torch.float32, device=device)
             write_digits[(T,)](
-                x, I, None, None, 0.0, room, back_t, y_TO, T * O, I, CODE=0, DTYPE=tl.float32,
+                x, I, None, room, back_t, Zeros(y_TO, T * O), I, CODE=0, DTYPE=tl.float32,
                 ZEROS=triton.next_power_of_2(O), **write_digits_config(format, I), **dependent,
             )  # fmt: skip
         coded_rows[grid](
-            x, None, None, 0.0, *[rows] * 3, *[bias] * 3, *[scale] * 3, y_TO, O, None, 0, None, room, back_t, O, 0, 0,
-            I, T, CODE=0, DTYPE=tl.float32, ADD=False, SHARED=grid[1] > 1, ZEROS=1, **config, **dependent,
+            Source(x) if T == 1 else None, three([rows]), three([bias]), three([scale]), three_sizes([O]), y_TO, O,
+            Zeros(), None, room, back_t, I, T, CODE=0, DTYPE=tl.float32, ADD=False, SHARED=grid[1] > 1, ZEROS=1,
+            **config, **dependent,
         )  # fmt: skip
     return y_TO

@@ -118,11 +118,11 @@ def clear(y, count, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
 
 
 @triton.jit
-def clear_share(zeros, n, ZEROS: tl.constexpr):
-    """The program's share of n zeroes, ZEROS at most."""
-    if zeros is not None:
-        at = (tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)) * ZEROS + tl.arange(0, ZEROS)
-        tl.store(zeros + at, tl.zeros((ZEROS,), tl.float32), mask=at < n)
+def clear_share(zeros, ZEROS: tl.constexpr):
+    """The program's share of `Zeros`, ZEROS at most."""
+    if zeros.at is not None:
+        i = (tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)) * ZEROS + tl.arange(0, ZEROS)
+        tl.store(zeros.at + i, tl.zeros((ZEROS,), tl.float32), mask=i < zeros.n)
 
 
 @triton.jit
@@ -144,16 +144,16 @@ def finish(total, scale, bias, rows, N):
 
 
 @triton.jit
-def which_of_three(tile, a, b, c, A, B, C, SIZE: tl.constexpr):
-    """Which of three, of A, B and C rows or columns, a tile of SIZE of them belongs to, which they are there, and how
+def which_of_three(tile, three, sizes, SIZE: tl.constexpr):
+    """Which of three, of so many rows or columns, a tile of SIZE of them belongs to, which they are there, and how
     many there are before."""
-    at, size, before = a, A, tile * 0
-    if tile >= tl.cdiv(A, SIZE):
-        tile -= tl.cdiv(A, SIZE)
-        at, size, before = b, B, A
-        if tile >= tl.cdiv(B, SIZE):
-            tile -= tl.cdiv(B, SIZE)
-            at, size, before = c, C, A + B
+    at, size, before = three[0], sizes[0], tile * 0
+    if tile >= tl.cdiv(sizes[0], SIZE):
+        tile -= tl.cdiv(sizes[0], SIZE)
+        at, size, before = three[1], sizes[1], sizes[0]
+        if tile >= tl.cdiv(sizes[1], SIZE):
+            tile -= tl.cdiv(sizes[1], SIZE)
+            at, size, before = three[2], sizes[2], sizes[0] + sizes[1]
     return at, size, tile * SIZE + tl.arange(0, SIZE), before
 
 
@@ -167,16 +167,16 @@ def append(list_n, count, rows, wanted):
 
 
 @triton.jit
-def keep_neurons(list_n, a_n, count, rows, a, threshold, I):
-    """Lists those of the neurons `rows` whose |a| is above its threshold, with a, in the order in which programs come.
+def keep_neurons(neurons, rows, a, I):
+    """Lists those of I `Neurons` `rows` whose |a| is above its threshold, with a, in the order in which programs come.
 
     Without a counter it only marks them, at their own places; `in_order` makes the list of that.
     """
-    t = tl.load(threshold + rows, mask=rows < I, other=0.0).to(tl.float32)
+    t = tl.load(neurons.threshold + rows, mask=rows < I, other=0.0).to(tl.float32)
     wanted = (rows < I) & ~(tl.abs(a) <= t)
-    if count is None:
-        tl.store(list_n + rows, wanted.to(tl.int32), mask=rows < I)
-        tl.store(a_n + rows, a, mask=rows < I)
+    if neurons.counter is None:
+        tl.store(neurons.listed + rows, wanted.to(tl.int32), mask=rows < I)
+        tl.store(neurons.a + rows, a, mask=rows < I)
     else:
-        place = append(list_n, count, rows, wanted)
-        tl.store(a_n + place, a, mask=wanted)
+        place = append(neurons.listed, neurons.counter, rows, wanted)
+        tl.store(neurons.a + place, a, mask=wanted)
