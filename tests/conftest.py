@@ -20,7 +20,16 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Relative RMS error allowed between a kernel and its reference."""
 
 
+FIRST = ("test_step_parity.py", "test_triton_interpreted.py")
+"""Of two workers one compiles the fused steps for all dtypes first, while the other runs what needs none of them: else
+both would compile them."""
+
+
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in FIRST:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):  # a keyword is the name of any folder above, too
