@@ -134,6 +134,91 @@ def least(holds: Callable[[float], bool], most: float, rounds: int = 100) -> flo
     return high
 
 
+class Spending:
+    """Ways to spend a budget on a model, which is left as it is: what its sites would lose and save, what a choice of
+    theirs decides, and what that loses on text on which nothing was calibrated.
+
+    Args:
+        text: to calibrate on.
+        measures: whether losses are measured, on a part of the text that is then held out.
+        how: a name of `SPREADS`; with "uniform" bytes alone decide.
+    """
+
+    def __init__(
+        self, view: ModelView, methods: list[Method], text: Text, how: str, *, measures: bool, sequential: bool
+    ):
+        self.view, self.methods, self.how, self.sequential = view, methods, how, sequential
+        self.fit: Text = text
+        self.held: Text | None = None
+        if measures:
+            self.fit, self.held = held_out_of(text)
+        others = [method for method in methods if not method.has_sparsity]
+        start = view
+        if others:
+            start = twin(view, *calibrate.decide(view, others, opening(self.fit), sequential=sequential))
+        sites = [(method, site) for method in methods if method.has_sparsity for site in method.select(start)]
+        whole_bytes = read_bytes(view.model)
+        self.weighs = how != "uniform"
+        with alone():  # on a few windows only
+            curves: list[Any] = savings(start, sites, whole_bytes)
+            if self.weighs:
+                curves = collect(start, sites, self.fit, whole_bytes)
+        self.curves = agreed(curves)
+        self.at_first = read_bytes(start.model) / whole_bytes
+        """The share of the bytes that is read before any site drops something."""
+        self.most = sum(
+            max(saved(option, [MOST] * len(option)) for option in options(group)) for group in together(self.curves)
+        )
+        """The largest saving."""
+
+    def decide(self, spread: Spread, saving: float, text: Text) -> tuple[Plan, Decided]:
+        """The plan that saves so much, calibrated on a text."""
+        chosen = choose(self.curves, saving) if self.weighs else self.curves
+        sparsities = {curve.site: 0.0 for curve in self.curves}
+        sparsities |= {c.site: round(s, 6) for c, s in zip(chosen, spread(chosen, saving), strict=True)}
+        return calibrate.decide(self.view, self.methods, text, sequential=self.sequential, sparsities=sparsities)
+
+    def measured(self, spreads: list[Spread], saving: float) -> list[TextResult]:
+        """What spreads lose on the beginning of the held-out text, calibrated on that of the other."""
+        assert self.held is not None  # as there is something to compare
+        plans = [self.decide(spread, saving, opening(self.fit)) for spread in spreads]
+        return losses(self.view, plans, opening(self.held))
+
+    def saving_for(self, target: Target) -> float:
+        """How much has to be saved; for a quality the most with which the beginnings of the texts keep it.
+
+        Raises:
+            BudgetError: it cannot be.
+        """
+        if target.kind == "quality":
+            spread = SPREADS[self.how]
+
+            def keeps(kept: float) -> bool:
+                return self.measured([spread], self.most - kept)[0].ratio <= 1 + target.value
+
+            return self.most - least(keeps, self.most, TRIALS)
+        saving = self.at_first - target.value if target.kind == "bytes" else target.value * self.most / MOST
+        check_reachable(target, saving, self.at_first, self.most)
+        return saving
+
+    def spread_for(self, saving: float) -> Spread:
+        """`how` the saving is spread; of a search the spread that loses least."""
+        if self.how != "search":
+            return SPREADS[self.how]
+        results = self.measured(list(SPREADS.values()), saving)
+        return min(zip(SPREADS.values(), results, strict=True), key=lambda pair: pair[1].kl)[0]
+
+    def finished(self, spread: Spread, saving: float, target: Target) -> tuple[Plan, Decided]:
+        """The plan that saves so much, calibrated on all of the text, and what it loses on what is held out."""
+        plan, tensors = self.decide(spread, saving, self.fit)
+        held_out = None
+        if self.held is not None:
+            result = losses(self.view, [(plan, tensors)], self.held)[0]
+            held_out = HeldOut(result.tokens, result.ratio, result.kl)
+        budget = Budget(str(target), self.how, round(self.at_first - saving, 6), held_out)
+        return replace(plan, budget=budget), tensors
+
+
 def allocate(
     view: ModelView, methods: list[Method], text: Text, target: Target, how: str, *, sequential: bool = True
 ) -> tuple[Plan, Decided]:
@@ -144,58 +229,23 @@ def allocate(
     Raises:
         BudgetError: no sparsities meet the target, or the text is too short to keep a part of it for measuring.
     """
-    fit, held = held_out_of(text) if how == "search" or target.kind == "quality" else (text, None)
-    others = [method for method in methods if not method.has_sparsity]
-    start = twin(view, *calibrate.decide(view, others, opening(fit), sequential=sequential)) if others else view
-    sites = [(method, site) for method in methods if method.has_sparsity for site in method.select(start)]
-    whole_bytes = read_bytes(view.model)
-    weighed = how != "uniform"  # else bytes alone decide
-    with alone():  # on a few windows only
-        curves: list[Any] = collect(start, sites, fit, whole_bytes) if weighed else savings(start, sites, whole_bytes)
-    curves = agreed(curves)
-    at_first = read_bytes(start.model) / whole_bytes
-    most = sum(max(saved(option, [MOST] * len(option)) for option in options(group)) for group in together(curves))
-
-    def decide(spread: Spread, saving: float, text: Text) -> tuple[Plan, Decided]:
-        chosen = choose(curves, saving) if weighed else curves
-        sparsities = {curve.site: 0.0 for curve in curves}
-        sparsities |= {c.site: round(s, 6) for c, s in zip(chosen, spread(chosen, saving), strict=True)}
-        return calibrate.decide(view, methods, text, sequential=sequential, sparsities=sparsities)
-
-    def measured(spreads: list[Spread], saving: float) -> list[TextResult]:
-        assert held is not None  # as there is something to compare
-        return losses(view, [decide(spread, saving, opening(fit)) for spread in spreads], opening(held))
-
-    def finished(spread: Spread, saving: float) -> tuple[Plan, Decided]:
-        plan, tensors = decide(spread, saving, fit)
-        held_out = None
-        if held is not None:
-            result = losses(view, [(plan, tensors)], held)[0]
-            held_out = HeldOut(result.tokens, result.ratio, result.kl)
-        return replace(plan, budget=Budget(str(target), how, round(at_first - saving, 6), held_out)), tensors
-
-    def lost(plan: Plan) -> float:
-        assert plan.budget is not None and plan.budget.held_out is not None  # `finished` measures it
-        return plan.budget.held_out.perplexity_ratio
-
-    limit = 1 + target.value
-    if target.kind == "quality":
-        kept = least(lambda kept: measured([SPREADS[how]], most - kept)[0].ratio <= limit, most, TRIALS)
-        saving = most - kept
-    else:
-        saving = at_first - target.value if target.kind == "bytes" else target.value * most / MOST
-        check_reachable(target, saving, at_first, most)
-    spread = SPREADS[how]
-    if how == "search":
-        results = measured(list(SPREADS.values()), saving)
-        spread = min(zip(SPREADS.values(), results, strict=True), key=lambda pair: pair[1].kl)[0]
-    plan, tensors = finished(spread, saving)
-    while target.kind == "quality" and lost(plan) > limit:  # on all of the text it is worse
+    measures = how == "search" or target.kind == "quality"
+    spending = Spending(view, methods, text, how, measures=measures, sequential=sequential)
+    saving = spending.saving_for(target)
+    spread = spending.spread_for(saving)
+    plan, tensors = spending.finished(spread, saving, target)
+    while target.kind == "quality" and perplexity_ratio(plan) > 1 + target.value:  # on all of the text it is worse
         saving -= 0.005
         if saving <= 0:
             raise BudgetError(f"{target} cannot be met: as little as a saving of 0.5 % of the bytes loses more.")
-        plan, tensors = finished(spread, saving)
+        plan, tensors = spending.finished(spread, saving, target)
     return plan, tensors
+
+
+def perplexity_ratio(plan: Plan) -> float:
+    """That of a plan on the text that was held out, which it has."""
+    assert plan.budget is not None and plan.budget.held_out is not None
+    return plan.budget.held_out.perplexity_ratio
 
 
 def check(methods: list[Method], how: str) -> None:

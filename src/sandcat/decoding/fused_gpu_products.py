@@ -56,7 +56,9 @@ class GpuProducts(GpuStepBase):
         heads, size = self.Q // self.D, self.D
         self.splits = step.attend_splits(self.kv_heads, self.max_length, self.multiprocessors)
         self.attending = Room(
-            self.floats(heads, self.splits), self.floats(heads, self.splits), self.floats(heads, self.splits, size),
+            self.floats(heads, self.splits),
+            self.floats(heads, self.splits),
+            self.floats(heads, self.splits, size),
             self.buffer(self.kv_heads, dtype=torch.int32),
         )
         neurons, qkv = self.neurons, self.Q + 2 * self.K
