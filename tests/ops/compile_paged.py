@@ -36,8 +36,8 @@ def main(capability: int) -> None:
         warps, _ = config.pop("num_warps"), config.pop("per_multiprocessor")
         flags = {name: name in options for name in ("new", "turn", "shifts", "chunks", "window")}
         built = source(dtype, config | {"G": 4, "D": 128, "S": page}, **flags, pdl=capability >= 90)
-        registers, spilled = resources(built, capability, {"num_warps": warps})
-        print(f"attend {dtype} {most} rows {options} {warps} warps: {registers} registers, {spilled}", flush=True)
+        registers, stack = resources(built, capability, {"num_warps": warps})
+        print(f"attend {dtype} {most} rows {options} {warps} warps: {registers} registers, stack {stack}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Compiles the Triton kernels for a GPU that need not be here, and prints registers and spilled bytes of each.
+"""Compiles the Triton kernels for a GPU that need not be here, and prints the registers of each, and the bytes of stack
+that its threads take, which is what they spill.
 
 python tests/ops/compile_triton.py [format of weights, default all] [compute capability, default 90]
 """
 
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from itertools import product
+from collections.abc import Iterable, Iterator
+from itertools import combinations, product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
@@ -72,19 +74,30 @@ SCALES = {
 }  # fmt: skip
 
 
-def resources(source: ASTSource, capability: int, options: dict) -> tuple[str, str]:
-    """Registers a thread of a compiled kernel, and what it says of spilled bytes."""
+def resources(source: ASTSource, capability: int, options: dict) -> tuple[int, int]:
+    """Registers and bytes of stack that a thread of a compiled kernel takes; what it spills goes to the stack."""
     built = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
-        file.write(built.asm["ptx"].encode())
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
         file.flush()
-        arch = f"sm_{capability}{'a' if capability == 90 else ''}"
-        said = subprocess.run(
-            [ptxas, "-v", f"-arch={arch}", file.name, "-o", "/dev/null"], capture_output=True, text=True, check=True
-        ).stderr
-    registers = next(w for line in said.splitlines() if "Used" in line for w in [line.split("Used ")[1].split()[0]])
-    return registers, [line.strip().split(",")[1].strip() for line in said.splitlines() if "spill stores" in line][-1]
+        command = [Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", said)[1]) for name in ("REG", "STACK"))
+    return registers, stack
+
+
+def pairwise(*axes: Iterable) -> list[tuple]:
+    """Few combinations of values, one of each axis, in which each two values of two axes meet."""
+
+    def meet(case: tuple) -> set:
+        return {(i, j, case[i], case[j]) for i, j in combinations(range(len(case)), 2)}
+
+    cases, chosen = list(product(*axes)), []
+    missing = set().union(*map(meet, cases))
+    while missing:
+        chosen.append(max(cases, key=lambda case: len(meet(case) & missing)))
+        missing -= meet(chosen[-1])
+    return chosen
 
 
 def source_of(kernel, types: dict, constants: dict) -> ASTSource:
@@ -115,7 +128,7 @@ def of_dtype(kind, dtype: str):
 
 
 def check(kernel, dtype: str, capability: int, *, format: str = "float", **constants) -> str:
-    """Registers a thread and bytes spilled, of one kernel for one dtype."""
+    """The line of one kernel for one dtype."""
     options = {name: constants.pop(name) for name in ("num_warps", "maxnreg") if name in constants}
     warps = options["num_warps"]
     constants.pop("per_multiprocessor", None)
@@ -140,12 +153,12 @@ def check(kernel, dtype: str, capability: int, *, format: str = "float", **const
             types[name] = (CODES[format],) * 3 if isinstance(types[name], tuple) else CODES[format]
         types |= {name: "*{0}" for name in SCALES.get(kernel, []) if not isinstance(types[name], tuple)}
     types = {name: of_dtype(kind, dtype) for name, kind in types.items()}
-    registers, spilled = resources(source_of(kernel, types, constants), capability, options)
+    registers, stack = resources(source_of(kernel, types, constants), capability, options)
     shape = " ".join(
         f"{name.lower()} {constants[name]}" for name in ("TOKENS", "ROWS", "NEURONS", "BLOCK") if name in constants
     )
     types = dtype if format == "float" else f"{dtype} and {format}"
-    return f"{kernel.fn.__name__:14} {types} {shape} {warps} warps: {registers} registers, {spilled}"
+    return f"{kernel.fn.__name__:14} {types} {shape} {warps} warps: {registers} registers, stack {stack}"
 
 
 def main(formats: tuple[str, ...], capability: int) -> None:
@@ -180,30 +193,27 @@ def of_one_token(itemsize: int, dtype: str, format: str) -> Iterator[tuple]:
         for parts in (False, True):
             yield kernels.up_down_kernel, {"PARTS": parts, **kernels.up_down_config(hidden, itemsize)}
     dtypes = {"CODE": 0, "DTYPE": getattr(tl, TL_TYPES[dtype])}
-    for columns in (4096, 8192, 14336):
-        for left_out in ({"position": None}, {"position": None, "biases": None}):
-            if itemsize == 1:
-                for sizes in ([4096], [14336, 14336]):
-                    config, _ = stored.coded_rows_config(format, sizes, columns, torch.device("cuda"), columns)
-                    for option in ("source.norm", "source.gate"):
-                        yield stored.coded_rows, {
-                            **left_out, **dtypes, option: None, "back_t": None, "ADD": True, "SHARED": True,
-                            "ZEROS": 64, **config,
-                        }  # fmt: skip
-            else:
-                yield step.project, {**left_out, **step.whole_rows_config(columns, itemsize)}
-        if itemsize > 1:
+    if itemsize == 1:
+        sizes, inputs, biases = ((4096,), (14336, 14336)), ("source.norm", "source.gate"), ((), ("biases",))
+        for columns, rows, other, none in pairwise((4096, 8192, 14336), sizes, inputs, biases):
+            config, _ = stored.coded_rows_config(format, list(rows), columns, torch.device("cuda"), columns)
+            left_out = dict.fromkeys(["position", "back_t", other, *none])
+            yield stored.coded_rows, {**left_out, **dtypes, "ADD": True, "SHARED": True, "ZEROS": 64, **config}
+    else:
+        for columns in (4096, 8192, 14336):
+            config = step.whole_rows_config(columns, itemsize)
+            yield step.project, {"position": None, **config}
+            yield step.project, {"position": None, "biases": None, **config}
             yield step.normalize, {"ZEROS": 64, "position": None, **step.normalize_config(columns)}
-            yield step.add_rows, {"gate": None, "ZEROS": 64, **dtypes, **step.whole_rows_config(columns, itemsize)}
-    if itemsize > 1:
+            yield step.add_rows, {"gate": None, "ZEROS": 64, **dtypes, **config}
         yield step.gate_times_up, {"CODE": 0, "BLOCK": 1024, "num_warps": 4}
         yield step.gate_up, {"CODE": 0, **step.whole_rows_config(4096, itemsize, matrices=2)}
     constants = dict.fromkeys([*(f"neurons.{name}" for name in Neurons._fields), "position", "source.gate", "biases"])
     constants |= {"CODE": 0, "ADD": True, "HEAD_PARTS": 0, "ZEROS": 64}
-    for columns, channels in (([4096] * 3, 4096), ([4096], 11008), ([14336] * 2, 4096), ([32000], 4096)):
-        for ordered, alone in product((False, True), repeat=2):
-            config, _ = linear.sparse_rows_config(columns, channels, itemsize, 132, alone=alone)
-            yield linear.sparse_rows, {**constants, "ORDERED": ordered, **config}
+    shapes = (((4096,) * 3, 4096), ((4096,), 11008), ((14336,) * 2, 4096), ((32000,), 4096))
+    for (columns, channels), ordered, alone in pairwise(shapes, (False, True), (False, True)):
+        config, _ = linear.sparse_rows_config(list(columns), channels, itemsize, 132, alone=alone)
+        yield linear.sparse_rows, {**constants, "ORDERED": ordered, **config}
     config, _ = linear.sparse_rows_config([4096], 4096, itemsize, 132)
     constants |= {"ORDERED": False, "HEAD_PARTS": 4, "source.norm": None, "x_taken": None}
     yield linear.sparse_rows, {**constants, **config}
