@@ -14,7 +14,7 @@ demo: .venv/demo
 		--max-new-tokens 80 --temperature 0.7 --top-p 0.9
 
 test: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 docs: .venv/test
 	$(BIN)/python -m mkdocs build --quiet --strict

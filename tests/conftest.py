@@ -20,15 +20,19 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Relative RMS error allowed between a kernel and its reference."""
 
 
-FIRST = ("test_step_parity.py", "test_triton_interpreted.py")
+FIRST = (
+    "test_step_parity.py",
+    "test_triton_interpreted.py",
+    "test_docs.py",
+    "test_contract.py",
+    "test_integrations.py",
+)
 """Of two workers one compiles the fused steps for all dtypes first, while the other runs what needs none of them: else
-both would compile them."""
+both would compile them. Then long files, so that none is the last. The tests of a file run on one worker, as they share
+what is compiled, and fixtures."""
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.name in FIRST:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
     if not torch.cuda.is_available():
         for item in items:
