@@ -277,12 +277,13 @@ def off_the_edge(model, ids):
 @contextmanager
 def thresholds_set(model, thresholds):
     """In place, where a step reads them, and after the prompt, which skips by them too."""
-    before = [module.threshold.clone() for module in edges.thresholded(model)]
-    for values in (thresholds, before):
-        for module, value in zip(edges.thresholded(model), values, strict=True):
-            module.threshold.copy_(value)
-        if values is thresholds:
-            yield
+    own = [module.threshold for module in edges.thresholded(model)]
+    before = [threshold.clone() for threshold in own]
+    for threshold, value in zip(own, thresholds, strict=True):
+        threshold.copy_(value)
+    yield
+    for threshold, value in zip(own, before, strict=True):
+        threshold.copy_(value)
 
 
 CASES = list(itertools.product(pays._ALL, ["cpu", "cuda"], pays._FLOATS, FORMATS))
