@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tiny import FAMILIES, text, tiny, tokenizer
 
 import sandcat
-from sandcat.calibration import allocate
+from sandcat.calibration import allocate, spreads
 from sandcat.calibration.cost_curves import GRID, Curve, collect
 from sandcat.checkpoints.quantizer import plan_of
 from sandcat.errors import BadRecipe, BudgetError, PlanConflict
@@ -138,16 +138,16 @@ def test_least_loss_is_the_optimum():
     """For losses c s^2 the optimum is known: s in proportion to bytes over c."""
     costs = [0.01, 0.02, 0.04, 0.08]
     curves = [curve_of(str(cost), cost=cost) for cost in costs]
-    found = allocate.least_loss(curves, 0.08)
+    found = spreads.least_loss(curves, 0.08)
     want = [0.8 / sum(1 / c for c in costs) / cost for cost in costs]
-    assert abs(allocate.saved(curves, found) - 0.08) < 1e-9
+    assert abs(spreads.saved(curves, found) - 0.08) < 1e-9
     np.testing.assert_allclose(found, want, atol=0.03)
 
     def loss(sparsities):
         return sum(float(c.loss_at(np.array(s))) for c, s in zip(curves, sparsities, strict=True))
 
-    assert loss(found) < 0.6 * loss(allocate.uniform(curves, 0.08))
-    equal = allocate.equal_error(curves, 0.08)
+    assert loss(found) < 0.6 * loss(spreads.uniform(curves, 0.08))
+    equal = spreads.equal_error(curves, 0.08)
     assert max(c.error_L[-1] for c in curves) > 0
     errors = [float(np.interp(s, GRID, c.error_L)) for s, c in zip(equal, curves, strict=True)]
     np.testing.assert_allclose(errors, errors[0], rtol=1e-6)
@@ -163,7 +163,7 @@ def test_where_two_methods_want_one_layer_the_search_chooses(better):
         curve_of("0.o", cost=0.3, method=teal),
         curve_of("0.mlp", cost=cost["cats"], saved=0.2, method=cats, claims=("0.up", "0.down")),
     ]
-    chosen = {curve.site for curve in allocate.choose(curves, 0.1)}
+    chosen = {curve.site for curve in spreads.choose(curves, 0.1)}
     assert chosen == {"0.o", "0.mlp"} if better == "cats" else {"0.o", "0.up", "0.down"}
 
 

@@ -27,7 +27,7 @@ import sandcat.ops.triton.sparse_mlp as kernels
 import sandcat.ops.triton.sparse_mlp_batch as tokens
 import sandcat.ops.triton.step as step
 import sandcat.ops.triton.stored_linear as stored
-from sandcat.ops.triton.primitives.arguments import Neurons, Source, Zeros
+from sandcat.ops.triton.primitives.arguments import Heads, Lists, Neurons, Source, Zeros
 from sandcat.ops.triton.primitives.launch import code_of
 from sandcat.ops.triton.primitives.pages import Cached, New, Room, Turn
 
@@ -47,8 +47,8 @@ TYPES = {
     "down_scale": "*{0}", "room": "*i32", "x_stride": "i32", "y_stride": "i32", "q_row": "i32", "back_t": "*fp32",
     "x_tn": "*{0}", "gate_stride": "i32", "up_stride": "i32", "due": "*{0}",
     "source": Source("*{0}", "*{0}", "*{0}", "fp32"), "zeros": Zeros("*fp32", "i32"),
-    "neurons": Neurons("*{0}", "*i32", "*fp32", "*i32"), "heads": linear.Heads("*fp32", "*fp32", "i32"),
-    "lists": linear.Lists("*i32", "*fp32", "*fp32", "*i32"), "new": New("*{0}", "*{0}", "i32", "i32"),
+    "neurons": Neurons("*{0}", "*i32", "*fp32", "*i32"), "heads": Heads("*fp32", "*fp32", "i32"),
+    "lists": Lists("*i32", "*fp32", "*fp32", "*i32"), "new": New("*{0}", "*{0}", "i32", "i32"),
     "turn": Turn("*i32", "*{0}", "*{0}", "*{0}", "*{0}", "fp32"), "sizes": ("i32",) * 3,
     **dict.fromkeys(["weights", "thresholds", "biases", "scales"], ("*{0}",) * 3),
 }  # fmt: skip

@@ -20,9 +20,8 @@ from sandcat.layers.cache import PagedCache
 from sandcat.layers.step_parts import KeptProduct, LowRankProduct, Norm, Product
 from sandcat.models.view import ModelView
 from sandcat.ops.triton import low_rank, sparse_linear, sparse_mlp, step, stored_linear
-from sandcat.ops.triton.primitives.arguments import Neurons, Source, Zeros, three, three_sizes
+from sandcat.ops.triton.primitives.arguments import Heads, Lists, Neurons, Source, Zeros, three, three_sizes
 from sandcat.ops.triton.primitives.pages import Room
-from sandcat.ops.triton.sparse_linear import Heads, Lists
 
 
 class Products(NamedTuple):

@@ -37,6 +37,25 @@ class Neurons(NamedTuple):
     counter: Tensor | None = None
 
 
+class Heads(NamedTuple):
+    """What the input is added up of, where x is the parts that `attend` leaves of heads: their maxima and sums, and the
+    size of a head."""
+
+    top: Tensor | None = None
+    sum: Tensor | None = None
+    size: int = 0
+
+
+class Lists(NamedTuple):
+    """Room for what programs write: channels that they keep, and what they multiply those with; where sums have a fixed
+    order, their sums, and how many programs of a tile have left theirs."""
+
+    channel: Tensor
+    factor: Tensor
+    parts: Tensor | None = None
+    arrived: Tensor | None = None
+
+
 def three(tensors: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Tensors of up to three matrices, filled up to three."""
     tensors = tuple(tensors)
